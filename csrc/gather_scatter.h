@@ -1,0 +1,25 @@
+// gather, scatter: selected elements of many tensors to and from packed arrays.
+//
+// Contract   gather: values[i] = tensor[indices[i]]. scatter: tensor[indices[i]] = values[i], in place; every
+//            other element is left alone. Bits are copied: NaN payloads survive.
+#pragma once
+
+#include "common.h"
+
+namespace saft {
+
+struct GatherSegment {
+  void* data;        // the tensor, of `itemsize`-byte elements
+  index_t itemsize;  // 1, 2, 4, 8 or 16
+  index_t ndim;      // layout as in TensorDesc
+  const index_t* layout;
+  const void* indices;  // `count` flat indices
+  index_t index_bytes;  // 4 or 8
+  void* values;         // `count` elements, packed
+  index_t count;
+};
+
+void gather_cpu(const GatherSegment* segments, index_t num_segments, int num_threads);
+void scatter_cpu(const GatherSegment* segments, index_t num_segments, int num_threads);
+
+}  // namespace saft

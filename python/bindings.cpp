@@ -1,0 +1,80 @@
+// saft_kernels._C: the compiled backends. Private to saft_kernels/ops: addresses and sizes in, checked there.
+//
+// Tables are int64 arrays laid out as the C structs of csrc/ (every field is 64 bits wide). The GIL is
+// released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu_isa.h"
+#include "gather_scatter.h"
+#include "sparse_adamw.h"
+#include "topk_magnitude.h"
+
+namespace py = pybind11;
+
+namespace {
+
+static_assert(sizeof(saft::TensorDesc) == 5 * 8);
+static_assert(sizeof(saft::AdamWSegment) == 19 * 8);
+static_assert(sizeof(saft::AdamWHyper) == 9 * 8);
+static_assert(sizeof(saft::GatherSegment) == 8 * 8);
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::tuple<double, int64_t> topk_magnitude(uintptr_t tensors, int64_t num_tensors, int64_t k,
+                                           uintptr_t indices, uintptr_t counts, int num_threads, int isa) {
+  const saft::TopKResult result = saft::topk_magnitude_cpu(pointer<const saft::TensorDesc>(tensors),
+                                                           num_tensors, k, pointer<saft::index_t>(indices),
+                                                           pointer<saft::index_t>(counts), num_threads, isa);
+  return {result.threshold, result.num_nonfinite};
+}
+
+void sparse_adamw(uintptr_t segments, int64_t num_segments, uintptr_t hypers, int num_threads, int isa) {
+  saft::sparse_adamw_cpu(pointer<const saft::AdamWSegment>(segments), num_segments,
+                         pointer<const saft::AdamWHyper>(hypers), num_threads, isa);
+}
+
+void gather(uintptr_t segments, int64_t num_segments, int num_threads) {
+  saft::gather_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
+}
+
+void scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
+  saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
+}
+
+// Instruction-set levels this processor runs, least first; a name's position is its number.
+std::vector<std::string> isas() {
+  const std::vector<std::string> names{"baseline", "avx2", "avx512"};
+  return {names.begin(), names.begin() + int(saft::best_isa()) + 1};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of saft_kernels; private to saft_kernels.ops.";
+  const py::call_guard<py::gil_scoped_release> nogil;
+  m.def("topk_magnitude", &topk_magnitude, py::arg("tensors"), py::arg("num_tensors"), py::arg("k"),
+        py::arg("indices"), py::arg("counts"), py::arg("num_threads"), py::arg("isa"), nogil);
+  m.def("sparse_adamw", &sparse_adamw, py::arg("segments"), py::arg("num_segments"), py::arg("hypers"),
+        py::arg("num_threads"), py::arg("isa"), nogil);
+  m.def("gather", &gather, py::arg("segments"), py::arg("num_segments"), py::arg("num_threads"), nogil);
+  m.def("scatter", &scatter, py::arg("segments"), py::arg("num_segments"), py::arg("num_threads"), nogil);
+  m.def("isas", [] {
+    py::list names;
+    for (const std::string& name : isas()) names.append(name);
+    return names;
+  });
+  m.attr("has_openmp") =
+#if defined(_OPENMP)
+      true;
+#else
+      false;
+#endif
+}

@@ -1,0 +1,18 @@
+"""SAFT fine-tuning: exact top-k selection by gradient magnitude, and AdamW on the selected elements alone."""
+
+from ._version import __version__
+from .ops import TopK, gather, scatter_, sparse_adamw_, topk_magnitude
+from .optim import SparseAdamW
+from .selection import SparseMask, select
+
+__all__ = [
+    "SparseAdamW",
+    "SparseMask",
+    "TopK",
+    "__version__",
+    "gather",
+    "scatter_",
+    "select",
+    "sparse_adamw_",
+    "topk_magnitude",
+]

@@ -1,0 +1,241 @@
+"""The ops: contract, argument checks and choice of backend. `reference` holds their definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import _backends, _checks
+from ._adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, opmath_dtype
+from ._backends import BACKENDS, describe, why_unavailable
+from ._types import TopK
+
+__all__ = ["BACKENDS", "TopK", "gather", "scatter_", "sparse_adamw_", "topk_magnitude", "why_unavailable"]
+
+
+def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = None) -> TopK:
+    """The k elements of largest magnitude over all tensors together.
+
+    Exactly the k positions that a stable sort by (descending |x|, ascending tensor, ascending flat index) puts
+    first. NaN ranks above inf whatever its payload; +0 equals -0; denormals count.
+
+    Args:
+        tensors: float32, bfloat16, float16 or float64 in any mix, any shape and strides, on one device; may be
+            empty. 16-bit tensors compare by their exact fp32 values; with a float64 tensor, all by fp64.
+        k: Number of elements, 0 to the total numel.
+        backend: One of `BACKENDS`; None chooses by device.
+
+    Returns:
+        TopK(indices, threshold, num_nonfinite); see `TopK`. Nothing is mutated.
+
+    Raises:
+        TypeError: An argument has another type, layout or dtype.
+        ValueError: k is negative or more than the total numel, or devices differ.
+        RuntimeError: `backend` cannot run here.
+
+    Determinism: the same bits on every backend, run and thread count.
+
+    Source: guess-and-verify selection, Floyd & Rivest 1975, https://doi.org/10.1145/360680.360691.
+    """
+    tensors = _checks.tensor_list("tensors", tensors)
+    _checks.floating("tensors", tensors)
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"`k`: expected an int, got {type(k).__name__}")
+    k = k.__index__()
+    numel = sum(t.numel() for t in tensors)
+    if not 0 <= k <= numel:
+        raise ValueError(f"`k`: expected 0 to the total numel of `tensors`, {numel}, got {k}")
+    if not tensors:
+        return TopK((), float("inf"), 0)
+    module = _backends.choose("topk_magnitude", tensors[0].device.type, backend)
+    result: TopK = module.topk_magnitude([t.detach() for t in tensors], k)
+    return result
+
+
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], *, backend: str | None = None) -> list[Tensor]:
+    """Elements of many tensors by flat index: `out[i] = tensors[i].take(indices[i])`, in one call.
+
+    Args:
+        tensors: Any dtype of 1 to 16 bytes, any shape and strides, on one device.
+        indices: One int32 or int64 tensor (n_i,) per tensor: flat (row-major) positions in [0, numel).
+        backend: One of `BACKENDS`; None chooses by device.
+
+    Returns:
+        One contiguous tensor (n_i,) per input, of its dtype. Bits are copied. Nothing is mutated.
+
+    Raises:
+        TypeError, ValueError, IndexError: An argument does not fit; nothing has been read.
+        RuntimeError: `backend` cannot run here.
+    """
+    tensors = _checks.tensor_list("tensors", tensors)
+    _checks.same_length("indices", indices, "tensors", len(tensors))
+    _checks.index_tensors(indices, tensors, "tensors")
+    if not tensors:
+        return []
+    module = _backends.choose("gather", tensors[0].device.type, backend)
+    result: list[Tensor] = module.gather([t.detach() for t in tensors], indices)
+    return result
+
+
+def scatter_(
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Writes elements of many tensors by flat index: `tensors[i].flat[indices[i]] = values[i]`, in one call.
+
+    Args:
+        tensors: Mutated in place at `indices` alone. Any dtype of 1 to 16 bytes, any shape and strides.
+        indices: One int32 or int64 tensor (n_i,) per tensor: distinct flat positions in [0, numel).
+        values: One tensor (n_i,) per tensor, of its dtype and device.
+        backend: One of `BACKENDS`; None chooses by device.
+
+    Raises:
+        TypeError, ValueError, IndexError: An argument does not fit; nothing has been written.
+        RuntimeError: `backend` cannot run here.
+    """
+    tensors = _checks.tensor_list("tensors", tensors)
+    values = _checks.tensor_list("values", values)
+    _checks.same_length("indices", indices, "tensors", len(tensors))
+    _checks.same_length("values", values, "tensors", len(tensors))
+    _checks.index_tensors(indices, tensors, "tensors")
+    for i, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
+        _checks.shape_dtype(f"values[{i}]", value, index.shape, tensor.dtype)
+    if not tensors:
+        return
+    module = _backends.choose("scatter_", tensors[0].device.type, backend)
+    module.scatter_([t.detach() for t in tensors], indices, [v.detach() for v in values])
+
+
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,
+    masters: Sequence[Tensor | None] | None = None,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """One AdamW step on the selected coordinates of many parameters; every other element keeps its bits.
+
+    For each selected coordinate, with g = grad / grad_scale (negated to maximize) and t = step::
+
+        param      <- param * (1 - lr * weight_decay)
+        exp_avg    <- exp_avg + (1 - beta1) * (g - exp_avg)
+        exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g * g
+        denom       = sqrt(exp_avg_sq) / sqrt(1 - beta2^t) + eps
+        param      <- param - lr / (1 - beta1^t) * exp_avg / denom
+
+    Args:
+        params: Mutated in place at `indices` alone. float32, bfloat16, float16 or float64, any strides, one device.
+        grads: Shape of the parameter, any strides; or (n_i,), the selected values alone in the order of
+            `indices`. The parameter's dtype; float32 also fits a 16-bit parameter. Not mutated.
+        exp_avgs: (n_i,) per parameter, float32 (float64 for a float64 parameter), contiguous; mutated. For a
+            wholly selected parameter: its shape, contiguous or in its memory order.
+        exp_avg_sqs: Like `exp_avgs`; mutated.
+        indices: One int32 or int64 tensor (n_i,) of distinct flat positions per parameter; None: all of them.
+        step: Number of this step, counted from 1.
+        lr: Learning rate.
+        beta1: Decay rate of the first moment, in [0, 1).
+        beta2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay, on the selected coordinates alone.
+        max_exp_avg_sqs: AMSGrad's running maximum, like `exp_avg_sqs`; mutated. None: plain AdamW.
+        masters: For 16-bit parameters, float32 values that accumulate in the parameter's place, like `exp_avgs`;
+            mutated. Where the stored parameter is no longer the rounded master, the parameter wins.
+        maximize: Ascend instead.
+        grad_scale: Gradients are divided by it (torch.amp.GradScaler's scale).
+        backend: One of `BACKENDS`; None chooses by device.
+
+    Raises:
+        TypeError, ValueError, IndexError: An argument does not fit; nothing has been written.
+        RuntimeError: `backend` cannot run here.
+
+    Determinism: bit-equal from run to run and over thread counts; backends agree to rounding.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101.
+    """
+    params = _checks.tensor_list("params", params)
+    _checks.floating("params", params)
+    optional = [("max_exp_avg_sqs", max_exp_avg_sqs), ("masters", masters)]
+    lists = [("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("indices", indices)]
+    for name, values in lists + [(name, values) for name, values in optional if values is not None]:
+        _checks.same_length(name, values, "params", len(params))
+    grads = _checks.tensor_list("grads", grads)
+    _checks.index_tensors(indices, params, "params")
+    if step < 1:
+        raise ValueError(f"`step`: expected the number of this step, counted from 1, got {step}")
+    if not params:
+        return
+    segments = [
+        AdamWSegment(
+            param.detach(),
+            exp_avgs[i],
+            exp_avg_sqs[i],
+            None if (index := indices[i]) is None else index.contiguous(),
+            None if max_exp_avg_sqs is None else max_exp_avg_sqs[i],
+            None if masters is None else masters[i],
+        )
+        for i, param in enumerate(params)
+    ]
+    for i, (segment, grad) in enumerate(zip(segments, grads, strict=True)):
+        _check_segment(i, segment, grad)
+    hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay, step, maximize, grad_scale)
+    prepare_sparse_adamw(segments, backend=backend).step([g.detach() for g in grads], [hyper])
+
+
+def prepare_sparse_adamw(segments: Sequence[AdamWSegment], *, backend: str | None = None) -> AdamWPlan:
+    """A reusable step over `segments`, which are not checked; `SparseAdamW` keeps one between steps."""
+    module = _backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
+    plan: AdamWPlan = module.prepare_sparse_adamw(segments)
+    return plan
+
+
+def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
+    param = segment.param
+    shape = param.shape if segment.indices is None else segment.indices.shape
+    state = [("exp_avgs", segment.exp_avg), ("exp_avg_sqs", segment.exp_avg_sq)]
+    state += [("max_exp_avg_sqs", segment.max_exp_avg_sq)] if segment.max_exp_avg_sq is not None else []
+    state += [("masters", segment.master)] if segment.master is not None else []
+    for name, tensor in state:
+        _checks.shape_dtype(f"{name}[{i}]", tensor, shape, opmath_dtype(param.dtype))
+        if tensor.device != param.device:
+            raise ValueError(f"`{name}[{i}]`: expected device {param.device}, got {tensor.device}")
+        if tensor.stride() != segment.exp_avg.stride():
+            raise ValueError(
+                f"`{name}[{i}]`: expected the strides of `exp_avgs[{i}]`, {segment.exp_avg.stride()}, "
+                f"got {tensor.stride()}"
+            )
+    if segment.indices is not None and not segment.exp_avg.is_contiguous():
+        raise ValueError(f"`exp_avgs[{i}]`: expected contiguous, got strides {segment.exp_avg.stride()}")
+    if segment.master is not None and param.itemsize != 2:
+        raise ValueError(
+            f"`masters[{i}]`: expected None for a {_checks.short(param.dtype)} parameter; only 16-bit ones have masters"
+        )
+    if grad.shape != param.shape and not is_compact(grad, param, segment.count):
+        raise ValueError(
+            f"`grads[{i}]`: expected shape {tuple(param.shape)}, or ({segment.count},) for the selected values alone, "
+            f"got {tuple(grad.shape)}"
+        )
+    if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.element_size() == 4):
+        raise ValueError(
+            f"`grads[{i}]`: expected {_checks.short(param.dtype)} like `params[{i}]`, got {_checks.short(grad.dtype)}"
+        )
+    if grad.device != param.device:
+        raise ValueError(
+            f"`grads[{i}]`: expected device {param.device} like `params[{i}]`, got {grad.device}; move the model "
+            "before building the optimizer"
+        )

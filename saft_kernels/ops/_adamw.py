@@ -1,0 +1,88 @@
+"""What one sparse AdamW step is made of; every backend takes these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWHyper:
+    """The scalars of one (param group, step count)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: float
+    maximize: bool = False
+    grad_scale: float = 1.0
+
+    @property
+    def bias_correction1(self) -> float:
+        """1 - beta1^step."""
+        return 1.0 - float(self.beta1**self.step)
+
+    @property
+    def bias_correction2_sqrt(self) -> float:
+        """sqrt(1 - beta2^step)."""
+        return math.sqrt(1.0 - float(self.beta2**self.step))
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWSegment:
+    """One parameter with its selected coordinates and their state.
+
+    `indices` is None for a wholly selected parameter; the state then has the parameter's shape. `hyper` is the
+    row of the hyperparameters that apply.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    indices: Tensor | None = None
+    max_exp_avg_sq: Tensor | None = None
+    master: Tensor | None = None
+    hyper: int = 0
+
+    @property
+    def count(self) -> int:
+        """Selected coordinates of this parameter."""
+        return self.exp_avg.numel()
+
+
+class AdamWPlan(Protocol):
+    """A step made ready for one list of segments: checks and tables are done once, then `step` is cheap."""
+
+    def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+        """One step. `grads[i]`: shape of the i-th parameter, or (count,) with the selected values alone."""
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Compute and state dtype for a parameter dtype: fp32, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_compact(grad: Tensor, param: Tensor, count: int) -> bool:
+    """Whether `grad` holds the selected values alone."""
+    return grad.shape != param.shape and grad.shape == (count,)
+
+
+def same_memory_order(*tensors: Tensor) -> bool:
+    """Whether the tensors are dense, without overlap, and laid out alike: a walk over memory visits all in step."""
+    first = tensors[0]
+    if any(t.shape != first.shape or t.stride() != first.stride() for t in tensors[1:]):
+        return False
+    extent = 1
+    for stride, size in sorted(zip(first.stride(), first.shape, strict=True)):
+        if size > 1:
+            if stride != extent:
+                return False
+            extent *= size
+    return True

@@ -1,0 +1,63 @@
+"""Tables of int64 that mirror the C structs of csrc/: what the compiled backends read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Table = npt.NDArray[np.int64]
+
+# saft::ScalarType
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def layout(tensor: Tensor) -> tuple[int, ...]:
+    """Sizes, then strides, with mergeable dimensions merged; empty when the tensor is contiguous."""
+    if tensor.is_contiguous():
+        return ()
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == stride * size:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return (*sizes, *strides)
+
+
+class Layouts:
+    """Owns the layout arrays that table rows point to; keep it as long as the table."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, ...], Table] = {}
+
+    def columns(self, shape_and_strides: tuple[int, ...]) -> tuple[int, int]:
+        """The `ndim` and `layout` fields of one tensor."""
+        if not shape_and_strides:
+            return 0, 0
+        array = self._arrays.get(shape_and_strides)
+        if array is None:
+            array = self._arrays[shape_and_strides] = np.array(shape_and_strides, dtype=np.int64)
+        return len(shape_and_strides) // 2, array.ctypes.data
+
+    def tensor_desc(self, tensor: Tensor) -> tuple[int, int, int, int, int]:
+        """saft::TensorDesc."""
+        return (
+            tensor.data_ptr(),
+            tensor.numel(),
+            DTYPE_CODES[tensor.dtype],
+            *self.columns(layout(tensor)),
+        )
+
+
+def table(rows: Iterable[Sequence[int]], num_columns: int) -> Table:
+    """Rows of equal length as one C-contiguous int64 array."""
+    return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)

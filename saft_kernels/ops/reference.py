@@ -1,0 +1,116 @@
+"""Each op in plain PyTorch: the definition, the oracle of the tests, and the fallback on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._adamw import AdamWHyper, AdamWSegment, is_compact, opmath_dtype
+from ._types import TopK
+
+
+def why_unavailable(device_type: str | None) -> str | None:
+    """None: it runs wherever torch does."""
+    return None
+
+
+# ---- topk_magnitude ----
+
+
+def magnitude_keys(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers (numel,) that order as |x| in `dtype` (fp32 or fp64); every NaN gets the one largest key."""
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    largest = torch.iinfo(integer).max
+    values = tensor.detach().reshape(-1).to(dtype)
+    keys = values.view(integer) & largest
+    return torch.where(values.isnan(), largest, keys)
+
+
+def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
+    """See `saft_kernels.ops.topk_magnitude`. Memory: 8 B per element (16 B with fp64) of temporaries."""
+    num_nonfinite = sum(int((~t.isfinite()).sum()) for t in tensors)
+    empty = [torch.empty(0, dtype=torch.int64, device=t.device) for t in tensors]
+    if k == 0:
+        return TopK(tuple(empty), float("inf"), num_nonfinite)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    keys = torch.cat([magnitude_keys(t, dtype) for t in tensors])
+    threshold = torch.topk(keys, k, sorted=False).values.min()
+    selected = keys > threshold
+    ties = (keys == threshold).nonzero().flatten()  # ascending: the lowest positions win
+    selected[ties[: k - int(selected.sum())]] = True
+    parts = selected.split([t.numel() for t in tensors])
+    indices = tuple(part.nonzero().flatten() for part in parts)
+    value = threshold.view(dtype)
+    return TopK(indices, float(value), num_nonfinite)
+
+
+# ---- gather, scatter_ ----
+
+
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """See `saft_kernels.ops.gather`."""
+    return [t.detach().take(i.long()) for t, i in zip(tensors, indices, strict=True)]
+
+
+def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.scatter_`."""
+    for tensor, index, value in zip(tensors, indices, values, strict=True):
+        tensor.detach().put_(index.long(), value)
+
+
+# ---- sparse_adamw_ ----
+
+
+class Plan:
+    """Keeps the segments; every step spells out the definition."""
+
+    def __init__(self, segments: Sequence[AdamWSegment]) -> None:
+        self.segments = list(segments)
+
+    def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+        """One step, segment by segment."""
+        for segment, grad in zip(self.segments, grads, strict=True):
+            adamw_segment_(segment, grad, hypers[segment.hyper])
+
+
+def adamw_segment_(segment: AdamWSegment, grad: Tensor, hyper: AdamWHyper) -> None:
+    """torch.optim.AdamW's single-tensor step on the selected coordinates of one parameter."""
+    param = segment.param.detach()
+    dtype = opmath_dtype(param.dtype)
+    grad = grad.detach()
+    if segment.indices is None:
+        stored = param
+    else:
+        index = segment.indices.long()
+        stored = param.take(index)
+        if not is_compact(grad, param, segment.count):
+            grad = grad.take(index)
+    value = stored.to(dtype)
+    if segment.master is not None:
+        # the parameter wins when someone else wrote it
+        master = segment.master.view_as(value)
+        value = torch.where(master.to(param.dtype) == stored, master, value)
+    grad = grad.to(dtype) * ((-1.0 if hyper.maximize else 1.0) / hyper.grad_scale)
+
+    value = value * (1 - hyper.lr * hyper.weight_decay)
+    exp_avg, exp_avg_sq = segment.exp_avg, segment.exp_avg_sq
+    exp_avg.lerp_(grad.view_as(exp_avg), 1 - hyper.beta1)
+    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad.view_as(exp_avg), grad.view_as(exp_avg), value=1 - hyper.beta2)
+    second_moment = exp_avg_sq
+    if segment.max_exp_avg_sq is not None:
+        torch.maximum(segment.max_exp_avg_sq, exp_avg_sq, out=segment.max_exp_avg_sq)
+        second_moment = segment.max_exp_avg_sq
+    denom = (second_moment.sqrt() / hyper.bias_correction2_sqrt).add_(hyper.eps)
+    value = value.addcdiv(exp_avg.view_as(value), denom.view_as(value), value=-hyper.lr / hyper.bias_correction1)
+
+    if segment.master is not None:
+        segment.master.copy_(value.view_as(segment.master))
+    if segment.indices is None:
+        param.copy_(value)
+    else:
+        param.put_(index, value.to(param.dtype))
+
+
+prepare_sparse_adamw = Plan
