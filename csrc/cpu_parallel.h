@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfenv>
 #include <exception>
 
 #include "common.h"
@@ -14,7 +15,8 @@ namespace saft {
 
 // Calls fn(item, thread) for every item in [0, num_items), in any order, `thread` in [0, num_threads).
 // Items are handed out in runs of `run` as threads come free. The first exception thrown is rethrown here
-// (OpenMP would terminate the process).
+// (OpenMP would terminate the process). Every thread computes in the caller's floating-point environment:
+// with torch.set_flush_denormal(True), which holds for one thread, results would depend on the schedule.
 template <class Fn>
 void parallel_for(index_t num_items, index_t run, int num_threads, const Fn& fn) {
   const index_t num_runs = (num_items + run - 1) / run;
@@ -22,8 +24,13 @@ void parallel_for(index_t num_items, index_t run, int num_threads, const Fn& fn)
 #if defined(_OPENMP)
   if (threads > 1) {
     std::exception_ptr error;
+    std::fenv_t caller;
+    std::fegetenv(&caller);
 #pragma omp parallel num_threads(threads)
     {
+      std::fenv_t own;
+      std::fegetenv(&own);
+      std::fesetenv(&caller);
       const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
       for (index_t r = 0; r < num_runs; ++r) {
@@ -35,6 +42,7 @@ void parallel_for(index_t num_items, index_t run, int num_threads, const Fn& fn)
           if (!error) error = std::current_exception();
         }
       }
+      std::fesetenv(&own);
     }
     if (error) std::rethrow_exception(error);
     return;

@@ -2,15 +2,20 @@
 //
 // Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011).
 //   sample   a stratified sample brackets the k-th key: [bracket.lo, bracket.hi]
-//   filter   the only full read. key > hi: sure; lo <= key <= hi: band. Per tile and per set, a list of
-//            16-bit positions, or a bitmap once that is smaller; keys are kept for the band alone
-//   verify   n_sure < k <= n_sure + n_band, both exact. If not, or if the band outgrew its budget: a radix
-//            select over the data finds the exact key, and one more filter uses it as both bounds
+//   filter   the only full read. key > hi: sure; lo <= key <= hi: band. Per tile: lists of 16-bit positions
+//   when few
+//            survivors are expected, else a bitmap of the sure ones; keys are kept for the band alone
+//   verify   n_sure < k <= n_sure + n_band, both exact. If not, or if a list outgrew its budget: a radix
+//   select over
+//            the data finds the exact key, and one more filter uses it as both bounds
 //   select   the exact k-th key from the band
 //   emit     per tile: sure + band keys above the threshold + the tile's share of the ties, which go to the
-//            lowest positions by a scan over tiles
-// Traffic    reads sizeof(scalar_t) B/elem once; writes 8 B per selected position. Workspace: at most 1 bit
-//            per element and 6 B (10 B with fp64) per band element, band <= max(2^17, N / 64).
+//   lowest
+//            positions by a scan over tiles
+// Traffic    reads sizeof(scalar_t) B/elem once; writes 8 B per selected position. Workspace: lists of 2 B
+// per survivor
+//            (at most N / 16 of them) or 1 bit per element; 6 B (10 B with fp64) per band element (at most N
+//            / 64); 1 bit per element more when a single key is the whole bracket.
 // Contract   the sample only steers: no guess, budget or schedule can change the answer.
 // Threads    tiles are handed out dynamically; each result has a fixed place, so none depends on timing.
 
@@ -22,7 +27,7 @@
 
 #include "cpu_parallel.h"
 #include "topk_magnitude.h"
-#include "topk_magnitude_filter.h"
+#include "topk_magnitude_compare.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,13 +37,16 @@ namespace saft {
 namespace {
 
 constexpr index_t kTileWords = kTileNumel / 64;
-constexpr uint32_t kListLimit = kTileNumel / 16;  // a longer u16 list is larger than the tile's bitmap
-constexpr index_t kLineNumel = 16;                // sampled together: one 64-byte line of fp32
-constexpr index_t kSampleLines = index_t(1) << 16;
-constexpr index_t kSmallNumel = index_t(1) << 17;  // below this everything is band; no sample
-constexpr index_t kBandShare = 64;                 // band budget = numel / kBandShare
-// Half-width of the bracket in binomial standard deviations. Gradients are correlated along rows and
-// columns: structured gradients gave rank errors up to 2.4 sigma with this sample.
+constexpr index_t kBlockWords = 16;                // compared, then scanned, while its 4 KB of fp32 are in L1
+constexpr index_t kLineNumel = 16;                 // sampled together: one 64-byte line of fp32
+constexpr index_t kSmallNumel = index_t(1) << 17;  // up to here everything is band; no sample
+// Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24.
+constexpr double kListShare = 1.0 / 32;  // expect fewer survivors than this: lists; more: bitmaps
+constexpr index_t kListBudget = 16;      // lists hold at most numel / kListBudget survivors
+constexpr index_t kBandBudget = 64;      // band keys: at most numel / kBandBudget
+constexpr index_t kMinSample = index_t(1) << 16, kMaxSample = index_t(1) << 20;  // elements
+// Half-width of the bracket in binomial standard deviations. Gradients are correlated along rows and columns:
+// structured gradients gave rank errors up to 2.4 sigma with this sample.
 constexpr double kSigmas = 6.0;
 constexpr int kSampleBits = 16;
 constexpr int kDigitBits = 11;
@@ -49,57 +57,70 @@ struct Tile {
   index_t numel;
 };
 
+// Bounds on the k-th key, and how many survivors (key >= lo) to expect.
 template <class Key>
 struct Bracket {
   Key lo, hi;
+  double survivor_share;
 };
 
-// A set of positions in a tile: a list or a bitmap, whichever is smaller.
-struct PositionSet {
-  uint32_t count = 0;
-  const uint16_t* list = nullptr;
-  const uint64_t* words = nullptr;
-};
-
+// Survivors of one tile, ascending. Sure: a list or a bitmap. Band: a list with keys; when the bracket is one
+// key, a list or a bitmap without.
 template <class Key>
 struct Survivors {
-  PositionSet sure, band;
-  const Key* band_keys = nullptr;  // beside band.list; null when the bracket is a single key
-  uint32_t num_greater = 0;        // band keys above the threshold
-  uint32_t num_equal = 0;          // band keys equal to it
+  uint32_t num_sure = 0;
+  uint32_t num_band = 0;
+  uint32_t num_greater = 0;  // band keys above the threshold
+  uint32_t num_equal = 0;    // band keys equal to it
+  const uint16_t* sure_list = nullptr;
+  const uint64_t* sure_words = nullptr;
+  const uint16_t* band_list = nullptr;
+  const uint64_t* band_words = nullptr;
+  const Key* band_keys = nullptr;
 };
 
-// Bump allocator; memory is untouched until used.
-class Arena {
+// A growing array that never moves: room for one more tile is reserved, then what was used is kept.
+template <class T>
+class Slab {
  public:
-  template <class T>
-  T* allocate(size_t n) {
-    size_t bytes = (n * sizeof(T) + 15) / 16 * 16;
-    if (bytes > available_) {
-      available_ = std::max(bytes, kChunkBytes);
-      chunks_.emplace_back(new std::byte[available_]);
+  T* reserve(size_t n) {
+    if (n > available_) {
+      available_ = std::max(n, kChunkBytes / sizeof(T));
+      chunks_.emplace_back(new T[available_]);  // untouched until written
       next_ = chunks_.back().get();
     }
-    T* result = reinterpret_cast<T*>(next_);
-    next_ += bytes;
-    available_ -= bytes;
-    return result;
+    return next_;
+  }
+  void keep(size_t n) {
+    next_ += n;
+    available_ -= n;
   }
 
  private:
   static constexpr size_t kChunkBytes = size_t(1) << 20;
-  std::vector<std::unique_ptr<std::byte[]>> chunks_;
-  std::byte* next_ = nullptr;
+  std::vector<std::unique_ptr<T[]>> chunks_;
+  T* next_ = nullptr;
   size_t available_ = 0;
 };
 
-// What one thread needs for one tile.
-struct Scratch {
-  alignas(64) uint64_t candidate[kTileWords];
-  alignas(64) uint64_t sure[kTileWords];
-  alignas(64) index_t expanded[64 * 64 + 8];
+template <class Key>
+struct Workspace {
+  Slab<uint16_t> positions;
+  Slab<uint16_t> band_positions;
+  Slab<Key> band_keys;
+  Slab<uint64_t> words;
+  alignas(64) uint64_t scratch_words[kTileWords];
+  alignas(64) uint16_t selected[kTileNumel + kPositionsOverrun];
   std::vector<double> gathered;  // a strided tile, made contiguous; double for alignment
   index_t num_nonfinite = 0;
+
+  void clear() {
+    positions = {};
+    band_positions = {};
+    band_keys = {};
+    words = {};
+    num_nonfinite = 0;
+  }
 };
 
 template <class scalar_t>
@@ -137,11 +158,12 @@ void gather_run(const TensorDesc& tensor, index_t first, index_t n, scalar_t* ou
   }
 }
 
+// The elements of one tile, contiguous.
 template <class scalar_t>
-const scalar_t* load_tile(const TensorDesc& tensor, const Tile& tile, Scratch& scratch) {
+const scalar_t* load_tile(const TensorDesc& tensor, const Tile& tile, std::vector<double>& gathered) {
   if (tensor.ndim == 0) return static_cast<const scalar_t*>(tensor.data) + tile.first;
-  scratch.gathered.resize((kTileNumel * sizeof(scalar_t) + 7) / 8);
-  scalar_t* out = reinterpret_cast<scalar_t*>(scratch.gathered.data());
+  gathered.resize((kTileNumel * sizeof(scalar_t) + 7) / 8);
+  scalar_t* out = reinterpret_cast<scalar_t*>(gathered.data());
   gather_run(tensor, tile.first, tile.numel, out);
   return out;
 }
@@ -157,11 +179,6 @@ inline int bit_width(uint64_t x) {
   int n = 0;
   for (; x != 0; x >>= 1) ++n;
   return n;
-}
-
-template <class Visit>
-void for_each_bit(uint64_t word, const Visit& visit) {
-  for (; word != 0; word &= word - 1) visit(count_trailing_zeros(word));
 }
 
 // Fresh pages cost more than the bytes written to them: ask for huge ones where the system leaves the choice.
@@ -184,16 +201,16 @@ class TopKMagnitude {
         num_tensors_(num_tensors),
         k_(k),
         num_threads_(std::max(1, num_threads)),
-        isa_(isa),
-        scratch_(size_t(num_threads_)) {
+        isa_(isa) {
     for (index_t t = 0; t < num_tensors; ++t) {
       numel_ += tensors[t].numel;
       for (index_t first = 0; first < tensors[t].numel; first += kTileNumel) {
         tiles_.push_back({t, first, std::min(kTileNumel, tensors[t].numel - first)});
       }
     }
+    num_threads_ = int(std::min<index_t>(num_threads_, std::max<index_t>(1, index_t(tiles_.size()))));
     run_ = std::min<index_t>(64, 1 + index_t(tiles_.size()) / (num_threads_ * 256));
-    for (auto& scratch : scratch_) scratch = std::make_unique<Scratch>();
+    for (int i = 0; i < num_threads_; ++i) workspaces_.push_back(std::make_unique<Workspace<Key>>());
   }
 
   TopKResult run(index_t* indices, index_t* counts) {
@@ -201,15 +218,14 @@ class TopKMagnitude {
     Bracket<Key> bracket = sample_bracket();
     bool verified = filter(bracket) && num_sure_ < k_ && k_ <= num_sure_ + num_band_;
     if (!verified && k_ > 0) {
-      const Key exact = radix_select({0, CommonKey<Key>::kNaN}, k_, data_visitor());
-      bracket = {exact, exact};
+      const Key exact = radix_select(0, CommonKey<Key>::kNaN, k_, data_visitor());
+      bracket = {exact, exact, 1.0};
       filter(bracket);
     }
     TopKResult result{std::numeric_limits<double>::infinity(), 0};
-    for (const auto& scratch : scratch_) result.num_nonfinite += scratch->num_nonfinite;
+    for (const auto& workspace : workspaces_) result.num_nonfinite += workspace->num_nonfinite;
     if (k_ == 0) return result;
-    const Key threshold =
-        bracket.lo == bracket.hi ? bracket.lo : radix_select(bracket, k_ - num_sure_, band_visitor());
+    const Key threshold = radix_select(bracket.lo, bracket.hi, k_ - num_sure_, band_visitor());
     advise_huge_pages(indices, size_t(k_) * sizeof(index_t));
     emit(threshold, indices, counts);
     result.threshold = key_to_double(threshold);
@@ -233,16 +249,23 @@ class TopKMagnitude {
 
   // ---- sample ----
 
+  // The best sample size: reading more of it costs as much as the narrower band saves.
+  index_t sample_numel() const {
+    const double share = double(k_) / double(numel_);
+    const double best = std::pow(9.0 * double(numel_) * std::sqrt(share), 2.0 / 3.0);
+    return std::clamp(index_t(best), kMinSample, kMaxSample);
+  }
+
   Bracket<Key> sample_bracket() {
-    const Bracket<Key> everything{0, CommonKey<Key>::kNaN};
-    if (k_ == 0) return {CommonKey<Key>::kNaN, CommonKey<Key>::kNaN};  // only counts non-finite elements
-    if (numel_ <= kSmallNumel) return everything;
+    constexpr Key kNaN = CommonKey<Key>::kNaN;
+    if (k_ == 0) return {kNaN, kNaN, 0.0};  // only counts non-finite elements
+    if (numel_ <= kSmallNumel) return {0, kNaN, 0.0};
     std::vector<index_t> first_line(size_t(num_tensors_) + 1, 0);
     for (index_t t = 0; t < num_tensors_; ++t) {
       first_line[t + 1] = first_line[t] + (tensors_[t].numel + kLineNumel - 1) / kLineNumel;
     }
     const index_t num_lines = first_line[num_tensors_];
-    const index_t num_sampled = std::min(num_lines, kSampleLines);
+    const index_t num_sampled = std::min(num_lines, sample_numel() / kLineNumel);
     const double stride = double(num_lines) / double(num_sampled);
     constexpr index_t kRun = 256;
     std::vector<std::vector<uint32_t>> histograms(static_cast<size_t>(num_threads_));
@@ -273,8 +296,9 @@ class TopKMagnitude {
     const double share = double(k_) / double(numel_);
     const double rank = share * double(num_keys);
     const double margin = kSigmas * std::sqrt(rank * (1 - share)) + kSigmas * kSigmas / 2;
-    return {key_at_rank(histograms, rank + margin, num_keys).lo,
-            key_at_rank(histograms, rank - margin, num_keys).hi};
+    const auto [lo, share_lo] = key_at_rank(histograms, rank + margin, num_keys, false);
+    const auto [hi, share_hi] = key_at_rank(histograms, rank - margin, num_keys, true);
+    return {lo, hi, share_lo};
   }
 
   static void prefetch_line(const TensorDesc& tensor, index_t line) {
@@ -303,121 +327,187 @@ class TopKMagnitude {
     return n;
   }
 
-  // The bin that holds descending rank `rank` of the sample: 0 or less means above all, num_keys or more
-  // below all.
-  static Bracket<Key> key_at_rank(const std::vector<std::vector<uint32_t>>& histograms, double rank,
-                                  index_t num_keys) {
+  // The lower (or upper) end of the histogram bin that holds descending rank `rank` of the sample, and the
+  // share of the sample at or above that bin. A rank below 1 is above all keys, one past the end below all.
+  static std::pair<Key, double> key_at_rank(const std::vector<std::vector<uint32_t>>& histograms, double rank,
+                                            index_t num_keys, bool upper_end) {
     constexpr int shift = CommonKey<Key>::kBits - kSampleBits;
-    if (rank < 1) return {CommonKey<Key>::kNaN, CommonKey<Key>::kNaN};
-    if (rank >= double(num_keys)) return {0, 0};
+    if (rank < 1) return {CommonKey<Key>::kNaN, 0.0};
+    if (rank >= double(num_keys)) return {0, 1.0};
     index_t above = 0;
-    for (Key bin = Key(1) << kSampleBits; bin-- > 0;) {
+    Key bin = Key(1) << kSampleBits;
+    while (double(above) < rank) {
+      --bin;
       for (const auto& histogram : histograms) above += histogram.empty() ? 0 : histogram[bin];
-      if (double(above) >= rank) return {Key(bin << shift), Key(((bin + 1) << shift) - 1)};
     }
-    return {0, 0};
+    const Key lower = Key(bin << shift);
+    return {upper_end ? Key(lower + ((Key(1) << shift) - 1)) : lower, double(above) / double(num_keys)};
   }
 
   // ---- filter ----
 
-  // Fills survivors_, num_sure_, num_band_. False: the band outgrew its budget and the pass was abandoned.
-  bool filter(Bracket<Key> bracket) {
-    const bool keep_keys = bracket.lo != bracket.hi;
-    const index_t budget = std::max(kSmallNumel, numel_ / kBandShare);
+  // Fills survivors_, num_sure_, num_band_. False: a budget was outgrown and the pass was abandoned.
+  bool filter(const Bracket<Key>& bracket) {
+    const bool lists = bracket.survivor_share < kListShare;
+    const bool keep_keys = lists || bracket.lo != bracket.hi;
+    const index_t budget = std::max(kSmallNumel, numel_ / kListBudget);
+    const index_t band_budget = std::max(kSmallNumel, numel_ / kBandBudget);
     std::atomic<index_t> num_sure{0}, num_band{0};
     survivors_.assign(tiles_.size(), {});
-    arenas_ = std::vector<Arena>(size_t(num_threads_));
-    for (auto& scratch : scratch_) scratch->num_nonfinite = 0;
-    const auto overflow = [&] { return keep_keys && num_band.load(std::memory_order_relaxed) > budget; };
+    for (auto& workspace : workspaces_) workspace->clear();
+    const auto outgrown = [&] {
+      const index_t band = num_band.load(std::memory_order_relaxed);
+      return (keep_keys && band > band_budget) ||
+             (lists && num_sure.load(std::memory_order_relaxed) + band > budget);
+    };
     for_each_tile([&](index_t t, int thread) {
-      if (overflow()) return;
+      if (outgrown()) return;
       const Tile& tile = tiles_[t];
-      dispatch(tensors_[tile.tensor].dtype, [&](auto tag) {
+      const TensorDesc& tensor = tensors_[tile.tensor];
+      Workspace<Key>& workspace = *workspaces_[thread];
+      Survivors<Key>& out = survivors_[t];
+      dispatch(tensor.dtype, [&](auto tag) {
         using scalar_t = typename decltype(tag)::type;
-        Scratch& scratch = *scratch_[thread];
-        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, scratch);
-        const FilterCounts counts = filter_tile(x, tile.numel, bracket, scratch);
-        const index_t num_tile_band = counts.num_candidate - counts.num_sure;
-        num_sure.fetch_add(counts.num_sure, std::memory_order_relaxed);
-        num_band.fetch_add(num_tile_band, std::memory_order_relaxed);
-        if (counts.any_nonfinite) scratch.num_nonfinite += count_nonfinite(x, tile.numel);
-        if (!overflow()) store_survivors(x, counts, keep_keys, scratch, arenas_[thread], survivors_[t]);
+        const scalar_t* x = load_tile<scalar_t>(tensor, tile, workspace.gathered);
+        const Thresholds<scalar_t> above(bracket);
+        if (lists) {
+          filter_to_lists(x, tile.numel, above, workspace, out);
+        } else {
+          filter_to_words(x, tile.numel, above, keep_keys, workspace, out);
+        }
       });
+      num_sure.fetch_add(out.num_sure, std::memory_order_relaxed);
+      num_band.fetch_add(out.num_band, std::memory_order_relaxed);
     });
     num_sure_ = num_sure;
     num_band_ = num_band;
-    return !overflow();
+    return !outgrown();
   }
 
+  // The bracket in a tensor's own keys.
   template <class scalar_t>
-  FilterCounts filter_tile(const scalar_t* x, index_t n, Bracket<Key> bracket, Scratch& scratch) {
+  struct Thresholds {
     using key_t = typename KeyTraits<scalar_t>::key_t;
-    using skey_t = signed_key_t<scalar_t>;
-    const FilterThresholds<scalar_t> above{
-        skey_t(key_t(first_native_key<Key, scalar_t>(bracket.lo) - 1)),
-        skey_t(key_t(first_native_key<Key, scalar_t>(bracket.hi + 1) - 1))};
-    const index_t full = n / 64;
-    FilterCounts counts = saft::filter(isa_, x, full, above, scratch.candidate, scratch.sure);
-    if (const index_t rest = n - full * 64) {
+    signed_key_t<scalar_t> candidate, sure;
+    explicit Thresholds(const Bracket<Key>& bracket)
+        : candidate(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.lo) - 1))),
+          sure(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.hi + 1) - 1))) {}
+  };
+
+  // Compares up to kBlockWords words from x[first]; bits past the end of the tile are cleared.
+  template <bool kCheckFinite, class scalar_t>
+  bool compare_block(const scalar_t* x, index_t first, index_t n, signed_key_t<scalar_t> above,
+                     uint64_t* words) const {
+    const index_t count = std::min(n - first, kBlockWords * 64);
+    bool nonfinite = compare<kCheckFinite>(isa_, x + first, count / 64, above, words);
+    if (const index_t rest = count % 64) {
       scalar_t tail[64] = {};
-      std::copy_n(x + full * 64, rest, tail);
-      uint64_t& candidate = scratch.candidate[full];
-      uint64_t& sure = scratch.sure[full];
-      const FilterCounts in_tail = filter_baseline(tail, 1, above, &candidate, &sure);
-      const uint64_t padding = ~uint64_t(0) << rest;
-      // the padding is zeros: all of it passes a threshold, or none
-      counts.num_candidate += in_tail.num_candidate - (candidate & padding ? 64 - rest : 0);
-      counts.num_sure += in_tail.num_sure - (sure & padding ? 64 - rest : 0);
-      counts.any_nonfinite |= in_tail.any_nonfinite;
-      candidate &= ~padding;
-      sure &= ~padding;
+      std::copy_n(x + first + count - rest, rest, tail);
+      uint64_t& word = words[count / 64];
+      nonfinite |= compare_baseline<kCheckFinite>(tail, 1, above, &word);
+      word &= ~(~uint64_t(0) << rest);
     }
-    const index_t words = (n + 63) / 64;
-    std::fill(scratch.candidate + words, scratch.candidate + kTileWords, 0);
-    std::fill(scratch.sure + words, scratch.sure + kTileWords, 0);
-    return counts;
+    return nonfinite;
+  }
+
+  // Calls visit(bit) for the set bits of up to kBlockWords sparse words, ascending. Empty words are left out
+  // first: skipping them one by one would mispredict.
+  template <class Visit>
+  static void visit_bits(const uint64_t* words, index_t num_words, const Visit& visit) {
+    uint8_t occupied[kBlockWords];
+    uint32_t num_occupied = 0;
+    for (index_t w = 0; w < num_words; ++w) {
+      occupied[num_occupied] = uint8_t(w);
+      num_occupied += words[w] != 0;
+    }
+    for (uint32_t i = 0; i < num_occupied; ++i) {
+      uint64_t word = words[occupied[i]];
+      do {
+        visit(index_t(occupied[i]) * 64 + __builtin_ctzll(word));
+        word &= word - 1;
+      } while (word != 0);
+    }
   }
 
   template <class scalar_t>
-  static index_t count_nonfinite(const scalar_t* x, index_t n) {
-    index_t count = 0;
-    for (index_t i = 0; i < n; ++i) count += native_key(x[i]) >= KeyTraits<scalar_t>::kInf;
-    return count;
+  void filter_to_lists(const scalar_t* x, index_t n, const Thresholds<scalar_t>& above,
+                       Workspace<Key>& workspace, Survivors<Key>& out) const {
+    using key_t = typename KeyTraits<scalar_t>::key_t;
+    uint16_t* sure = workspace.positions.reserve(size_t(n) + 1);
+    uint16_t* band = workspace.band_positions.reserve(size_t(n) + 1);
+    Key* band_keys = workspace.band_keys.reserve(size_t(n) + 1);
+    uint32_t num_sure = 0, num_band = 0;
+    index_t num_nonfinite = 0;
+    // inf and NaN are survivors, unless the bracket starts above inf
+    const signed_key_t<scalar_t> candidate = std::min(above.candidate, kBelowInf<scalar_t>);
+    for (index_t first = 0; first < n; first += kBlockWords * 64) {
+      uint64_t words[kBlockWords];
+      compare_block<false>(x, first, n, candidate, words);
+      visit_bits(words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
+        // written to both lists, kept in one or none: no branch on the data
+        const index_t position = first + bit;
+        const key_t key = native_key(x[position]);
+        const bool is_candidate = signed_key_t<scalar_t>(key) > above.candidate;
+        const bool is_sure = signed_key_t<scalar_t>(key) > above.sure;
+        sure[num_sure] = uint16_t(position);
+        num_sure += is_sure;
+        band[num_band] = uint16_t(position);
+        band_keys[num_band] = widen_key<Key, scalar_t>(key);
+        num_band += is_candidate && !is_sure;
+        num_nonfinite += key >= KeyTraits<scalar_t>::kInf;
+      });
+    }
+    out.num_sure = num_sure;
+    out.num_band = num_band;
+    out.sure_list = sure;
+    out.band_list = band;
+    out.band_keys = band_keys;
+    workspace.positions.keep(num_sure);
+    workspace.band_positions.keep(num_band);
+    workspace.band_keys.keep(num_band);
+    workspace.num_nonfinite += num_nonfinite;
   }
 
   template <class scalar_t>
-  static void store_survivors(const scalar_t* x, const FilterCounts& counts, bool keep_keys, Scratch& scratch,
-                              Arena& arena, Survivors<Key>& out) {
-    uint64_t* band = scratch.candidate;  // sure is a subset of candidate; what is left is the band
-    for (index_t w = 0; w < kTileWords; ++w) band[w] &= ~scratch.sure[w];
-    const uint32_t num_band = uint32_t(counts.num_candidate - counts.num_sure);
-    out.sure = store_positions(scratch.sure, uint32_t(counts.num_sure), false, arena);
-    out.band = store_positions(band, num_band, keep_keys, arena);
-    if (keep_keys && num_band > 0) {
-      Key* keys = arena.allocate<Key>(num_band);
-      for (uint32_t i = 0; i < num_band; ++i) {
-        keys[i] = widen_key<Key, scalar_t>(native_key(x[out.band.list[i]]));
-      }
+  void filter_to_words(const scalar_t* x, index_t n, const Thresholds<scalar_t>& above, bool keep_keys,
+                       Workspace<Key>& workspace, Survivors<Key>& out) const {
+    const index_t num_words = (n + 63) / 64;
+    uint64_t* sure = workspace.words.reserve(size_t(num_words));
+    workspace.words.keep(size_t(num_words));
+    uint64_t* band = keep_keys ? workspace.scratch_words : workspace.words.reserve(size_t(num_words));
+    if (!keep_keys) workspace.words.keep(size_t(num_words));
+    uint16_t* list = keep_keys ? workspace.band_positions.reserve(size_t(n)) : nullptr;
+    Key* keys = keep_keys ? workspace.band_keys.reserve(size_t(n)) : nullptr;
+    uint32_t num_band = 0;
+    bool nonfinite = false;
+    for (index_t first = 0; first < num_words; first += kBlockWords) {
+      nonfinite |= compare_block<true>(x, first * 64, n, above.candidate, band + first);
+      compare_block<false>(x, first * 64, n, above.sure, sure + first);
+      const index_t last = std::min(num_words, first + kBlockWords);
+      for (index_t w = first; w < last; ++w) band[w] &= ~sure[w];
+      if (!keep_keys) continue;
+      visit_bits(band + first, last - first, [&](index_t bit) {
+        const index_t position = first * 64 + bit;
+        list[num_band] = uint16_t(position);
+        keys[num_band] = widen_key<Key, scalar_t>(native_key(x[position]));
+        ++num_band;
+      });
+    }
+    out.num_sure = uint32_t(count_bits(isa_, sure, num_words));
+    out.num_band = keep_keys ? num_band : uint32_t(count_bits(isa_, band, num_words));
+    out.sure_words = sure;
+    if (keep_keys) {
+      workspace.band_positions.keep(num_band);
+      workspace.band_keys.keep(num_band);
+      out.band_list = list;
       out.band_keys = keys;
-    }
-  }
-
-  static PositionSet store_positions(const uint64_t* words, uint32_t count, bool as_list, Arena& arena) {
-    PositionSet set;
-    set.count = count;
-    if (count == 0) return set;
-    if (as_list || count <= kListLimit) {
-      uint16_t* list = arena.allocate<uint16_t>(count);
-      set.list = list;
-      for (index_t w = 0; w < kTileWords; ++w) {
-        for_each_bit(words[w], [&](int bit) { *list++ = uint16_t(w * 64 + bit); });
-      }
     } else {
-      uint64_t* copy = arena.allocate<uint64_t>(kTileWords);
-      std::copy_n(words, kTileWords, copy);
-      set.words = copy;
+      out.band_words = band;
     }
-    return set;
+    if (nonfinite) {
+      for (index_t i = 0; i < n; ++i)
+        workspace.num_nonfinite += native_key(x[i]) >= KeyTraits<scalar_t>::kInf;
+    }
   }
 
   // ---- select ----
@@ -426,7 +516,7 @@ class TopKMagnitude {
   auto band_visitor() {
     return [this](index_t t, int, const auto& fn) {
       const Survivors<Key>& tile = survivors_[t];
-      for (uint32_t i = 0; i < tile.band.count; ++i) fn(tile.band_keys[i]);
+      for (uint32_t i = 0; i < tile.num_band; ++i) fn(tile.band_keys[i]);
     };
   }
 
@@ -435,36 +525,36 @@ class TopKMagnitude {
       const Tile& tile = tiles_[t];
       dispatch(tensors_[tile.tensor].dtype, [&](auto tag) {
         using scalar_t = typename decltype(tag)::type;
-        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, *scratch_[thread]);
+        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, workspaces_[thread]->gathered);
         for (index_t i = 0; i < tile.numel; ++i) fn(widen_key<Key, scalar_t>(native_key(x[i])));
       });
     };
   }
 
-  // The key of descending rank `rank` (1 = largest) among the visited keys inside the bracket.
+  // The key of descending rank `rank` (1 = largest) among the visited keys in [lo, hi].
   template <class Visitor>
-  Key radix_select(Bracket<Key> bracket, index_t rank, const Visitor& visit_tile) {
-    while (bracket.lo != bracket.hi) {
-      const int shift = std::max(0, bit_width(bracket.hi - bracket.lo) - kDigitBits);
+  Key radix_select(Key lo, Key hi, index_t rank, const Visitor& visit_tile) {
+    while (lo != hi) {
+      const int shift = std::max(0, bit_width(hi - lo) - kDigitBits);
       std::vector<std::vector<index_t>> histograms(static_cast<size_t>(num_threads_),
                                                    std::vector<index_t>(size_t(1) << kDigitBits, 0));
       for_each_tile([&](index_t t, int thread) {
         index_t* histogram = histograms[thread].data();
         visit_tile(t, thread, [&](Key key) {
-          if (key >= bracket.lo && key <= bracket.hi) ++histogram[(key - bracket.lo) >> shift];
+          if (key >= lo && key <= hi) ++histogram[(key - lo) >> shift];
         });
       });
-      Key digit = Key((bracket.hi - bracket.lo) >> shift);
+      Key digit = Key((hi - lo) >> shift);
       for (;; --digit) {
         index_t in_bin = 0;
         for (const auto& histogram : histograms) in_bin += histogram[digit];
         if (rank <= in_bin || digit == 0) break;
         rank -= in_bin;
       }
-      bracket.lo = Key(bracket.lo + (digit << shift));
-      bracket.hi = std::min(bracket.hi, Key(bracket.lo + ((Key(1) << shift) - 1)));
+      lo = Key(lo + (digit << shift));
+      hi = std::min(hi, Key(lo + ((Key(1) << shift) - 1)));
     }
-    return bracket.lo;
+    return lo;
   }
 
   // ---- emit ----
@@ -473,10 +563,10 @@ class TopKMagnitude {
     for_each_tile([&](index_t t, int) {
       Survivors<Key>& tile = survivors_[t];
       if (tile.band_keys == nullptr) {
-        tile.num_equal = tile.band.count;  // the bracket is the threshold
+        tile.num_equal = tile.num_band;  // the bracket is the threshold
         return;
       }
-      for (uint32_t i = 0; i < tile.band.count; ++i) {
+      for (uint32_t i = 0; i < tile.num_band; ++i) {
         tile.num_greater += tile.band_keys[i] > threshold;
         tile.num_equal += tile.band_keys[i] == threshold;
       }
@@ -488,13 +578,13 @@ class TopKMagnitude {
       Survivors<Key>& tile = survivors_[t];
       tile.num_equal = uint32_t(std::min<index_t>(tile.num_equal, ties));  // from here on: to take
       ties -= tile.num_equal;
-      const index_t selected = index_t(tile.sure.count) + tile.num_greater + tile.num_equal;
+      const index_t selected = index_t(tile.num_sure) + tile.num_greater + tile.num_equal;
       offsets[t + 1] = offsets[t] + selected;
       counts[tiles_[t].tensor] += selected;
     }
     for_each_tile([&](index_t t, int thread) {
       if (offsets[t + 1] == offsets[t]) return;
-      emit_tile(tiles_[t].first, survivors_[t], threshold, *scratch_[thread], indices + offsets[t]);
+      emit_tile(tiles_[t], survivors_[t], threshold, *workspaces_[thread], indices + offsets[t]);
     });
   }
 
@@ -502,52 +592,47 @@ class TopKMagnitude {
   template <class Fn>
   static void for_each_band_winner(const Survivors<Key>& tile, Key threshold, const Fn& fn) {
     uint32_t ties = tile.num_equal;
-    if (tile.band.words != nullptr) {
-      for (index_t w = 0; w < kTileWords && ties > 0; ++w) {
-        for (uint64_t word = tile.band.words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
-          fn(uint16_t(w * 64 + count_trailing_zeros(word)));
+    if (tile.band_words != nullptr) {
+      for (index_t w = 0; ties > 0; ++w) {
+        for (uint64_t word = tile.band_words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
+          fn(uint16_t(w * 64 + __builtin_ctzll(word)));
         }
       }
       return;
     }
-    for (uint32_t i = 0; i < tile.band.count; ++i) {
-      const bool equal = tile.band_keys == nullptr || tile.band_keys[i] == threshold;
+    uint32_t left = ties + tile.num_greater;
+    for (uint32_t i = 0; left > 0; ++i) {
+      const bool equal = tile.band_keys[i] == threshold;
       if (equal ? ties > 0 : tile.band_keys[i] > threshold) {
-        fn(tile.band.list[i]);
+        fn(tile.band_list[i]);
         ties -= equal;
+        --left;
       }
     }
   }
 
-  void emit_tile(index_t first, const Survivors<Key>& tile, Key threshold, Scratch& scratch,
+  void emit_tile(const Tile& tile, const Survivors<Key>& survivors, Key threshold, Workspace<Key>& workspace,
                  index_t* out) const {
-    if (tile.sure.words == nullptr && tile.num_greater + tile.num_equal <= kListLimit) {
-      const uint16_t* sure = tile.sure.list;
-      const uint16_t* const end = sure + tile.sure.count;
-      for_each_band_winner(tile, threshold, [&](uint16_t position) {
-        while (sure != end && *sure < position) *out++ = first + *sure++;
-        *out++ = first + position;
+    uint16_t* const selected = workspace.selected;
+    index_t n = 0;
+    if (survivors.sure_words == nullptr) {
+      const uint16_t* sure = survivors.sure_list;
+      const uint16_t* const end = sure + survivors.num_sure;
+      for_each_band_winner(survivors, threshold, [&](uint16_t position) {
+        while (sure != end && *sure < position) selected[n++] = *sure++;
+        selected[n++] = position;
       });
-      while (sure != end) *out++ = first + *sure++;
-      return;
-    }
-    uint64_t* words = scratch.sure;
-    if (tile.sure.words != nullptr) {
-      std::copy_n(tile.sure.words, kTileWords, words);
+      while (sure != end) selected[n++] = *sure++;
     } else {
-      std::fill_n(words, kTileWords, 0);
-      for (uint32_t i = 0; i < tile.sure.count; ++i) {
-        words[tile.sure.list[i] / 64] |= uint64_t(1) << (tile.sure.list[i] % 64);
-      }
+      const index_t num_words = (tile.numel + 63) / 64;
+      uint64_t* words = workspace.scratch_words;
+      std::copy_n(survivors.sure_words, num_words, words);
+      for_each_band_winner(survivors, threshold, [&](uint16_t position) {
+        words[position / 64] |= uint64_t(1) << (position % 64);
+      });
+      n = positions(isa_, words, num_words, selected);
     }
-    for_each_band_winner(tile, threshold,
-                         [&](uint16_t position) { words[position / 64] |= uint64_t(1) << (position % 64); });
-    const ExpandFn expand = expand_fn(isa_);
-    for (index_t w = 0; w < kTileWords; w += 64) {
-      // expand overruns its count; the next tile's output is another thread's
-      const index_t n = expand(words + w, 64, first + w * 64, scratch.expanded);
-      out = std::copy_n(scratch.expanded, n, out);
-    }
+    widen(isa_, selected, n, tile.first, out);
   }
 
   const TensorDesc* tensors_;
@@ -558,9 +643,8 @@ class TopKMagnitude {
   index_t numel_ = 0;
   index_t run_ = 1;
   std::vector<Tile> tiles_;
-  std::vector<std::unique_ptr<Scratch>> scratch_;
+  std::vector<std::unique_ptr<Workspace<Key>>> workspaces_;
   std::vector<Survivors<Key>> survivors_;
-  std::vector<Arena> arenas_;
   index_t num_sure_ = 0;
   index_t num_band_ = 0;
 };
