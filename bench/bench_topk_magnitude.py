@@ -7,6 +7,7 @@ on a CPU; torch.topk and, where a library built from bench/cub_topk.cu is at han
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import resource
 from collections.abc import Callable
@@ -99,8 +100,6 @@ def flat_argpartition(tensors: list[Tensor], k: int) -> Callable[[], object]:
 
 def cub_topk(tensors: list[Tensor], k: int) -> Callable[[], object] | None:
     """CUB DeviceTopK over the concatenated |x|, where `make gpu` built it."""
-    import ctypes
-
     library = Path(__file__).with_name("libcub_topk.so")
     if not library.exists():
         return None
@@ -147,12 +146,13 @@ def peak_extra_bytes(fn: Callable[[], object], device: str) -> int | None:
     status = Path("/proc/self/status")
     clear = Path("/proc/self/clear_refs")
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         clear.write_text("5")  # resets the peak resident set size
         before = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
         fn()
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 - before
-    except (OSError, StopIteration):
+    except (OSError, AttributeError, StopIteration):  # not Linux with glibc
         return None
 
 
@@ -166,13 +166,12 @@ def run(args: argparse.Namespace) -> harness.Results:
         torch.manual_seed(0)
         tensors = [t.to(dtype) for t in globals()[data](numel, args.tensors, device)]
         total = sum(t.numel() for t in tensors)
-        largest = max(tensors, key=Tensor.numel)
         what = {**common, "dtype": dtype_name, "data": data, "numel": total, "num_tensors": len(tensors)}
         for share in args.share:
             k = max(1, int(total * share))
             size = harness.topk_magnitude_bytes(total, dtype.itemsize, k)
             for backend in args.backend:
-                roof = harness.read_roof(largest)
+                roof = harness.read_roof(tensors)
 
                 call = partial(saft_kernels.topk_magnitude, tensors, k, backend=backend)
                 timing = harness.measure(call, device, repeats=args.repeats)
@@ -203,7 +202,7 @@ def add_peers(
     for name, fn in peers(device, subset, k).items():
         timing = harness.measure(fn, device, repeats=min(repeats, 3), warmup=1)
         columns = {**what, "numel": numel, "num_tensors": len(subset)}
-        results.add(timing, harness.read_roof(subset[0]), size, backend=name, k=k, **columns)
+        results.add(timing, harness.read_roof(subset), size, backend=name, k=k, **columns)
 
 
 def report(results: harness.Results) -> None:

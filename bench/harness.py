@@ -97,12 +97,18 @@ def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], ob
     return Timing.of(seconds)
 
 
-def read_roof(tensor: Tensor, repeats: int = 9) -> float:
-    """Bytes per second of one read of the tensor's memory, as fast as torch sums it: the roof."""
-    flat = tensor.reshape(-1)
-    words = flat[: flat.numel() // 2 * 2].view(torch.float32)  # same bytes; 16-bit sums are bound by conversion
-    timing = measure(words.sum, tensor.device.type, repeats=repeats)
-    return words.numel() * 4 / timing.p20
+def read_roof(tensors: Sequence[Tensor], repeats: int = 9) -> float:
+    """Bytes per second of one read of the tensors' memory, as fast as torch sums it: the roof."""
+    # the same bytes as fp32: 16-bit sums are bound by conversion. Small tensors would time the calls
+    words = [t.reshape(-1)[: t.numel() // 2 * 2].view(torch.float32) for t in tensors]
+    words = [w for w in words if w.numel() >= 1 << 16] or words
+
+    def read() -> None:
+        for w in words:
+            w.sum()
+
+    timing = measure(read, tensors[0].device.type, repeats=repeats)
+    return sum(w.numel() for w in words) * 4 / timing.p20
 
 
 # ---- rows ----
