@@ -258,7 +258,7 @@ class TopKMagnitude {
 
   Bracket<Key> sample_bracket() {
     constexpr Key kNaN = CommonKey<Key>::kNaN;
-    if (k_ == 0) return {kNaN, kNaN, 0.0};  // only counts non-finite elements
+    if (k_ == 0) return {kNaN, kNaN, 1.0};  // only counts non-finite elements: no list, no budget
     if (numel_ <= kSmallNumel) return {0, kNaN, 0.0};
     std::vector<index_t> first_line(size_t(num_tensors_) + 1, 0);
     for (index_t t = 0; t < num_tensors_; ++t) {

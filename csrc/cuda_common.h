@@ -1,0 +1,128 @@
+// cuda_common: launches, error checks, and warp and block primitives shared by the CUDA sources.
+//
+// Device code uses only what tests/cuda_host can execute on a CPU: with SAFT_CUDA_HOST that header stands in
+// for the CUDA runtime, and what it cannot offer (PTX) goes through the wrappers below.
+#pragma once
+
+#if !defined(SAFT_CUDA_HOST)
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+
+namespace saft {
+
+// ---- host side ----
+
+inline void cuda_check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// kernel<<<grid, block, 0, stream>>>(...) and a check that the launch was accepted.
+#if defined(SAFT_CUDA_HOST)
+#define SAFT_LAUNCH(kernel, grid, block, stream, ...) \
+  cuda_host::launch(#kernel, (grid), (block), [&] { kernel(__VA_ARGS__); })
+#else
+#define SAFT_LAUNCH(kernel, grid, block, stream, ...)         \
+  do {                                                        \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);  \
+    ::saft::cuda_check(cudaGetLastError(), "launch " #kernel); \
+  } while (false)
+#endif
+
+// ---- warp ----
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kFullMask, value, offset);
+  }
+  return value;
+}
+
+// The sum over the lanes below this one.
+template <class T>
+__device__ __forceinline__ T warp_exclusive_sum(T value, int lane) {
+  T inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const T below = __shfl_up_sync(kFullMask, inclusive, offset);
+    if (lane >= offset) inclusive += below;
+  }
+  return inclusive - value;
+}
+
+// ---- block ----
+
+// The sum over the threads below this one; `total` gets the sum over the block. `scratch`: one per warp.
+// Ends with a barrier, so `scratch` may be reused at once.
+template <int kThreads, class T>
+__device__ __forceinline__ T block_exclusive_sum(T value, T* scratch, T* total) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
+  const T below = warp_exclusive_sum(value, lane);
+  if (lane == kWarpSize - 1) scratch[warp] = below + value;
+  __syncthreads();
+  T base = 0, sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) base = sum;
+    sum += scratch[w];
+  }
+  __syncthreads();
+  *total = sum;
+  return base + below;
+}
+
+// Whether this block is the last of the grid to get here: it then sees what every other block wrote before
+// (read it with __ldcg: L1 is not coherent). Call it once per kernel, from all threads.
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+  __shared__ uint32_t last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (last != 0) __threadfence();
+  return last != 0;
+}
+
+// ---- PTX ----
+
+// 16 aligned bytes that this kernel reads once and nobody writes meanwhile.
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address));
+  return v;
+#else
+  return *address;
+#endif
+}
+
+// The larger of each pair of 16-bit halves.
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t r;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#elif defined(__CUDA_ARCH__)
+  return __vmaxu2(a, b);
+#else
+  const uint32_t high = (a >> 16) > (b >> 16) ? a : b;
+  const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a : b;
+  return (high & 0xffff0000u) | (low & 0xffffu);
+#endif
+}
+
+}  // namespace saft
