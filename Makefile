@@ -6,7 +6,7 @@ SETUP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/* python/*)
 PYTEST_ARGS ?=
 
-.PHONY: build demo test lint format bench sanitize clean help
+.PHONY: build demo test lint format bench gpu sanitize clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,10 @@ format: build  ## rewrites the sources the way `make lint` wants them
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
 	set -e; for file in bench/bench_*.py; do $(BIN)/python $$file; done
+
+gpu:  ## on a machine with an NVIDIA GPU: build in place, GPU tests, benches (RESULTS_DIR=dir; no network, no .venv)
+	@test -n "$(RESULTS_DIR)" || { echo 'usage: make gpu RESULTS_DIR=dir'; exit 2; }
+	bash bench/gpu.sh "$(RESULTS_DIR)" $(PYTHON)
 
 sanitize: build  ## the cpu backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh $(BIN)/python

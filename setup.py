@@ -1,13 +1,20 @@
 """Builds `saft_kernels._C` with setuptools, pybind11 and a C++17 compiler: no torch in the build.
 
-Environment: SAFT_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer;
-SAFT_REQUIRE_CPP=1 makes a failed build an error (by default the package installs without the module, and
-the reference backend serves).
+Environment:
+    SAFT_SANITIZE=1     builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    SAFT_REQUIRE_CPP=1  makes a failed build an error (by default the package installs without the module, and the
+                        reference backend serves).
+    SAFT_BUILD_CUDA     auto (the default): with the CUDA sources where nvcc is found and compiles them; 1: an error
+                        when they cannot be built; 0: without them.
+    SAFT_CUDA_ARCHS     compute capabilities to compile for, "80;90" by default; newer GPUs compile the last one's PTX.
+    SAFT_NVCC           the nvcc to use, instead of the one on PATH or under CUDA_HOME.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +30,8 @@ SOURCES = [
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",
 ]
+CUDA_SOURCES = ["csrc/topk_magnitude_cuda.cu"]
+CUDA_BINDINGS = "python/bindings_cuda.cpp"
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 SANITIZE_ARGS = [
@@ -45,11 +54,81 @@ def compiles(compiler: list[str], flags: list[str]) -> bool:
             return False
 
 
+def find_nvcc() -> str | None:
+    """SAFT_NVCC, else the one on PATH, else CUDA_HOME's."""
+    named = os.environ.get("SAFT_NVCC") or shutil.which("nvcc")
+    if named:
+        return named
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc", path=str(Path(home, "bin")))
+
+
+def cuda_library_dirs(nvcc: str) -> list[str]:
+    """Where this nvcc would link from. It says so itself, wherever the toolkit lies."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "probe.cu")
+        source.write_text("int main() { return 0; }\n")
+        command = [nvcc, "--dryrun", "-o", str(source.with_suffix("")), str(source)]
+        steps = subprocess.run(command, capture_output=True, text=True).stderr
+    link = next((line for line in steps.splitlines() if "LIBRARIES=" in line), "")
+    return [os.path.realpath(path) for path in re.findall(r'"-L([^"]+)"', link) if not path.endswith("stubs")]
+
+
+def compile_cuda(nvcc: str, directory: Path) -> list[str]:
+    """Compiles CUDA_SOURCES; returns the objects. Raises CalledProcessError."""
+    archs = [arch.strip() for arch in os.environ.get("SAFT_CUDA_ARCHS", "80;90").split(";") if arch.strip()]
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    directory.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in CUDA_SOURCES:
+        target = directory / Path(source).with_suffix(".o").name
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command += ["-c", source, "-o", str(target)]
+        print(" ".join(command))
+        subprocess.run(command, check=True)
+        objects.append(str(target))
+    return objects
+
+
 class BuildExt(build_ext):
     """Adds the flags the compiler knows; a failed build is a notice, not an error."""
 
+    def add_cuda(self) -> None:
+        """Adds the CUDA sources to the module, as SAFT_BUILD_CUDA says."""
+        wanted = os.environ.get("SAFT_BUILD_CUDA", "auto")
+        if wanted == "0" or os.environ.get("SAFT_SANITIZE") == "1":
+            return
+        nvcc = find_nvcc()
+        try:
+            if nvcc is None:
+                raise FileNotFoundError("nvcc is neither on PATH nor under CUDA_HOME")
+            libraries = cuda_library_dirs(nvcc)
+            objects = compile_cuda(nvcc, Path(self.build_temp, "cuda"))
+        except (OSError, subprocess.SubprocessError) as error:
+            if wanted == "1":
+                raise RuntimeError(f"SAFT_BUILD_CUDA=1, but the CUDA sources were not built: {error}") from error
+            if nvcc is not None:
+                reason = getattr(error, "returncode", error)  # nvcc has said the rest
+                print(
+                    f"\nsaft_kernels: NOTICE: {nvcc} failed ({reason}), so the module is built without CUDA kernels; "
+                    "on a GPU the triton backend serves. SAFT_BUILD_CUDA=1 makes this an error, 0 leaves them out.\n",
+                    file=sys.stderr,
+                )
+            return
+        for extension in self.extensions:
+            extension.sources.append(CUDA_BINDINGS)
+            extension.extra_objects += objects
+            extension.define_macros.append(("SAFT_WITH_CUDA", "1"))
+            extension.library_dirs += libraries
+            # static: the module imports where there is no driver
+            extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+
     def build_extensions(self) -> None:
         """Called by setuptools once the compiler is known."""
+        wanted = os.environ.get("SAFT_BUILD_CUDA", "auto")
+        if wanted not in ("0", "1", "auto"):
+            raise ValueError(f"SAFT_BUILD_CUDA: expected 0, 1 or auto, got {wanted!r}; leave it unset for auto")
         compiler = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
         if self.compiler.compiler_type == "unix":
             optional = ["-fopenmp", "-Wno-maybe-uninitialized"]
@@ -62,9 +141,10 @@ class BuildExt(build_ext):
                     extension.extra_compile_args += SANITIZE_ARGS
                     extension.extra_link_args += SANITIZE_ARGS
         try:
+            self.add_cuda()
             super().build_extensions()
         except Exception as error:
-            if os.environ.get("SAFT_REQUIRE_CPP") == "1":
+            if "1" in (os.environ.get("SAFT_REQUIRE_CPP"), os.environ.get("SAFT_BUILD_CUDA")):
                 raise
             for extension in self.extensions:
                 extension.optional = True  # setuptools then copies only what exists
@@ -79,7 +159,7 @@ extension = Pybind11Extension(
     "saft_kernels._C",
     SOURCES,
     include_dirs=["csrc"],
-    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+    depends=[str(path) for path in [*sorted(Path("csrc").glob("*.h")), *map(Path, CUDA_SOURCES)]],
     cxx_std=17,
 )
 

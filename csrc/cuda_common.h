@@ -28,9 +28,9 @@ inline void cuda_check(cudaError_t error, const char* what) {
 #define SAFT_LAUNCH(kernel, grid, block, stream, ...) \
   cuda_host::launch(#kernel, (grid), (block), [&] { kernel(__VA_ARGS__); })
 #else
-#define SAFT_LAUNCH(kernel, grid, block, stream, ...)         \
-  do {                                                        \
-    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);  \
+#define SAFT_LAUNCH(kernel, grid, block, stream, ...)          \
+  do {                                                         \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);   \
     ::saft::cuda_check(cudaGetLastError(), "launch " #kernel); \
   } while (false)
 #endif
@@ -107,21 +107,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
   return v;
 #else
   return *address;
-#endif
-}
-
-// The larger of each pair of 16-bit halves.
-__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint32_t r;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-#elif defined(__CUDA_ARCH__)
-  return __vmaxu2(a, b);
-#else
-  const uint32_t high = (a >> 16) > (b >> 16) ? a : b;
-  const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a : b;
-  return (high & 0xffff0000u) | (low & 0xffffu);
 #endif
 }
 

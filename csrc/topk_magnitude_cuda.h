@@ -4,6 +4,8 @@
 // waits for the device.
 #pragma once
 
+#include <string>
+
 #include "topk_magnitude.h"
 
 namespace saft {
@@ -13,14 +15,14 @@ struct TopKCudaPlan {
   index_t num_tensors;
   index_t k;
   index_t numel;
-  index_t any_double;       // 1: keys are fp64's
-  index_t num_tiles;        // see topk_magnitude_cuda.cu
-  index_t num_runs;         // of elements that are sampled together
+  index_t any_double;  // 1: keys are fp64's
+  index_t num_tiles;   // see topk_magnitude_cuda.cu
+  index_t num_runs;    // of elements that are sampled together
   index_t num_sampled_runs;
   index_t slab_bytes;       // one bit per element, rounded up per tensor
   index_t band_capacity;    // band elements whose keys are kept
   index_t table_bytes;      // host and device
-  index_t workspace_bytes;  // device; at most numel / 8 + 0.2 * numel (fp64: 0.3) + 256 * num_tensors + 24 MB
+  index_t workspace_bytes;  // device; at most 0.23 (fp64: 0.3) * numel + 300 * num_tensors + 40e6
   index_t result_words;     // int64, device
 };
 

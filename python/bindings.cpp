@@ -16,6 +16,8 @@
 
 namespace py = pybind11;
 
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+
 namespace {
 
 static_assert(sizeof(saft::TensorDesc) == 5 * 8);
@@ -71,6 +73,12 @@ PYBIND11_MODULE(_C, m) {
     for (const std::string& name : isas()) names.append(name);
     return names;
   });
+#if defined(SAFT_WITH_CUDA)
+  bind_cuda(m);
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
   m.attr("has_openmp") =
 #if defined(_OPENMP)
       true;
