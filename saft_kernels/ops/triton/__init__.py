@@ -1,0 +1,38 @@
+"""Triton kernels, one file per op. Triton is imported when a tensor first needs it, not before."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+_OPS = ("topk_magnitude",)
+
+
+def why_unavailable(device_type: str | None) -> str | None:
+    """Why this backend cannot run on tensors of `device_type` (None: any), or None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type not in (None, "cuda", "cpu"):
+        return f"it runs on CUDA and ROCm tensors, got {device_type}"
+    if device_type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        return "it runs on CUDA and ROCm tensors, got cpu; the interpreter (TRITON_INTERPRET=1) is for tests"
+    try:
+        # sets the functions in place of the modules of the same name, whoever imported those first
+        globals().update((op, getattr(importlib.import_module(f".{op}", __name__), op)) for op in _OPS)
+    except (ImportError, RuntimeError) as error:
+        return f"triton cannot be imported ({error})"
+    from ._launch import INTERPRETED
+
+    if device_type == "cpu" and not INTERPRETED:
+        return "it runs on CUDA and ROCm tensors, got cpu; TRITON_INTERPRET=1 was set after triton was imported"
+    if device_type == "cuda" and INTERPRETED:
+        return "TRITON_INTERPRET=1 is set: the interpreter reads CPU tensors only"
+    return None
+
+
+def description() -> str:
+    """What would compile the kernels, for `python -m saft_kernels`."""
+    from ._launch import INTERPRETED, triton_version
+
+    return f"triton {triton_version}{', interpreted' if INTERPRETED else ''}"

@@ -1,0 +1,35 @@
+"""How every kernel is launched."""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+triton_version: str = triton.__version__
+
+
+@triton.jit
+def _probe_kernel() -> None:
+    pass
+
+
+INTERPRETED = not isinstance(_probe_kernel, triton.runtime.JITFunction)
+"""Whether kernels run as Python, on CPU tensors."""
+
+
+def device_function(function: Any) -> Any:
+    """`triton.jit` for what kernels call; interpreted, the function itself, 20 times faster than a nested jit."""
+    return function if INTERPRETED else triton.jit(function)
+
+
+OPTIONS = {"enable_fp_fusion": False}
+"""Compile options of every kernel: a default that changes between versions of triton never decides about bits."""
+
+
+def launch(kernel: Any, num_programs: int, *args: object, num_warps: int, **constants: object) -> None:
+    """`kernel` on a one-dimensional grid, when there is anything to do."""
+    if num_programs > 0:
+        kernel[(num_programs,)](*args, num_warps=num_warps, **OPTIONS, **constants)
