@@ -1,0 +1,215 @@
+"""`optimizer.step()` as a whole on CLIP tensors, density 0.1 %, beside torch.optim.AdamW and the usual ways to mask it.
+
+Coordinates are spread uniformly at random, or selected from a real CLIP gradient (random weights, random images). All
+optimizers are timed in turn, round by round, in one run: compare ratios. Bytes are those of the sparse step for every
+row, so GB/s of the dense peers is what they would need to move to keep up.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from torch import Tensor, nn
+
+import saft_kernels
+
+
+def make_model(name: str, device: str) -> nn.Module:
+    import open_clip
+
+    torch.manual_seed(0)
+    return open_clip.create_model(name).to(device)
+
+
+def clip_gradient(model: nn.Module, batch: int = 4) -> None:
+    """Leaves the gradient of one contrastive batch in p.grad."""
+    import open_clip
+
+    device = next(model.parameters()).device
+    size = model.visual.image_size  # type: ignore[union-attr]
+    height, width = size if isinstance(size, tuple) else (size, size)  # type: ignore[misc]
+    texts = open_clip.tokenize([f"a photo of thing number {i}" for i in range(batch)]).to(device)
+    image, text, scale = model(torch.randn(batch, 3, height, width, device=device), texts)
+    nn.functional.cross_entropy(scale * image @ text.T, torch.arange(batch, device=device)).backward()
+
+
+def uniform_mask(model: nn.Module, density: float) -> saft_kernels.SparseMask:
+    named = dict(model.named_parameters())
+    numel = sum(p.numel() for p in named.values())
+    chosen = torch.randperm(numel)[: round(density * numel)].sort().values
+    indices, first = {}, 0
+    for name, parameter in named.items():
+        inside = chosen[(chosen >= first) & (chosen < first + parameter.numel())] - first
+        indices[name] = inside
+        first += parameter.numel()
+    return saft_kernels.SparseMask(indices, {name: p.shape for name, p in named.items()})
+
+
+def masked_dense(params: list[nn.Parameter], mask: saft_kernels.SparseMask) -> Callable[[], object]:
+    """The usual way: mask the gradients, step densely, put the frozen values back."""
+    dense = [m.to(params[0].device) for m in mask.to_dense().values()]
+    optimizer = torch.optim.AdamW(params)
+
+    @torch.no_grad()
+    def step() -> None:
+        kept = [p.clone() for p in params]
+        for p, m in zip(params, dense, strict=True):
+            if p.grad is not None:
+                p.grad.mul_(m)
+        optimizer.step()
+        for p, old, m in zip(params, kept, dense, strict=True):
+            p.copy_(torch.where(m, p, old))
+
+    return step
+
+
+def indexed(params: list[nn.Parameter], mask: saft_kernels.SparseMask) -> Callable[[], object]:
+    """Plain torch on the selected values: index_select, AdamW on the k values, index_copy_."""
+    chosen = [(p, mask[name].long().to(p.device)) for name, p in zip(mask, params, strict=True) if mask[name].numel()]
+    values = [nn.Parameter(p.detach().view(-1).index_select(0, i)) for p, i in chosen]
+    optimizer = torch.optim.AdamW(values)
+
+    @torch.no_grad()
+    def step() -> None:
+        for v, (p, i) in zip(values, chosen, strict=True):
+            if p.grad is not None:
+                v.grad = p.grad.view(-1).index_select(0, i)
+        optimizer.step()
+        for v, (p, i) in zip(values, chosen, strict=True):
+            p.detach().view(-1).index_copy_(0, i, v)
+
+    return step
+
+
+def candidates(
+    model: nn.Module, mask: saft_kernels.SparseMask, density: float
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Name -> a function that builds the optimizer and returns its step."""
+    params = list(model.parameters())
+    named = list(model.named_parameters())
+    found = {
+        "saft_kernels": lambda: saft_kernels.SparseAdamW(named, mask=mask).step,
+        "saft_kernels density 1.0": lambda: saft_kernels.SparseAdamW(named, density=1.0).step,
+        "torch.AdamW fused": lambda: torch.optim.AdamW(params, fused=True).step,
+        "torch.AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True).step,
+        "masked dense AdamW": lambda: masked_dense(params, mask),
+        "torch index_select": lambda: indexed(params, mask),
+    }
+    return found
+
+
+def run(args: argparse.Namespace) -> harness.Results:
+    results = harness.Results(args.name, args.output)
+    model = make_model(args.model, args.device)
+    clip_gradient(model)
+    named = dict(model.named_parameters())
+    grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named.items()}
+    numel = sum(p.numel() for p in named.values())
+    top = saft_kernels.topk_magnitude(list(grads.values()), round(args.density * numel)).indices
+    masks = {
+        "uniform": uniform_mask(model, args.density),
+        "clip": saft_kernels.SparseMask(dict(zip(named, top, strict=True)), {n: p.shape for n, p in named.items()}),
+    }
+    roof = harness.read_roof(list(grads.values()))
+    for data, mask in harness.progress(list(masks.items()), "sparse_adamw"):
+        steps = {name: build() for name, build in candidates(model, mask, args.density).items()}
+        timings = interleave(steps, args.device, args.rounds)
+        fused = timings["torch.AdamW fused"].p50
+        for name, timing in timings.items():
+            state = ""
+            if name.startswith("saft"):
+                state = f"; state {state_bytes(steps[name]) / (numel if '1.0' in name else mask.k):.1f} B per element"
+            results.add(
+                timing,
+                roof,
+                harness.sparse_adamw_bytes(mask.k),
+                op="sparse_adamw",
+                backend=name,
+                device=harness.device_name(args.device),
+                dtype="float32",
+                data=data,
+                numel=numel,
+                num_tensors=len(named),
+                k=mask.k,
+                note=f"{fused / timing.p50:.2f}x torch fused{state}",
+            )
+    return results
+
+
+def interleave(steps: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, harness.Timing]:
+    """One timed step each per round, after a warm one: drift hits all alike, caches hold the step's own data."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            samples[name].append(harness.measure(step, device, repeats=3, warmup=1).p50)
+    return {name: harness.Timing.of(values) for name, values in samples.items()}
+
+
+def state_bytes(step: Callable[[], object]) -> int:
+    """Storage behind the optimizer's state, each once."""
+    optimizer = step.__self__  # type: ignore[attr-defined]
+    storages = {}
+    for values in optimizer.state.values():
+        for value in values.values():
+            if isinstance(value, Tensor):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def report(results: harness.Results) -> None:
+    harness.table(
+        ["data", "optimizer", "k", "ms p20", "ms p50", "ms p80", "note"],
+        (
+            (row.data, row.backend, f"{row.k:,}", *(f"{v:.3f}" for v in (row.p20_ms, row.p50_ms, row.p80_ms)), row.note)
+            for row in results.rows
+        ),
+        title=f"optimizer.step(), {results.rows[0].numel:,} parameters in {results.rows[0].num_tensors} tensors, "
+        f"{results.rows[0].device}",
+    )
+
+
+def plot(results: harness.Results) -> Path | None:
+    """Step time per optimizer, logarithmic."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 4))
+    rows = [row for row in results.rows if row.data == "clip"]
+    axis.barh([row.backend for row in rows], [row.p50_ms for row in rows])
+    axis.bar_label(axis.containers[0], fmt="%.2f ms", padding=3)
+    axis.set(xscale="log", xlabel="ms per step (lower is better)", title=f"optimizer.step(), {rows[0].device}")
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    figure.tight_layout()
+    path = results.directory / f"{results.name}.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", default="ViT-B-16", help="an open_clip model name (default ViT-B-16)")
+    parser.add_argument("--density", type=float, default=1e-3)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--name", help="file name of the results (default: sparse_adamw_<device>)")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="directory of the CSV and the plot")
+    args = parser.parse_args()
+    args.name = args.name or f"sparse_adamw_{args.device}"
+    results = run(args)
+    report(results)
+    print(f"rows: {results.write()}")
+    if path := plot(results):
+        print(f"plot: {path}")
+
+
+if __name__ == "__main__":
+    main()
