@@ -14,71 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _files, ops
+from . import _files
+from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, select_indices
+from ._pools import any_nonzero
+from ._state import index_dtype
+from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
 Scope = Literal["global", "tensor"]
-SCOPES = ("global", "tensor")
 SCORES = ("mean_grad",)
 
 _FORMAT = "saft_kernels.SparseMask"
-
-
-# ---- budgets ----
-
-
-def check_budget(density: float | None, k: int | None, scope: str) -> None:
-    """Raises ValueError for a budget no model could have."""
-    if scope not in SCOPES:
-        raise ValueError(f"`scope`: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if k is not None:
-        if scope == "tensor":
-            raise ValueError("`k`: expected None with scope='tensor', which takes `density` of each tensor")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"`k`: expected a positive int, got {k!r}")
-    elif density is None or not 0 < density <= 1:
-        raise ValueError(f"`density`: expected a number in (0, 1], got {density!r}; 1e-3 trains 0.1 %")
-
-
-def budget(density: float | None, k: int | None, numel: int, what: str = "the parameters") -> int:
-    """Selected elements out of `numel`: k, or density * numel, at least one."""
-    if k is not None:
-        if k > numel:
-            raise ValueError(f"`k`: expected at most {numel}, the number of elements of {what}, got {k}")
-        return k
-    assert density is not None
-    return min(numel, max(1, round(density * numel)))
-
-
-def select_indices(
-    names: Sequence[str],
-    scores: Sequence[Tensor],
-    density: float | None,
-    k: int | None,
-    scope: str,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    """int64 flat indices per tensor, of the budget's largest |score|. Non-finite scores raise ValueError."""
-    if scope == "tensor":
-        picks = [
-            ops.topk_magnitude([s], budget(density, None, s.numel()) if s.numel() else 0, backend=backend)
-            for s in scores
-        ]
-        indices = tuple(pick.indices[0] for pick in picks)
-        num_nonfinite = sum(pick.num_nonfinite for pick in picks)
-    else:
-        numel = sum(s.numel() for s in scores)
-        topk = ops.topk_magnitude(scores, budget(density, k, numel), backend=backend)
-        indices, num_nonfinite = topk.indices, topk.num_nonfinite
-    if num_nonfinite:
-        for name, score in zip(names, scores, strict=True):
-            bad = int((~score.isfinite()).sum())
-            if bad:
-                raise ValueError(
-                    f"gradient of {name!r} at selection: expected finite values, got {bad} inf or NaN of "
-                    f"{score.numel()} ({num_nonfinite} in all); nothing was selected. Lower the learning rate or loss "
-                    "scale, or look for the bad batch"
-                )
-    return indices
 
 
 # ---- SparseMask ----
@@ -108,14 +53,14 @@ class MaskSummary:
     def __str__(self) -> str:
         total = sum(row.k for row in self.rows)
         width = max([len(row.name) for row in self.rows] + [len("tensor")])
-        lines = [f"{'tensor':{width}}  {'selected':>10}  {'numel':>12}  {'density':>9}  {'share':>7}"]
+        lines = [f"{'tensor':{width}}  {'selected':>10}  {'numel':>15}  {'density':>9}  {'share':>7}"]
         lines += [
-            f"{row.name:{width}}  {row.k:>10,}  {row.numel:>12,}  {row.density:>9.3%}  {row.k / total:>7.2%}"
+            f"{row.name:{width}}  {row.k:>10,}  {row.numel:>15,}  {row.density:>9.3%}  {row.k / total:>7.2%}"
             for row in self.rows
             if row.k
         ]
         numel = sum(row.numel for row in self.rows)
-        lines.append(f"{'total':{width}}  {total:>10,}  {numel:>12,}  {total / max(numel, 1):>9.3%}  {1:>7.0%}")
+        lines.append(f"{'total':{width}}  {total:>10,}  {numel:>15,}  {total / max(numel, 1):>9.3%}  {1:>7.0%}")
         return "\n".join(lines)
 
 
@@ -128,19 +73,30 @@ class SparseMask(Mapping[str, Tensor]):
 
     def __init__(self, indices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
         if indices.keys() != shapes.keys():
-            raise ValueError("`shapes`: expected the names of `indices`")
+            odd = sorted(indices.keys() ^ shapes.keys())
+            raise ValueError(f"`shapes`: expected the names of `indices`, got a difference: {_listing(odd)}")
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shapes[name]) for name in indices}
         self._indices: dict[str, Tensor] = {}
         for name, index in indices.items():
+            if any(size < 0 for size in self.shapes[name]):
+                raise ValueError(
+                    f"shape of {name!r}: expected sizes of 0 or more, got {self.shapes[name]}; pass p.shape"
+                )
             numel = math.prod(self.shapes[name])
-            if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"indices of {name!r}: expected one-dimensional int32 or int64, got {index.dtype}")
+            if index.dim() != 1 or index.dtype not in INDEX_DTYPES:
+                raise TypeError(
+                    f"indices of {name!r}: expected one-dimensional int32 or int64, got {short(index.dtype)} of shape "
+                    f"{tuple(index.shape)}; SparseMask.from_dense takes bool tensors"
+                )
             index = index.detach().cpu()
-            if index.numel() and not (int(index[0]) >= 0 and int(index[-1]) < numel):
-                raise ValueError(f"indices of {name!r}: expected flat positions in [0, {numel})")
             if bool((index[1:] <= index[:-1]).any()):
-                raise ValueError(f"indices of {name!r}: expected ascending and distinct")
-            self._indices[name] = index.to(index_dtype(numel))
+                raise ValueError(f"indices of {name!r}: expected ascending and distinct, got others; take .unique()")
+            if index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < numel:
+                raise ValueError(
+                    f"indices of {name!r}: expected flat positions in [0, {numel}), got {int(index[0])} to "
+                    f"{int(index[-1])}; they index the flattened tensor of shape {self.shapes[name]}"
+                )
+            self._indices[name] = index.to(index_dtype(numel), copy=True)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
@@ -185,7 +141,7 @@ class SparseMask(Mapping[str, Tensor]):
     def iou(self, other: SparseMask) -> float:
         """Intersection over union of two masks of one model: 1 for equal masks, 0 for disjoint ones."""
         if self.shapes != other.shapes:
-            raise ValueError(f"`other`: expected a mask of the same model; {_first_difference(self, other)}")
+            raise ValueError(f"`other`: expected a mask of the same model, got another: {_difference(self, other)}")
         both = sum(int(torch.isin(self[n], other[n], assume_unique=True).sum()) for n in self)
         either = self.k + other.k - both
         return both / either if either else 1.0
@@ -197,15 +153,17 @@ class SparseMask(Mapping[str, Tensor]):
         missing = [name for name in self if name not in shapes and self[name].numel()]
         unknown = [name for name in shapes if name not in self.shapes]
         if missing or unknown:
+            differences = [f"{_listing(missing)} not in the model"] * bool(missing)
+            differences += [f"{_listing(unknown)} not in the mask"] * bool(unknown)
             raise ValueError(
                 "`mask`: expected the parameter names of this model, got a mask for another one: "
-                f"{_listing('not in the model', missing)}{_listing('not in the mask', unknown)}"
-                "pass model.named_parameters() of the model it was selected on"
+                f"{', '.join(differences)}; pass model.named_parameters() of the model it was selected on"
             )
         for name, shape in shapes.items():
             if self.shapes[name] != shape:
                 raise ValueError(
-                    f"`mask`: expected shape {shape} for {name!r}, got {self.shapes[name]}: a mask for another model"
+                    f"`mask`: expected shape {shape} for {name!r}, got {self.shapes[name]}: a mask for another model; "
+                    "select on this one"
                 )
         return [self[name].to(parameter.device) for name, parameter in named]
 
@@ -243,21 +201,19 @@ class SparseMask(Mapping[str, Tensor]):
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
                 if metadata.get("version") != "1":
-                    raise ValueError(f"version {metadata.get('version')!r} is newer than this package reads")
+                    raise ValueError(f"its version is {metadata.get('version')!r}, this package reads '1'")
                 shapes = json.loads(metadata["shapes"])
-                empty = torch.empty(0, dtype=torch.int32)
-                stored = set(file.keys())
-                indices = {name: file.get_tensor(name) if name in stored else empty for name in shapes}
-            return cls(indices, shapes)
-        except FileNotFoundError:
+                names = file.keys()
+                stored = {name: file.get_tensor(name) for name in names}
+            empty = torch.empty(0, dtype=torch.int32)
+            return cls(dict.fromkeys(shapes, empty) | stored, shapes)
+        except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{os.fspath(path)}: expected a mask saved by SparseMask.save: {error}") from error
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """int32 where every flat position fits."""
-    return torch.int32 if numel < 2**31 else torch.int64
+            raise ValueError(
+                f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
+                f"({error}); save the mask again"
+            ) from error
 
 
 def _safetensors(name: str) -> Callable[..., Any]:
@@ -269,19 +225,14 @@ def _safetensors(name: str) -> Callable[..., Any]:
     return getattr(safetensors, name, None) or getattr(safetensors.torch, name)  # type: ignore[no-any-return]
 
 
-def _listing(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
+def _listing(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(map(repr, names[:3]))}{more} {what}; "
+    return ", ".join(map(repr, names[:3])) + more
 
 
-def _first_difference(mask: SparseMask, other: SparseMask) -> str:
-    for name in {**mask.shapes, **other.shapes}:
-        a, b = mask.shapes.get(name), other.shapes.get(name)
-        if a != b:
-            return f"{name!r} has shape {a or 'none'} here and {b or 'none'} there"
-    return "the order of names differs"
+def _difference(mask: SparseMask, other: SparseMask) -> str:
+    name = next(n for n in {**mask.shapes, **other.shapes} if mask.shapes.get(n) != other.shapes.get(n))
+    return f"{name!r} has shape {mask.shapes.get(name)} here and {other.shapes.get(name)} there"
 
 
 # ---- select ----
@@ -292,7 +243,7 @@ def select(
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
-    density: float = 1e-3,
+    density: float = DEFAULT_DENSITY,
     k: int | None = None,
     score: str = "mean_grad",
     scope: Scope = "global",
@@ -324,24 +275,22 @@ def select(
         A SparseMask over all parameters of the model, in the order of `named_parameters()`.
 
     Raises:
-        ValueError: A budget or name that cannot be met, no batches, or a loss or gradient that is not finite.
-        TypeError: `loss_fn` returned something else than a scalar tensor.
+        ValueError: A budget or glob that cannot be met, no batches, a gradient that is not finite, or none but zeros.
+        TypeError: `loss_fn` returned something else than a scalar tensor; a complex parameter; a sparse gradient.
 
     Memory: one gradient per candidate element, in fp32 (fp64 for fp64 parameters), while it runs; for 16-bit
     parameters also the 16-bit gradient of one backward pass.
 
     Source: SAFT, ECCV 2024, arXiv 2407.03036, section 3.
     """
-    if density != 1e-3 and k is not None:
-        raise ValueError(f"expected `density` or `k`, got both: density={density!r}, k={k!r}; drop one")
     check_budget(density, k, scope)
     if score not in SCORES:
         raise ValueError(f"`score`: expected one of {', '.join(SCORES)}, got {score!r}")
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
-    with _gradients_set_aside(candidates.values()):
-        sums = _accumulate(model, batches, loss_fn, candidates, progress)
+    with _gradients_set_aside(named.values()):
+        sums = _accumulate(model, batches, loss_fn, named, candidates, progress)
     names = list(sums)
     indices = select_indices(names, list(sums.values()), density, k, scope, backend)
     picked = dict(zip(names, indices, strict=True))
@@ -352,24 +301,35 @@ def select(
 def _candidates(
     named: Mapping[str, Tensor], include: Sequence[str] | str | None, exclude: Sequence[str] | str | None
 ) -> dict[str, Tensor]:
-    def matches(name: str, globs: Sequence[str] | str) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob) for glob in ([globs] if isinstance(globs, str) else globs))
+    def matches(name: str, globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
+    wanted, unwanted = (
+        [globs] if isinstance(globs, str) else list(globs or [])
+        for globs in ("*" if include is None else include, exclude)
+    )
+    for glob in wanted:
+        if not fnmatch.filter(named, glob) and include is not None:
+            raise ValueError(
+                f"`include`: expected globs over parameter names, got {glob!r}, which matches none of {len(named)}; "
+                f"they are called {_listing(list(named))}"
+            )
     candidates = {
         name: parameter
         for name, parameter in named.items()
-        if parameter.requires_grad
-        and (include is None or matches(name, include))
-        and (exclude is None or not matches(name, exclude))
+        if parameter.requires_grad and matches(name, wanted) and not matches(name, unwanted)
     }
     if not candidates:
         raise ValueError(
             f"expected parameters with requires_grad that pass include={include!r} and exclude={exclude!r}, got none "
-            f"of {len(named)}"
+            f"of {len(named)}; call requires_grad_(True), or widen the globs"
         )
     for name, parameter in candidates.items():
-        if parameter.is_complex():
-            raise TypeError(f"parameter {name!r}: expected a real dtype, got {parameter.dtype}; exclude it")
+        if parameter.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"parameter {name!r}: expected float32, bfloat16, float16 or float64, got {short(parameter.dtype)}; "
+                "exclude it"
+            )
     return candidates
 
 
@@ -391,43 +351,54 @@ def _accumulate(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
+    named: Mapping[str, Tensor],
     candidates: Mapping[str, Tensor],
     progress: bool,
 ) -> dict[str, Tensor]:
     """The summed gradient per candidate: ranks as the mean does. 16-bit gradients are summed in fp32."""
     low_precision = {name: p for name, p in candidates.items() if p.itemsize == 2}
+    others = [parameter for name, parameter in named.items() if name not in candidates]
     sums: dict[str, Tensor] = {}
     num_batches = 0
     with torch.enable_grad():
         for batch in _progress(batches, progress):
             loss = loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"`loss_fn`: expected a scalar tensor, got {got}; return the mean loss of the batch")
+            _check_loss(loss)
             loss.backward()
             num_batches += 1
+            for name, parameter in candidates.items():
+                if parameter.grad is not None:
+                    check_dense(name, parameter.grad)
             for name, parameter in low_precision.items():
                 if parameter.grad is not None:
                     grad = parameter.grad.detach()
                     sums[name] = sums[name].add_(grad) if name in sums else grad.float()
                     parameter.grad = None
+            for parameter in others:
+                parameter.grad = None
     if not num_batches:
         raise ValueError("`batches`: expected at least one batch, got none; a generator is empty after its first use")
     for name, parameter in candidates.items():
         if parameter.grad is not None:
-            if parameter.grad.layout != torch.strided:
-                raise TypeError(
-                    f"gradient of {name!r}: expected a dense one, got layout {parameter.grad.layout}; build the "
-                    "embedding with sparse=False"
-                )
             sums[name] = parameter.grad.detach()
-    untouched = [name for name in candidates if name not in sums]
-    if len(untouched) == len(candidates):
-        raise ValueError("`loss_fn`: expected a loss that depends on the candidate parameters, got no gradient at all")
-    # a parameter the loss does not reach has gradient zero
-    for name in untouched:
-        sums[name] = torch.zeros_like(candidates[name])
+        elif name not in sums:
+            sums[name] = torch.zeros_like(parameter)  # the loss does not reach it
+    if not any_nonzero(sums.values()):
+        raise ValueError(
+            f"`loss_fn`: expected a loss that depends on the candidate parameters, got no gradient but zeros for all "
+            f"{len(candidates)} of them over {num_batches} batches; is the model detached, or its output constant?"
+        )
     return {name: sums[name] for name in candidates}
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"`loss_fn`: expected a scalar tensor, got {got}; return the mean loss of the batch")
+    if not loss.requires_grad:
+        raise ValueError(
+            "`loss_fn`: expected a loss with a gradient, got one without requires_grad; drop no_grad() and detach()"
+        )
 
 
 def _progress(batches: Iterable[Any], enabled: bool) -> Iterable[Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import _backends, _checks
-from ._adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, opmath_dtype
+from ._adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, opmath_dtype, same_memory_order
 from ._backends import BACKENDS, describe, why_unavailable
 from ._types import TopK
 
-__all__ = ["BACKENDS", "TopK", "gather", "scatter_", "sparse_adamw_", "topk_magnitude", "why_unavailable"]
+__all__ = ["BACKENDS", "TopK", "describe", "gather", "scatter_", "sparse_adamw_", "topk_magnitude", "why_unavailable"]
 
 
 def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = None) -> TopK:
@@ -41,11 +42,11 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
     tensors = _checks.tensor_list("tensors", tensors)
     _checks.floating("tensors", tensors)
     if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"`k`: expected an int, got {type(k).__name__}")
+        raise TypeError(f"`k`: expected an int, got {type(k).__name__}; round it first")
     k = k.__index__()
     numel = sum(t.numel() for t in tensors)
     if not 0 <= k <= numel:
-        raise ValueError(f"`k`: expected 0 to the total numel of `tensors`, {numel}, got {k}")
+        raise ValueError(f"`k`: expected 0 to the total numel of `tensors`, {numel}, got {k}; clamp it")
     if not tensors:
         return TopK((), float("inf"), 0)
     module = _backends.choose("topk_magnitude", tensors[0].device.type, backend)
@@ -101,9 +102,11 @@ def scatter_(
     values = _checks.tensor_list("values", values)
     _checks.same_length("indices", indices, "tensors", len(tensors))
     _checks.same_length("values", values, "tensors", len(tensors))
+    _checks.no_overlap("tensors", tensors)
     _checks.index_tensors(indices, tensors, "tensors")
     for i, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         _checks.shape_dtype(f"values[{i}]", value, index.shape, tensor.dtype)
+        _checks.same_device(f"values[{i}]", value, f"tensors[{i}]", tensor)
     if not tensors:
         return
     module = _backends.choose("scatter_", tensors[0].device.type, backend)
@@ -170,14 +173,23 @@ def sparse_adamw_(
     """
     params = _checks.tensor_list("params", params)
     _checks.floating("params", params)
+    _checks.no_overlap("params", params)
     optional = [("max_exp_avg_sqs", max_exp_avg_sqs), ("masters", masters)]
     lists = [("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("indices", indices)]
     for name, values in lists + [(name, values) for name, values in optional if values is not None]:
         _checks.same_length(name, values, "params", len(params))
     grads = _checks.tensor_list("grads", grads)
-    _checks.index_tensors(indices, params, "params")
+    state = [("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)]
+    for name, values in state + ([] if max_exp_avg_sqs is None else [("max_exp_avg_sqs", max_exp_avg_sqs)]):
+        _checks.tensor_list(name, values)
+    _checks.index_tensors(indices, params, "params", allow_none=True)
     if step < 1:
-        raise ValueError(f"`step`: expected the number of this step, counted from 1, got {step}")
+        raise ValueError(f"`step`: expected the number of this step, counted from 1, got {step}; add 1 before the call")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"`{name}`: expected a decay rate in [0, 1), got {beta}; pass the rate, not 1 - rate")
+    if grad_scale == 0:
+        raise ValueError("`grad_scale`: expected a divisor other than 0, got 0; pass 1.0 for unscaled gradients")
     if not params:
         return
     segments = [
@@ -212,27 +224,36 @@ def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
     state += [("masters", segment.master)] if segment.master is not None else []
     for name, tensor in state:
         _checks.shape_dtype(f"{name}[{i}]", tensor, shape, opmath_dtype(param.dtype))
-        if tensor.device != param.device:
-            raise ValueError(f"`{name}[{i}]`: expected device {param.device}, got {tensor.device}")
+        _checks.same_device(f"{name}[{i}]", tensor, f"params[{i}]", param)
         if tensor.stride() != segment.exp_avg.stride():
             raise ValueError(
                 f"`{name}[{i}]`: expected the strides of `exp_avgs[{i}]`, {segment.exp_avg.stride()}, "
-                f"got {tensor.stride()}"
+                f"got {tensor.stride()}; allocate them alike"
             )
-    if segment.indices is not None and not segment.exp_avg.is_contiguous():
-        raise ValueError(f"`exp_avgs[{i}]`: expected contiguous, got strides {segment.exp_avg.stride()}")
+    if not segment.exp_avg.is_contiguous():
+        if segment.indices is not None:
+            raise ValueError(
+                f"`exp_avgs[{i}]`: expected contiguous, got strides {segment.exp_avg.stride()}; make it so first"
+            )
+        if not same_memory_order(param, segment.exp_avg):
+            raise ValueError(
+                f"`exp_avgs[{i}]`: expected the strides of a wholly selected parameter, {param.stride()}, or "
+                f"contiguous, got {segment.exp_avg.stride()}; lay the state out like the parameter"
+            )
     if segment.master is not None and param.itemsize != 2:
         raise ValueError(
-            f"`masters[{i}]`: expected None for a {_checks.short(param.dtype)} parameter; only 16-bit ones have masters"
+            f"`masters[{i}]`: expected None for a {_checks.short(param.dtype)} parameter, got a tensor; only 16-bit "
+            "parameters have masters"
         )
     if grad.shape != param.shape and not is_compact(grad, param, segment.count):
         raise ValueError(
             f"`grads[{i}]`: expected shape {tuple(param.shape)}, or ({segment.count},) for the selected values alone, "
-            f"got {tuple(grad.shape)}"
+            f"got {tuple(grad.shape)}; pass the gradient of this parameter"
         )
-    if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.element_size() == 4):
+    if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.dtype == torch.float32):
         raise ValueError(
-            f"`grads[{i}]`: expected {_checks.short(param.dtype)} like `params[{i}]`, got {_checks.short(grad.dtype)}"
+            f"`grads[{i}]`: expected {_checks.short(param.dtype)} like `params[{i}]`, got {_checks.short(grad.dtype)}; "
+            "convert it first"
         )
     if grad.device != param.device:
         raise ValueError(

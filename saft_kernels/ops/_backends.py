@@ -56,7 +56,9 @@ def choose(op: str, device_type: str, backend: str | None) -> ModuleType:
                 f"{source}: backend {backend!r} cannot run {op} here: {reason}; leave it unset to choose automatically"
             )
     else:
-        backend = next(name for name in BACKENDS if why_unavailable(name, op, device_type) is None)
+        # Triton on CPU tensors is its interpreter: only by name
+        names = [name for name in BACKENDS if not (name == "triton" and device_type == "cpu")]
+        backend = next(name for name in names if why_unavailable(name, op, device_type) is None)
         if backend == "reference":
             _warn_slow(device_type)
     module = _module(backend)

@@ -19,7 +19,7 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         )
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"`{name}[{i}]`: expected a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"`{name}[{i}]`: expected a tensor, got {type(tensor).__name__}; leave out what is not one")
         if tensor.layout != torch.strided:
             raise TypeError(
                 f"`{name}[{i}]`: expected a strided tensor, got layout {tensor.layout}; call .to_dense() first"
@@ -29,7 +29,23 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
                 f"`{name}[{i}]`: expected device {tensors[0].device} like `{name}[0]`, got {tensor.device}; "
                 "move them to one device"
             )
+        if tensor.is_conj() or tensor.is_neg():
+            # the memory does not hold the values yet
+            raise TypeError(
+                f"`{name}[{i}]`: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
+                ".resolve_neg() first"
+            )
     return list(tensors)
+
+
+def no_overlap(name: str, tensors: Sequence[Tensor]) -> None:
+    """Tensors to write: no expanded dimension, where one write would land on many elements."""
+    for i, tensor in enumerate(tensors):
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"`{name}[{i}]`: expected one memory location per element, got an expanded tensor with strides "
+                f"{tensor.stride()}; write to its base, or clone it first"
+            )
 
 
 def floating(name: str, tensors: Sequence[Tensor]) -> None:
@@ -44,36 +60,51 @@ def floating(name: str, tensors: Sequence[Tensor]) -> None:
 
 def same_length(name: str, values: Sequence[object], like: str, length: int) -> None:
     """One entry per tensor."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"`{name}`: expected a list or tuple, got {type(values).__name__}; wrap it in a list")
     if len(values) != length:
-        raise ValueError(f"`{name}`: expected {length} entries, one per `{like}`, got {len(values)}")
+        raise ValueError(
+            f"`{name}`: expected {length} entries, one per `{like}`, got {len(values)}; pass them in the same order"
+        )
 
 
-def index_tensors(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str) -> None:
-    """One-dimensional int32 or int64, in range, on the tensors' device."""
+def index_tensors(
+    indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str, *, allow_none: bool = False
+) -> None:
+    """One-dimensional int32 or int64, in range, on the tensors' device; None, where allowed, means all."""
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
-        if index is None:
+        if index is None and allow_none:
             continue
         if not isinstance(index, Tensor) or index.dtype not in INDEX_DTYPES or index.dim() != 1:
             got = f"{short(index.dtype)} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
-            raise TypeError(f"`indices[{i}]`: expected a one-dimensional int32 or int64 tensor, got {got}")
-        if index.device != tensor.device:
-            raise ValueError(f"`indices[{i}]`: expected device {tensor.device} like `{like}[{i}]`, got {index.device}")
+            raise TypeError(
+                f"`indices[{i}]`: expected a one-dimensional int32 or int64 tensor, got {got}; flatten or convert it"
+            )
+        same_device(f"indices[{i}]", index, f"{like}[{i}]", tensor)
         if index.numel() == 0:
             continue
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= tensor.numel():
             raise IndexError(
                 f"`indices[{i}]`: expected flat positions in [0, {tensor.numel()}) of `{like}[{i}]`, "
-                f"got {low} to {high}"
+                f"got {low} to {high}; they index the flattened tensor, not a row of it"
             )
 
 
+def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """On one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"`{name}`: expected device {other.device} like `{like}`, got {tensor.device}; move it there")
+
+
 def shape_dtype(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Exactly this shape and dtype."""
+    """A tensor of exactly this shape and dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}`: expected a tensor, got {type(tensor).__name__}; pass one per tensor")
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise ValueError(
             f"`{name}`: expected {short(dtype)} of shape {tuple(shape)}, got {short(tensor.dtype)} of shape "
-            f"{tuple(tensor.shape)}"
+            f"{tuple(tensor.shape)}; reshape or convert it"
         )
 
 

@@ -127,7 +127,7 @@ class Plan:
         copies: list[Tensor] = []  # gradients laid out anew live until the kernel is done
         for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
             param = segment.param
-            now = (param.data_ptr(), grad.data_ptr(), param.stride(), grad.stride(), grad.dtype)
+            now = (param.data_ptr(), grad.data_ptr(), param.stride(), grad.stride(), grad.numel(), grad.dtype)
             if now != self._seen[row]:
                 laid_out = self._fill(row, segment, grad)
                 copied = laid_out is not grad
@@ -160,7 +160,7 @@ class Plan:
                     f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
                 )
             if not same_memory_order(param, grad):
-                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad.view(param.shape) if compact else grad)
         in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, grad)
         layouts = ((), ()) if in_memory_order else (_tables.layout(param), _tables.layout(grad))
         columns[self._PARAM] = param.data_ptr()

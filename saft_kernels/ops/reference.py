@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,25 @@ def magnitude_keys(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers (numel,) that order as |x| in `dtype` (fp32 or fp64); every NaN gets the one largest key."""
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     largest = torch.iinfo(integer).max
-    values = tensor.detach().reshape(-1).to(dtype)
+    values = tensor.detach().reshape(-1)
+    if dtype == torch.float64 and tensor.dtype != dtype:
+        # denormals go through integers: torch.set_flush_denormal(True) makes a conversion of floats drop them
+        bits = values.float().view(torch.int32) & torch.iinfo(torch.int32).max
+        values = torch.where(bits < 0x0080_0000, bits.to(dtype) * 2.0**-149, values.to(dtype))
+    values = values.to(dtype)
     keys = values.view(integer) & largest
     return torch.where(values.isnan(), largest, keys)
+
+
+def key_to_float(key: int, dtype: torch.dtype) -> float:
+    """The magnitude that `magnitude_keys` made this key of."""
+    if dtype == torch.float64:
+        return float(torch.tensor(key).view(dtype))
+    # fp32 denormals, too, are normal numbers in fp64
+    exponent, mantissa = key >> 23, key & 0x007F_FFFF
+    if exponent == 0xFF:
+        return math.nan if mantissa else math.inf
+    return math.ldexp(mantissa, -149) if exponent == 0 else math.ldexp(0x0080_0000 | mantissa, exponent - 150)
 
 
 def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
@@ -42,22 +59,29 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     selected[ties[: k - int(selected.sum())]] = True
     parts = selected.split([t.numel() for t in tensors])
     indices = tuple(part.nonzero().flatten() for part in parts)
-    value = threshold.view(dtype)
-    return TopK(indices, float(value), num_nonfinite)
+    return TopK(indices, key_to_float(int(threshold), dtype), num_nonfinite)
 
 
 # ---- gather, scatter_ ----
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers: `take` and `put_` know no float8 and no uint16. complex128 has no integer twin."""
+    return tensor.detach().view(_INTEGERS.get(tensor.itemsize, tensor.dtype))
+
+
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """See `saft_kernels.ops.gather`."""
-    return [t.detach().take(i.long()) for t, i in zip(tensors, indices, strict=True)]
+    return [as_bits(t).take(i.long()).view(t.dtype) for t, i in zip(tensors, indices, strict=True)]
 
 
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """See `saft_kernels.ops.scatter_`."""
     for tensor, index, value in zip(tensors, indices, values, strict=True):
-        tensor.detach().put_(index.long(), value)
+        as_bits(tensor).put_(index.long(), as_bits(value))
 
 
 # ---- sparse_adamw_ ----

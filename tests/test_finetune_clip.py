@@ -1,0 +1,485 @@
+"""examples/finetune_clip.py: the demo in small, folders of images, resuming, and every error's one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("open_clip", reason="the example needs open_clip: pip install saft_kernels[examples]")
+pytest.importorskip("sklearn", reason="the example needs scikit-learn: pip install saft_kernels[examples]")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import digits_demo
+import finetune_clip
+import finetune_report
+import open_clip
+from PIL import Image
+
+from saft_kernels import SparseMask
+
+DENSITY = 0.01
+CLASSES = ("apple", "fig", "ripe_plum")
+
+
+def _tiny(vocab_size: int, image_size: int) -> dict:
+    return {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": image_size, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+        "text_cfg": {"context_length": 12, "vocab_size": vocab_size, "width": 16, "heads": 2, "layers": 1},
+    }
+
+
+RECIPE = digits_demo.Recipe(
+    steps=8, batch_size=42, test_digits=30, model=_tiny(digits_demo.DigitsTokenizer().vocab_size, 32)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def demo(cache):
+    """Runs the demo on its tiny recipe; arguments given override."""
+
+    def run(output: Path, *arguments: str) -> int:
+        small = ["--epochs", "3", "--shots", "3", "--batch-size", "8", "--density", str(DENSITY)]
+        return finetune_clip.main(["--cache-dir", str(cache), "--output", str(output), *small, *arguments], RECIPE)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(demo, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert demo(output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def base(demo, finished, cache):
+    return load_file(cache / f"digits-{RECIPE.key()}" / "digits-clip.safetensors")
+
+
+# ---- the demo ----
+
+
+def test_results_json(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [run["method"] for run in results["runs"]] == ["zero-shot", "saft", "full"]
+    tests = {"val", *digits_demo.RENDERINGS} - {"upright"}
+    assert set(results["test_images"]) == tests
+    assert results["classes"] == sorted(digits_demo.WORDS)
+    assert set(results["versions"]) == {"saft_kernels", "open_clip", "torch", "python"}
+    assert results["arguments"]["epochs"] == 3
+    for run in results["runs"]:
+        assert set(run["accuracy"]) == tests
+        assert all(0 <= value <= 100 for value in run["accuracy"].values())
+        shifted = [value for name, value in run["accuracy"].items() if name != "val"]
+        assert run["mean_shifted"] == pytest.approx(sum(shifted) / len(shifted))
+        assert run["in_distribution"] == run["accuracy"]["val"]
+    zero_shot, saft, full = results["runs"]
+    assert zero_shot["trained_parameters"] == 0
+    assert saft["trained_parameters"] == round(DENSITY * results["parameters"]) == sum(saft["selected"].values())
+    assert full["trained_parameters"] == results["parameters"] == sum(results["parameters_by_part"].values())
+    assert full["optimizer_state_bytes"] > 50 * saft["optimizer_state_bytes"] > 0
+    assert 0 < saft["ms_per_optimizer_step"] < saft["ms_per_step"]
+    assert [row["method"] for row in results["summary"]] == ["zero-shot", "saft", "full"]
+
+
+def test_values_file_holds_the_selected_elements_in_eight_bytes_each(finished, base):
+    mask = SparseMask.load(finished / "mask.safetensors")
+    values = load_file(finished / "saft.safetensors")
+    changed = 0
+    for name, index in mask.items():
+        if index.numel():
+            assert torch.equal(values[f"{name}.indices"], index)
+            new, old = values[f"{name}.values"], base[name].flatten()[index.long()]
+            changed += int((new != old).sum())
+    assert changed > 0.9 * mask.k  # a token that no prompt has gets no gradient and no decay to speak of
+    header = 250 * sum(index.numel() > 0 for index in mask.values())
+    assert (finished / "saft.safetensors").stat().st_size <= 8 * mask.k + header
+
+
+def test_full_values_file_holds_every_parameter(finished, base):
+    values = load_file(finished / "full.safetensors")
+    assert values.keys() == base.keys()
+    assert {name: tuple(v.shape) for name, v in values.items()} == {name: tuple(v.shape) for name, v in base.items()}
+
+
+def test_figure_and_no_leftovers(finished):
+    with Image.open(finished / "results.png") as figure:
+        assert figure.width > 1000
+    names = {path.name for path in finished.iterdir()}
+    checkpoints = {"saft.checkpoint.pt", "full.checkpoint.pt"}
+    assert (
+        names
+        == {"results.json", "results.png", "mask.safetensors", "saft.safetensors", "full.safetensors"} | checkpoints
+    )
+
+
+def test_table(demo, tmp_path, capsys):
+    assert demo(tmp_path, "--seed", "0", "1", "--epochs", "1", "--method", "saft") == 0
+    printed = capsys.readouterr().out
+    for expected in ("zero-shot", "saft", "±", "mean", "optimizer", "ms per", "low_contrast"):
+        assert expected in printed
+    summary = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert [row["seeds"] for row in summary] == [1, 2]
+    assert not (tmp_path / "mask.safetensors").exists()
+    masks = [SparseMask.load(tmp_path / f"seed{seed}" / "mask.safetensors") for seed in (0, 1)]
+    assert 0 < masks[0].iou(masks[1]) < 1
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("method", finetune_clip.METHODS)
+def test_resumed_run_is_bit_equal(demo, finished, tmp_path, monkeypatch, capsys, method):
+    save = finetune_clip.FineTuning._save_checkpoint
+
+    def interrupted(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_clip.FineTuning, "_save_checkpoint", interrupted)
+        assert demo(tmp_path, "--method", method) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert not (tmp_path / f"{method}.safetensors").exists()
+        assert demo(tmp_path, "--method", method, "--resume") == 130  # a second epoch
+    assert demo(tmp_path, "--method", method, "--resume") == 0
+    resumed, straight = (load_file(folder / f"{method}.safetensors") for folder in (tmp_path, finished))
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    accuracy = [
+        {run["method"]: run["accuracy"] for run in json.loads((folder / "results.json").read_text())["runs"]}
+        for folder in (tmp_path, finished)
+    ]
+    assert accuracy[0][method] == accuracy[1][method]
+
+
+def test_resuming_a_finished_run_reports_it_again(demo, tmp_path):
+    assert demo(tmp_path, "--method", "saft", "--epochs", "1") == 0
+    first = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert demo(tmp_path, "--method", "saft", "--epochs", "1", "--resume") == 0
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == first
+
+
+def test_nothing_to_resume(demo, tmp_path, capsys):
+    assert demo(tmp_path / "new", "--resume") == 2
+    _one_line(capsys, "--resume", "nothing to resume", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--epochs", "4"], ["--epochs 3", "--epochs 4"]), (["--lr", "saft=0.5"], ["--lr 0.001", "--lr 0.5"])],
+)
+def test_resuming_with_other_arguments(demo, finished, capsys, arguments, said):
+    before = (finished / "saft.checkpoint.pt").read_bytes()
+    assert demo(finished, "--resume", *arguments) == 2
+    _one_line(capsys, "--resume", *said)
+    assert (finished / "saft.checkpoint.pt").read_bytes() == before
+
+
+def test_damaged_checkpoint(demo, tmp_path, capsys):
+    (tmp_path / "saft.checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert demo(tmp_path, "--resume") == 2
+    _one_line(capsys, str(tmp_path / "saft.checkpoint.pt"))
+
+
+# ---- folders of images ----
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """--model and --pretrained of a random CLIP with open_clip's own tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = _tiny(49408, 16)
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.CLIP(**config).state_dict(), folder / "tiny.pt")
+    return ["--model", "tiny-clip", "--pretrained", str(folder / "tiny.pt")]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A --data folder; its shifted set has two of the three classes."""
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "photos"
+    for split, classes in {"train": CLASSES, "val": CLASSES, "sketches": CLASSES[:2]}.items():
+        for label, name in enumerate(classes):
+            (folder / split / name / "more").mkdir(parents=True)
+            for i in range(4):
+                noise = torch.randint(0, 90, (24, 20, 3), generator=generator, dtype=torch.uint8)
+                noise[..., label] += 120
+                where = folder / split / name / ("more" if i == 3 else "")
+                Image.fromarray(noise.numpy()).save(where / f"{i}.{'jpg' if i % 2 else 'png'}")
+    (folder / "train" / "notes.txt").write_text("not a class")
+    (folder / ".thumbnails").mkdir()
+    return folder
+
+
+def _run(photos: Path, output: Path, *arguments: str) -> int:
+    small = ["--epochs", "2", "--batch-size", "5", "--workers", "0"]
+    return finetune_clip.main(["--data", str(photos), "--output", str(output), *small, *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--workers", "1", "--shots", "0"],
+        ["--precision", "amp_bf16", "--templates", "a photo of a {}.", "{}, a fruit"],
+        ["--precision", "amp_fp16", "--method", "saft"],
+        ["--method", "full", "--lr", "1e-3"],
+    ],
+    ids=" ".join,
+)
+def test_folders(tiny_clip, photos, tmp_path, arguments):
+    output = tmp_path / "out"
+    assert _run(photos, output, *tiny_clip, *arguments) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["classes"] == list(CLASSES)
+    assert results["test_images"] == {"val": 12, "sketches": 8}
+    methods = arguments[arguments.index("--method") + 1 :][:1] if "--method" in arguments else ["saft", "full"]
+    assert [run["method"] for run in results["runs"]] == ["zero-shot", *methods]
+    assert all(0 < run["train_loss"] < 10 for run in results["runs"][1:])
+    assert (output / "mask.safetensors").exists() == ("saft" in methods)
+
+
+def test_folders_learn(tiny_clip, photos, tmp_path):
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--epochs", "12", "--lr", "saft=1e-2", "full=1e-3") == 0
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [run["in_distribution"] > 90 for run in runs] == [False, True, True]
+
+
+def test_templates_file(tiny_clip, photos, tmp_path):
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n\na drawing of a {}.\n")
+    arguments = ["--templates", str(tmp_path / "templates.txt"), "--epochs", "1", "--method", "saft"]
+    assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 0
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["arguments"]["templates"]
+    assert written == ["a photo of a {}.", "a drawing of a {}."]
+
+
+# ---- errors ----
+
+
+def _one_line(capsys, *expected: str) -> None:
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    for text in expected:
+        assert text in lines[0]
+
+
+def _remove(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir()
+
+
+def _break(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def _foreign(folder: Path) -> None:
+    (folder / "figs").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "figs" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "where", "said", "workers"),
+    [
+        (_remove, ".", "expected a folder with train/ and val/", 0),
+        (_remove, "train", "expected a folder", 0),
+        (_remove, "val", "expected a folder", 0),
+        (_empty, "train", "expected one sub-folder per class, got none", 0),
+        (_empty, "sketches", "expected one sub-folder per class, got none", 0),
+        (_empty, "train/fig", "expected images", 0),
+        (_foreign, "sketches", "rename it to 'fig'", 0),
+        (_break, "train/fig/0.png", "expected a readable image", 0),
+        (_break, "train/fig/0.png", "expected a readable image", 1),
+        (_break, "val/apple/1.jpg", "expected a readable image", 0),
+        (_break, "val/apple/1.jpg", "expected a readable image", 1),
+    ],
+)
+def test_bad_folder(tiny_clip, photos, tmp_path, capsys, damage, where, said, workers):
+    damage(photos / where)
+    arguments = ["--workers", str(workers), "--method", "full", "--shots", "0"]
+    assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 2
+    _one_line(capsys, str(photos / where) if where != "." else str(photos), said)
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "ViT-B-61", "--pretrained", "openai"], ["--model ViT-B-61", "ViT-B-16"]),
+        (["--model", "ViT-B-16", "--pretrained", "openia"], ["--pretrained openia", "laion2b_s34b_b88k"]),
+        (["--model", "ViT-B-16"], ["--pretrained None", "openai"]),
+        (["--pretrained", "openai"], ["--model", "got none"]),
+        (["TINY", "--templates", "no-such-file"], ["--templates no-such-file"]),
+        (["TINY", "--templates", "a photo", "of {}"], ["--templates", "'a photo'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_model_or_templates(tiny_clip, photos, tmp_path, capsys, arguments, said):
+    arguments = [a for argument in arguments for a in (tiny_clip if argument == "TINY" else [argument])]
+    assert _run(photos, tmp_path / "out", *arguments) == 2
+    _one_line(capsys, *said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_model(tiny_clip, photos, tmp_path, capsys):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert _run(photos, tmp_path / "out", "--model", "tiny-clip", "--pretrained", str(tmp_path / "other.pt")) == 2
+    _one_line(capsys, "--pretrained", "other.pt", "could not load it")
+
+
+def test_model_without_data(capsys):
+    assert finetune_clip.main(["--model", "ViT-B-16"]) == 2
+    _one_line(capsys, "--model ViT-B-16", "--data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--density", "0"], ["--density", "(0, 1]", "'0'"]),
+        (["--density", "1.5"], ["--density", "(0, 1]", "'1.5'"]),
+        (["--density", "much"], ["--density", "'much'"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--lr", "lora=1"], ["--lr", "'lora=1'"]),
+        (["--lr", "-1"], ["--lr"]),
+        (["--device", "abacus"], ["--device", "'abacus'"]),
+        (["--method", "half"], ["--method", "half"]),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_argument(capsys, arguments, said):
+    with pytest.raises(SystemExit) as exit_:
+        finetune_clip.main(arguments)
+    assert exit_.value.code == 2
+    _one_line(capsys, *said)
+
+
+def test_gradient_that_is_not_finite(demo, tmp_path, monkeypatch, capsys):
+    loss = finetune_clip.Task.loss
+    monkeypatch.setattr(finetune_clip.Task, "loss", lambda *batch: loss(*batch) * torch.nan)
+    assert demo(tmp_path / "out", "--method", "saft") == 2
+    _one_line(capsys, "finite")
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+# ---- pieces ----
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        finetune_clip.main(["--help"])
+    assert exit_.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in ("examples:", "--resume", "train/<class>", "(default: 0.001)", "written to --output"):
+        assert expected in printed
+    assert "(default: None)" not in printed
+
+
+def test_demo_folder_is_made_once(demo, finished, cache, monkeypatch):
+    monkeypatch.setattr(digits_demo, "pretrain", lambda *_: pytest.fail("pre-trained again"))
+    assert digits_demo.prepare(cache, RECIPE) == cache / f"digits-{RECIPE.key()}"
+    assert digits_demo.Recipe(seed=1).key() != digits_demo.Recipe().key()
+
+
+def test_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits_demo, "pretrain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digits_demo.prepare(tmp_path, RECIPE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_digit_splits_are_disjoint_and_whole():
+    splits = digits_demo.load_splits()
+    assert [len(split.labels) for split in splits] == [900, 300, 597]
+    rows = torch.cat([split.images.flatten(1) for split in splits])
+    assert len(rows.unique(dim=0)) == len(rows) == 1797
+
+
+@pytest.mark.parametrize("name", digits_demo.RENDERINGS)
+def test_renderings(name):
+    digits = digits_demo.load_splits()[0].images[:6]
+    first, again = (
+        digits_demo.render(digits, digits_demo.RENDERINGS[name], torch.Generator().manual_seed(3)) for _ in range(2)
+    )
+    assert first.shape == (6, 3, 32, 32)
+    assert torch.equal(first, again)
+    assert 0 <= float(first.min()) < float(first.max()) <= 1
+
+
+def test_tokenizer():
+    tokenize = digits_demo.DigitsTokenizer()
+    tokens = tokenize(["a photo of the digit seven.", "A photo of the digit SEVEN.", "unheard words", "7 " * 30])
+    assert tokens.shape == (4, digits_demo.CONTEXT_LENGTH)
+    assert torch.equal(tokens[0], tokens[1])
+    assert set(tokens.max(dim=1).values.tolist()) == {tokenize.vocab_size - 1}
+    assert tokens[2, 1] == tokens[2, 2] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("visual.conv1.weight", "image embedding"),
+        ("visual.positional_embedding", "image embedding"),
+        ("visual.transformer.resblocks.11.attn.in_proj_weight", "image block 12"),
+        ("visual.layer3.0.conv1.weight", "image block 3"),
+        ("visual.trunk.blocks.0.mlp.fc1.weight", "image block 1"),
+        ("visual.trunk.patch_embed.proj.weight", "image embedding"),
+        ("visual.proj", "image head"),
+        ("token_embedding.weight", "text embedding"),
+        ("transformer.resblocks.0.ln_1.bias", "text block 1"),
+        ("text.transformer.resblocks.2.ln_1.bias", "text block 3"),
+        ("text_projection", "text head"),
+        ("logit_scale", "logit scale"),
+    ],
+)
+def test_part_of(name, part):
+    assert finetune_report.part_of(name) == part
+
+
+def test_replacing_leaves_the_old_file_on_error(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text("old")
+
+    def write_half() -> None:
+        with finetune_report.replacing(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert file.read_text() == "old"

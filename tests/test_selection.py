@@ -1,0 +1,394 @@
+"""select() against its definition: |mean gradient|, a stable sort, the first k. Selections are compared exactly."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend, assert_message, assert_same_bits
+from torch import Tensor, nn
+from training import Batch, batches, largest, loss_fn, two_towers
+
+from saft_kernels import SparseMask, select
+
+
+def mean_gradients(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
+    """In plain autograd: per batch, then added in order; zero where the loss does not reach."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in named.items()}
+    for batch in data:
+        gradients = torch.autograd.grad(loss_fn(model, batch), list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, gradients, strict=True):
+            if gradient is not None:
+                sums[name] += gradient
+    return {name: total / len(data) for name, total in sums.items()}
+
+
+def chosen(mask: SparseMask) -> dict[str, list[int]]:
+    return {name: index.tolist() for name, index in mask.items()}
+
+
+def expected_of(scores: dict[str, Tensor], k: int) -> dict[str, list[int]]:
+    return {name: i.tolist() for name, i in zip(scores, largest(list(scores.values()), k), strict=True)}
+
+
+# ---- the definition ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_it_is_the_largest_mean_gradient(backend: Backend, dtype: torch.dtype) -> None:
+    model = two_towers(dtype=dtype)
+    data = batches(4, dtype=dtype)
+    with backend.forced():
+        mask = select(model, data, loss_fn, density=0.1, progress=False, backend=backend.name)
+    k = round(0.1 * sum(p.numel() for p in model.parameters()))
+    assert mask.k == k
+    assert chosen(mask) == expected_of(mean_gradients(model, data), k)
+    assert list(mask) == [name for name, _ in model.named_parameters()]
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == mask.shapes
+
+
+def test_it_is_the_mean_and_not_the_mean_magnitude() -> None:
+    """Gradients that cancel over the batches do not count, however large they are."""
+    model = nn.Linear(3, 1, bias=False)
+    data = [torch.tensor([100.0, 1.0, 0.0]), torch.tensor([-100.0, 1.0, 0.5])]
+    mask = select(model, data, lambda m, x: m(x).squeeze(), k=1, progress=False)
+    assert mask["weight"].tolist() == [1]
+
+
+@pytest.mark.parametrize("k", [1, 17, 2000])
+def test_k(k: int) -> None:
+    model = two_towers()
+    mask = select(model, batches(2), loss_fn, k=k, progress=False)
+    assert mask.k == k
+    assert chosen(mask) == expected_of(mean_gradients(model, batches(2)), k)
+
+
+def test_everything() -> None:
+    model = two_towers()
+    mask = select(model, batches(1), loss_fn, density=1.0, progress=False)
+    assert mask.density == 1.0
+    assert mask["logit_scale"].tolist() == [0]
+
+
+def test_scope_tensor() -> None:
+    model = two_towers()
+    mask = select(model, batches(2), loss_fn, density=0.1, scope="tensor", progress=False)
+    for name, score in mean_gradients(model, batches(2)).items():
+        k = max(1, round(0.1 * score.numel()))
+        assert mask[name].tolist() == largest([score], k)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [
+        ("visual.*", None),
+        (["visual.*", "norm.*"], None),
+        (None, "*.bias"),
+        (None, ["token_embedding.*", "logit_scale"]),
+        ("*.weight", ["visual.0.*"]),
+        ("VISUAL.*", None),
+    ],
+)
+def test_include_and_exclude(include: Any, exclude: Any) -> None:
+    def matches(name: str, globs: Any) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in ([globs] if isinstance(globs, str) else globs))
+
+    model = two_towers()
+    arguments: dict[str, Any] = {"include": include, "exclude": exclude, "density": 0.1, "progress": False}
+    if include == "VISUAL.*":
+        with pytest.raises(ValueError, match="`include`") as error:
+            select(model, batches(1), loss_fn, **arguments)
+        assert_message(error, ["'VISUAL.*'", "matches none of 11"])
+        return
+    scores = {
+        name: score
+        for name, score in mean_gradients(model, batches(2)).items()
+        if (include is None or matches(name, include)) and (exclude is None or not matches(name, exclude))
+    }
+    assert 0 < len(scores) < 11
+    mask = select(model, batches(2), loss_fn, **arguments)
+    k = round(0.1 * sum(score.numel() for score in scores.values()))
+    assert {name: index for name, index in chosen(mask).items() if name in scores} == expected_of(scores, k)
+    assert mask.k == k
+    assert len(mask) == 11
+
+
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """1 + 100 * 2^-9 is 1 in bf16, where every single addition rounds away; 1.1 of another element then wins."""
+    model = nn.Linear(2, 1, bias=False).bfloat16()
+    data = [torch.tensor([1.0, 1.1]), *[torch.tensor([2.0**-8, 0.0])] * 100]
+
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x.bfloat16()).squeeze()
+
+    mask = select(model, data, loss, k=1, progress=False)
+    assert mask["weight"].tolist() == [0]
+    # what torch accumulates into a bf16 .grad would have selected the other
+    for x in data:
+        loss(model, x).backward()
+    assert model.weight.grad.abs().argmax().item() == 1
+
+
+def test_batches_count_equally_and_may_be_a_generator() -> None:
+    def generator() -> Iterator[Batch]:
+        yield from batches(3)
+
+    model = two_towers()
+    assert select(model, generator(), loss_fn, k=50, progress=False) == select(
+        model, batches(3), loss_fn, k=50, progress=False
+    )
+
+
+def test_parameters_the_loss_does_not_reach() -> None:
+    model = two_towers()
+    assert select(model, batches(1), loss_fn, k=2000, progress=False)["unused"].numel() == 0
+
+
+def test_tied_weights_are_one_tensor() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(12, 6)
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    model = Tied()
+    tokens = torch.tensor([[1, 2, 3]])
+    mask = select(model, [tokens], lambda m, x: m(x).square().mean(), k=10, progress=False)
+    assert list(mask) == ["embedding.weight"]
+    (gradient,) = torch.autograd.grad(model(tokens).square().mean(), [model.embedding.weight])
+    assert mask["embedding.weight"].tolist() == largest([gradient], 10)[0].tolist()
+
+
+def test_frozen_parameters_are_no_candidates() -> None:
+    model = two_towers()
+    model.visual.requires_grad_(False)
+    mask = select(model, batches(1), loss_fn, density=0.1, progress=False)
+    assert all(mask[name].numel() == 0 for name in mask if name.startswith("visual."))
+    assert mask.k == round(0.1 * sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def test_transposed_and_channels_last_parameters() -> None:
+    """Indices are those of the logical tensor."""
+    model = two_towers()
+    plain = select(model, batches(1), loss_fn, k=60, progress=False)
+    model = model.to(memory_format=torch.channels_last)
+    model.text.weight = nn.Parameter(model.text.weight.detach().t().contiguous().t())
+    assert not model.visual[0].weight.is_contiguous()
+    mask = select(model, batches(1), loss_fn, k=60, progress=False)
+    # the convolution runs another kernel on this layout, whose rounding may swap neighbours in rank
+    assert mask.iou(plain) > 0.95
+    assert chosen(mask) == expected_of(mean_gradients(model, batches(1)), 60)
+
+
+def test_autocast_belongs_in_loss_fn() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fn(model, batch)
+
+    model = two_towers()
+    assert select(model, batches(2), loss, k=40, progress=False).k == 40
+
+
+# ---- what it leaves alone ----
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: (p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone(), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    for name, parameter in model.named_parameters():
+        value, grad, grad_value, requires_grad = before[name]
+        assert_same_bits(parameter.detach(), value, name)
+        assert parameter.grad is grad, name
+        if grad is not None:
+            assert_same_bits(parameter.grad, grad_value, name)
+        assert parameter.requires_grad is requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool, dtype: torch.dtype) -> None:
+    """Parameters, .grad and requires_grad; of candidates, of excluded and of frozen parameters; also after an error."""
+    model = two_towers(dtype=dtype)
+    model.norm.requires_grad_(False)
+    model.text.weight.grad = torch.full_like(model.text.weight, 7.0)
+    model.visual[0].bias.grad = torch.full_like(model.visual[0].bias, 7.0)  # excluded below
+    before = snapshot(model)
+    calls = []
+
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        calls.append(batch)
+        if fails and len(calls) == 2:
+            raise RuntimeError("no such image")
+        return loss_fn(m, batch)
+
+    def run() -> SparseMask:
+        return select(model, batches(3, dtype=dtype), loss, k=20, exclude="visual.*", progress=False)
+
+    if fails:
+        with pytest.raises(RuntimeError, match="no such image"):
+            run()
+    else:
+        mask = run()
+        clean = two_towers(dtype=dtype)
+        clean.norm.requires_grad_(False)
+        assert mask == select(clean, batches(3, dtype=dtype), loss_fn, k=20, exclude="visual.*", progress=False)
+    assert_untouched(model, before)
+
+
+def test_excluded_parameters_hold_no_gradient_between_batches() -> None:
+    """The memory it promises is one gradient per candidate."""
+    seen = []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        seen.append({name for name, p in model.named_parameters() if p.grad is not None})
+        return loss_fn(model, batch)
+
+    select(two_towers(), batches(2), loss, k=20, include="text.*", progress=False)
+    assert seen == [set(), {"text.weight", "text.bias"}]
+
+
+def test_it_works_under_no_grad_and_keeps_the_mode() -> None:
+    model = two_towers().eval()
+    with torch.no_grad():
+        mask = select(model, batches(1), loss_fn, k=20, progress=False)
+        assert not torch.is_grad_enabled()
+    assert mask.k == 20
+    assert not model.training
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model = two_towers()
+    select(model, batches(2), loss_fn, k=20, progress=progress)
+    captured = capsys.readouterr()
+    assert ("selecting" in captured.err) is progress
+    assert captured.out == ""
+
+
+def test_progress_bar_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    assert select(two_towers(), batches(1), loss_fn, k=20, progress=True).k == 20
+
+
+# ---- errors ----
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "density_zero": ({"density": 0}, "`density`: expected a number in (0, 1], got 0;"),
+    "density_above": ({"density": 1.5}, "`density`: expected a number in (0, 1], got 1.5;"),
+    "both": ({"density": 0.5, "k": 3}, "expected `density` or `k`, got both: density=0.5, k=3; drop one"),
+    "k_zero": ({"k": 0}, "`k`: expected a positive int, got 0;"),
+    "k_large": (
+        {"k": 3000},
+        "`k`: expected at most 2932, the number of elements of the candidate parameters, got 3000",
+    ),
+    "k_large_after_exclude": ({"k": 300, "include": "text.*"}, "`k`: expected at most 272"),
+    "k_per_tensor": ({"k": 3, "scope": "tensor"}, "`k`: expected None with scope='tensor', got 3;"),
+    "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, got 'layer'"),
+    "score": ({"score": "fisher"}, "`score`: expected one of mean_grad, got 'fisher'"),
+    "no_candidates": ({"include": "text.*", "exclude": "*"}, "got none of 11;"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments(case: str) -> None:
+    kwargs, message = BAD_ARGUMENTS[case]
+
+    def never(model: nn.Module, batch: Batch) -> Tensor:
+        raise AssertionError("arguments are checked before any work")
+
+    with pytest.raises(ValueError, match="expected") as error:
+        select(two_towers(), batches(1), never, progress=False, **kwargs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def nan_gradient(model: nn.Module, batch: Batch) -> Tensor:
+    return loss_fn(model, batch) + torch.nan * model.text.weight[2, 3]
+
+
+BAD_LOSSES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
+    "vector": (lambda m, b: m(b[0], b[1]), TypeError, "expected a scalar tensor, got shape (6, 5); return the mean"),
+    "float": (lambda m, b: 1.0, TypeError, "expected a scalar tensor, got float;"),
+    "tuple": (lambda m, b: (loss_fn(m, b), 1), TypeError, "expected a scalar tensor, got tuple;"),
+    "detached": (lambda m, b: loss_fn(m, b).detach(), ValueError, "got one without requires_grad; drop no_grad()"),
+    "elsewhere": (
+        lambda m, b: torch.ones((), requires_grad=True) * 2,
+        ValueError,
+        "expected a loss that depends on the candidate parameters, got no gradient but zeros for all 11",
+    ),
+    "constant": (lambda m, b: loss_fn(m, b) * 0.0, ValueError, "got no gradient but zeros for all 11"),
+    "nan": (
+        nan_gradient,
+        ValueError,
+        "gradient of 'text.weight' at selection: expected finite values, got 1 inf or NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_bad_losses(case: str) -> None:
+    loss, kind, message = BAD_LOSSES[case]
+    model = two_towers()
+    before = snapshot(model)
+    with pytest.raises(kind) as error:
+        select(model, batches(2), loss, k=20, progress=False)
+    assert_message(error, [message])
+    assert_untouched(model, before)
+
+
+def test_no_batches() -> None:
+    generator = iter(batches(2))
+    select(two_towers(), generator, loss_fn, k=20, progress=False)
+    for nothing in ([], generator):
+        with pytest.raises(ValueError, match="`batches`") as error:
+            select(two_towers(), nothing, loss_fn, k=20, progress=False)
+        assert_message(error, ["at least one batch, got none", "empty after its first use"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparse_gradients(dtype: torch.dtype) -> None:
+    embedding = nn.Embedding(10, 4, sparse=True, dtype=dtype)
+    with pytest.raises(TypeError) as error:
+        select(embedding, [torch.tensor([1, 3])], lambda m, x: m(x).sum(), k=3, progress=False)
+    assert_message(error, ["gradient of 'weight'", "got layout torch.sparse_coo", "sparse=False"])
+    assert embedding.weight.grad is None
+
+
+def test_complex_parameters() -> None:
+    model = two_towers()
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    with pytest.raises(TypeError) as error:
+        select(model, batches(1), loss_fn, k=3, progress=False)
+    assert_message(error, ["parameter 'phase'", "got complex64; exclude it"])
+    mask = select(model, batches(1), loss_fn, k=3, exclude="phase", progress=False)
+    assert mask.k == 3
+    assert mask["phase"].numel() == 0
+
+
+def test_no_parameters() -> None:
+    with pytest.raises(ValueError, match="expected parameters with requires_grad") as error:
+        select(nn.GELU(), [torch.ones(1)], lambda m, x: m(x).sum(), progress=False)
+    assert_message(error, ["got none of 0"])
+
+
+def test_two_runs_are_equal() -> None:
+    model = two_towers()
+    other = copy.deepcopy(model)
+    assert select(model, batches(3), loss_fn, progress=False) == select(other, batches(3), loss_fn, progress=False)
