@@ -51,7 +51,8 @@ class SparseAdamW(Optimizer):
 
     State per parameter: `step`; `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), (k_p,) fp32 (fp64 for fp64
     parameters); `indices` (k_p,) int32 (int64 from 2^31 elements); `master` (k_p,) fp32 for bf16 and fp16 parameters.
-    A wholly selected parameter has no `indices`, and state of its own shape, as in torch.optim.AdamW.
+    A wholly selected parameter has no `indices`, and state of its own shape, as in torch.optim.AdamW. Where nothing is
+    selected the state is empty (k_p = 0): so a checkpoint says all that is selected.
 
     A budget waits until its gradients are not all zero; so does the first step, at any density.
 

@@ -62,12 +62,12 @@ def backward(model: nn.Module, batch: Batch) -> None:
     loss_fn(model, batch).backward()
 
 
-def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def parameters(seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[nn.Parameter]:
     """Parameters of every kind of shape and layout; the same seed makes the same ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     tensors = [
         randn(16, 9),
@@ -112,7 +112,7 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def dense_masks(optimizer: Any) -> list[Tensor]:
-    """Bool tensors, True where selected, in the order of the parameters."""
+    """Bool tensors on the CPU, True where selected, in the order of the parameters."""
     mask = optimizer.mask
     assert mask is not None
     return list(mask.to_dense().values())
@@ -143,7 +143,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value of the tensor."""
     if not expected.numel():
         return 0.0
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
