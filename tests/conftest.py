@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import mmap
 import os
 import sys
@@ -18,10 +17,6 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    # before triton is imported: it then runs on CPU tensors, interpreted
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from saft_kernels import ops
 from saft_kernels.ops import cpu
@@ -47,10 +42,10 @@ class Backend:
     device: str = "cpu"
     isa: int = -1  # of the cpu backend: a position in CPU_ISAS
 
-    def why_unavailable(self) -> str | None:
+    def why_unavailable(self, op: str | None = None) -> str | None:
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no GPU that torch can use"
-        reason = ops.why_unavailable(self.name, device_type=self.device)
+        reason = ops.why_unavailable(self.name, op, self.device)
         if reason is None and self.isa >= len(cpu._C.isas() if self.name == "cpu" else ()):
             return f"this processor has no {CPU_ISAS[self.isa]}"
         return reason
@@ -82,7 +77,7 @@ class Backend:
 BACKENDS = [
     Backend("reference", "reference"),
     *(Backend(f"cpu-{isa}", "cpu", isa=number) for number, isa in enumerate(CPU_ISAS)),
-    Backend("triton", "triton", device="cuda" if torch.cuda.is_available() else "cpu"),
+    Backend("triton", "triton", device="cuda"),  # through its interpreter: test_<op>_triton.py, on small tiles
     Backend("cuda", "cuda", device="cuda"),
 ]
 
@@ -96,7 +91,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow") and os.environ.get("SAFT_SLOW_TESTS") != "1":
         pytest.skip("slow: set SAFT_SLOW_TESTS=1 to run it")
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    if isinstance(backend, Backend) and (reason := backend.why_unavailable()) is not None:
+    op = getattr(item.module, "OP", None)  # the op a test module is about, by its name in the backends' modules
+    if isinstance(backend, Backend) and (reason := backend.why_unavailable(op)) is not None:
         pytest.skip(f"{backend.id}: {reason}")
 
 

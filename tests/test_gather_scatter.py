@@ -15,6 +15,8 @@ from torch import Tensor
 import saft_kernels
 from saft_kernels import gather, scatter_
 
+OP = "gather"
+
 DTYPES = [
     torch.bool,
     torch.uint8,

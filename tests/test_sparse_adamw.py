@@ -19,6 +19,8 @@ from saft_kernels import sparse_adamw_
 from saft_kernels.ops import prepare_sparse_adamw
 from saft_kernels.ops._adamw import AdamWHyper, AdamWSegment
 
+OP = "prepare_sparse_adamw"
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 

@@ -19,6 +19,8 @@ from torch import Tensor
 import saft_kernels
 from saft_kernels import TopK, topk_magnitude
 
+OP = "topk_magnitude"
+
 TILE = 65_536
 SMALL = 5_003  # no sample: the cpu backend keeps every element as a candidate
 SAMPLED = 3 * TILE + 17  # above 2^17: sample, filter, verify, select

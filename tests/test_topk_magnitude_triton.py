@@ -157,7 +157,7 @@ VALUES: dict[str, Callable[[int, torch.dtype], Tensor]] = {
 @pytest.mark.parametrize("dtypes", [[FP32], [BF16, FP16], [FP64, FP32, BF16]], ids=["fp32", "16_bit", "with_fp64"])
 def test_values(values: str, dtypes: list[torch.dtype]) -> None:
     torch.manual_seed(len(values))
-    sizes = [2 * TILE + BORDER + 5, 3, BORDER + 1][: len(dtypes)]
+    sizes = [2 * TILE + BORDER + 5] if dtypes == [FP32] else [TILE + BORDER, 5, BORDER + 1][: len(dtypes)]
     tensors = [VALUES[values](n, dtype).to(DEVICE) for n, dtype in zip(sizes, dtypes, strict=True)]
     numel = sum(t.numel() for t in tensors)
     check(tensors, 1 + numel // (100 if len(dtypes) == 1 else 10))
@@ -170,15 +170,15 @@ def test_every_k(dtype: torch.dtype) -> None:
     check([tensor], 0, 1, TILE, tensor.numel() - 1, tensor.numel())
 
 
-def test_common_keys_of_every_16_bit_pattern() -> None:
+def test_common_keys_of_every_16_bit_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 and fp16 beside fp32 and fp64 neighbours: the order is exact, denormals included."""
+    large = replace(
+        SMALL, sizes=pieces.Sizes(16, 2**15, 2**15), filter_vectors=512, list_block=2**16, small_numel=2**18
+    )
+    monkeypatch.setattr(triton_topk, "TUNING", large)
     every = torch.arange(-(2**15), 2**15)
-    tensors = [
-        bits(every, BF16).to(DEVICE),
-        bits(every, FP16).to(DEVICE),
-        torch.tensor([1e-40, 1.0, 6e-8], device=DEVICE),
-    ]
-    triton_topk.TUNING = replace(SMALL, sizes=pieces.Sizes(16, 2**15, 2**15), filter_vectors=256, small_numel=1)
+    tensors = [bits(every, BF16), bits(every, FP16), torch.tensor([1e-40, 1.0, 6e-8])]
+    tensors = [t.to(DEVICE) for t in tensors]
     check(tensors, 70_000)
     check([*tensors, torch.tensor([1e-310, 2.0**-149, 2.0**-24, 65504.0], dtype=FP64, device=DEVICE)], 70_000)
 
@@ -198,11 +198,11 @@ def test_sizes_and_alignments(numel: int, offset: int) -> None:
 def test_ties_end_at_every_border() -> None:
     tensors = [torch.ones(n, device=DEVICE) for n in (BORDER + 5, 3, TILE, 0, TILE + BORDER)]
     tensors[-1][-1] = 7.0
-    inside = [BORDER - 1, BORDER, BORDER + 5, BORDER + 8, BORDER + 8 + TILE, BORDER + 9 + TILE]
-    check(tensors, *(1 + border + delta for border in inside for delta in (0, 1)))
+    for border in (BORDER, BORDER + 5, BORDER + 8, BORDER + 8 + TILE):
+        check(tensors, border, border + 1, border + 2)
 
 
-def test_many_tiny_tensors_are_few_tiles(launches: list[str]) -> None:
+def test_many_tiny_tensors_are_few_tiles() -> None:
     torch.manual_seed(1)
     sizes = torch.randint(0, 4, (3000,)).tolist()
     base = torch.randn(sum(sizes), device=DEVICE).to(BF16)
@@ -212,7 +212,6 @@ def test_many_tiny_tensors_are_few_tiles(launches: list[str]) -> None:
     first = torch.tensor([0, *sizes]).cumsum(0).tolist()
     whole = torch.cat([index + first[i] for i, index in enumerate(result.indices)])
     assert torch.equal(whole, ops.topk_magnitude([base], 321, backend="reference").indices[0])
-    assert len(launches) == len(set(launches)) + 4  # a launch of a kind once, but for the three digits
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -267,13 +266,13 @@ def test_a_wrong_guess_is_found_and_mended(launches: list[str], monkeypatch: pyt
     tensor[TILE:] *= 1000
     tensor[5] = torch.nan
     check([tensor[: TILE + 1], tensor[TILE + 1 :].to(BF16)], TILE // 2, 2 * TILE + 77)
-    monkeypatch.undo()
+    assert "histogram_data_kernel" in launches
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
 @pytest.mark.parametrize("large", [False, True])
-def test_hidden_values(launches: list[str], dtype: torch.dtype, large: bool) -> None:
-    """One line is sampled; a few values elsewhere are all that is wanted, or all that is not."""
+def test_two_kinds_of_values(dtype: torch.dtype, large: bool) -> None:
+    """The bracket ends between them, or next to it."""
     torch.manual_seed(4)
     tensor = (torch.rand(2 * TILE + 9) + 1).to(dtype)
     at = torch.randperm(tensor.numel())[: tensor.numel() // 4]
@@ -324,7 +323,6 @@ def test_one_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
     read = triton_topk._Run.read
     monkeypatch.setattr(triton_topk._Run, "read", lambda run: reads.append(1) or read(run))
     tensor = torch.randn(2 * TILE, device=DEVICE)
-    torch.cuda.set_sync_debug_mode("default")
     ops.topk_magnitude([tensor], 99, backend="triton")
     assert len(reads) == 1
 

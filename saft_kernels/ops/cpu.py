@@ -99,14 +99,18 @@ class Plan:
     """The segment table. Between steps only pointers that moved are written again."""
 
     # columns of saft::AdamWSegment
-    _PARAM, _PARAM_NDIM, _GRAD, _GRAD_DTYPE, _GRAD_NDIM, _COMPACT, _NUM_COLUMNS = 0, 3, 5, 7, 8, 17, 19
+    _PARAM, _PARAM_DTYPE, _PARAM_NDIM = 0, 2, 3
+    _GRAD, _GRAD_DTYPE, _GRAD_NDIM, _COMPACT, _NUM_COLUMNS = 5, 7, 8, 17, 19
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
         self._layouts = _tables.Layouts()
         self._table = _tables.table((self._row(s) for s in self.segments), self._NUM_COLUMNS)
+        self._params = [s.param for s in self.segments]
+        self._numels = [p.numel() for p in self._params]
         # what the parameter and gradient columns were filled for
         self._seen: list[tuple[object, ...] | None] = [None] * len(self.segments)
+        self._contiguous_grads: tuple[list[int], list[torch.dtype]] | None = None
 
     def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
         state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
@@ -124,16 +128,7 @@ class Plan:
 
     def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
-        copies: list[Tensor] = []  # gradients laid out anew live until the kernel is done
-        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
-            param = segment.param
-            now = (param.data_ptr(), grad.data_ptr(), param.stride(), grad.stride(), grad.numel(), grad.dtype)
-            if now != self._seen[row]:
-                laid_out = self._fill(row, segment, grad)
-                copied = laid_out is not grad
-                if copied:
-                    copies.append(laid_out)
-                self._seen[row] = None if copied else now
+        copies = [] if self._move_pointers(grads) else self._refill(grads)
         scalars = np.array(
             [
                 (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay)
@@ -143,12 +138,55 @@ class Plan:
             dtype=np.float64,
         )
         _C.sparse_adamw(self._table.ctypes.data, len(self._table), scalars.ctypes.data, torch.get_num_threads(), ISA)
-        torch.autograd.graph.increment_version([s.param for s in self.segments])
+        del copies
+        torch.autograd.graph.increment_version(self._params)
+
+    def _move_pointers(self, grads: Sequence[Tensor]) -> bool:
+        """The steady state: all tensors are contiguous, as in the last step, and at most their storage moved."""
+        if (
+            self._contiguous_grads is None
+            or not all(map(Tensor.is_contiguous, self._params))
+            or not all(map(Tensor.is_contiguous, grads))
+            or list(map(Tensor.numel, self._params)) != self._numels
+            or (list(map(Tensor.numel, grads)), [grad.dtype for grad in grads]) != self._contiguous_grads
+        ):
+            return False
+        self._table[:, self._PARAM] = list(map(Tensor.data_ptr, self._params))
+        self._table[:, self._GRAD] = list(map(Tensor.data_ptr, grads))
+        return True
+
+    def _refill(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Writes what changed; returns gradients laid out anew, which have to live until the kernel is done."""
+        copies = []
+        for row, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
+            now = (
+                param.data_ptr(),
+                grad.data_ptr(),
+                param.shape,
+                param.stride(),
+                grad.shape,
+                grad.stride(),
+                grad.dtype,
+            )
+            if now != self._seen[row]:
+                laid_out = self._fill(row, self.segments[row], grad)
+                copied = laid_out is not grad
+                if copied:
+                    copies.append(laid_out)
+                self._seen[row] = None if copied else now
+        contiguous = not copies and all(t.is_contiguous() for t in (*self._params, *grads))
+        self._contiguous_grads = ([g.numel() for g in grads], [g.dtype for g in grads]) if contiguous else None
+        return copies
 
     def _fill(self, row: int, segment: AdamWSegment, grad: Tensor) -> Tensor:
         """Writes one row's parameter and gradient columns; returns the gradient it points to."""
         columns = self._table[row]
         param, exp_avg = segment.param, segment.exp_avg
+        if param.numel() != self._numels[row] or _tables.DTYPE_CODES[param.dtype] != columns[self._PARAM_DTYPE]:
+            raise RuntimeError(
+                f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
+                f"got {param.numel()} of {param.dtype}; prepare another step"
+            )
         compact = is_compact(grad, param, segment.count)
         if compact:
             grad = grad.contiguous()
