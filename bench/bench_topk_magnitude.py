@@ -160,7 +160,12 @@ def run(args: argparse.Namespace) -> harness.Results:
     results = harness.Results(args.name, args.output)
     device = args.device
     common = {"op": "topk_magnitude", "device": harness.device_name(device)}
-    cases = [(dtype, data, numel) for data in args.data for dtype in args.dtype for numel in args.numel]
+    cases = [
+        (dtype, data, numel)
+        for data in args.data
+        for dtype in args.dtype
+        for numel in (args.numel[-1:] if data == "clip" else args.numel)  # the model has its own size
+    ]
     for dtype_name, data, numel in harness.progress(cases, "topk_magnitude"):
         dtype = getattr(torch, dtype_name)
         torch.manual_seed(0)
