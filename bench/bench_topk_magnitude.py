@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import math
 import resource
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -234,21 +235,22 @@ def plot(results: harness.Results) -> Path | None:
     except ImportError:
         return None
     figure, (by_k, by_n) = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
-    series: dict[tuple[str, str, str], list[harness.Row]] = {}
+    series: dict[str, list[harness.Row]] = {}
     for row in results.rows:
-        series.setdefault((row.backend, row.data, row.dtype), []).append(row)
+        name = f"{row.backend}, {row.data}, {row.dtype}" if row.backend in ops.BACKENDS else row.backend
+        series.setdefault(name, []).append(row)
+    for color, (name, rows) in enumerate(series.items()):
+        style = {"marker": "o" if rows[0].backend in ops.BACKENDS else "x", "label": name, "color": f"C{color}"}
+        largest = max(row.numel for row in rows)
+        at_largest = sorted((row for row in rows if row.numel == largest), key=lambda row: row.k)
+        by_k.plot([row.k / row.numel for row in at_largest], [row.gb_per_s for row in at_largest], **style)
+        at_share = sorted((row for row in rows if abs(row.k / row.numel - 1e-3) < 1e-4), key=lambda row: row.numel)
+        if len(at_share) > 1:
+            by_n.plot([row.numel for row in at_share], [row.gb_per_s for row in at_share], **style)
     largest = max(row.numel for row in results.rows)
-    for (backend, data, dtype), rows in series.items():
-        mine = backend in ops.BACKENDS
-        style = {"marker": "o", "label": f"{backend}, {data}, {dtype}"} if mine else {"marker": "x", "label": backend}
-        at_largest = sorted((r for r in rows if r.numel == largest or not mine), key=lambda r: r.k / r.numel)
-        by_k.plot([r.k / r.numel for r in at_largest], [r.gb_per_s for r in at_largest], **style)
-        at_share = sorted((r for r in rows if abs(r.k / r.numel - 1e-3) < 1e-4), key=lambda r: r.numel)
-        if mine and len(at_share) > 1:
-            by_n.plot([r.numel for r in at_share], [r.gb_per_s for r in at_share], **style)
-    for axis, label in ((by_k, "k / N"), (by_n, "N  (k / N = 1e-3)")):
-        roof = max(row.roof_gb_per_s for row in results.rows)
-        axis.axhline(roof, color="black", linestyle="--", label=f"read roof {roof:.0f} GB/s")
+    roof = statistics.median(row.roof_gb_per_s for row in results.rows if row.numel == largest)
+    for axis, label in ((by_k, "k / N, at the largest N"), (by_n, "N  (k / N = 1e-3)")):
+        axis.axhline(roof, color="black", linestyle="--", label=f"read roof, {roof:.0f} GB/s")
         axis.set(xscale="log", xlabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
     by_k.set_ylabel("GB/s (bytes of one read and the indices / time)")

@@ -1,8 +1,10 @@
 """topk_magnitude on Triton: small tiles, every path, and each kernel compiled ahead of time for GPUs that are not here.
 
-test_topk_magnitude.py runs this backend through its cases, too, with the tiles it has in use. Without a GPU the kernels
-are interpreted here; they are compiled in a process of their own, which is this file run as a script:
-`python tests/test_topk_magnitude_triton.py 90 float32` prints what became of each kernel, as JSON.
+Without a GPU, the tests run in a process of their own, where the kernels are interpreted: TRITON_INTERPRET has to be
+set before triton is imported, and would change it for every other test. Compiling needs yet other processes, which run
+this file as a script:
+`python tests/test_topk_magnitude_triton.py 90 float32: bfloat16:filter_kernel` prints what became of each kernel for
+fp32 and of one for bf16, as JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ triton_topk = importlib.import_module("saft_kernels.ops.triton.topk_magnitude")
 pieces = importlib.import_module("saft_kernels.ops.triton._pieces")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 SIZES = pieces.Sizes(line=4, gathered_tile=256, direct_tile=1024)
 SMALL = triton_topk.Tuning(
     SIZES,
@@ -57,9 +60,6 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = ops.why_unavailable("triton", "topk_magnitude", DEVICE)
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
     monkeypatch.setattr(triton_topk, "TUNING", SMALL)
 
 
@@ -157,7 +157,7 @@ VALUES: dict[str, Callable[[int, torch.dtype], Tensor]] = {
 @pytest.mark.parametrize("dtypes", [[FP32], [BF16, FP16], [FP64, FP32, BF16]], ids=["fp32", "16_bit", "with_fp64"])
 def test_values(values: str, dtypes: list[torch.dtype]) -> None:
     torch.manual_seed(len(values))
-    sizes = [2 * TILE + BORDER + 5] if dtypes == [FP32] else [TILE + BORDER, 5, BORDER + 1][: len(dtypes)]
+    sizes = [2 * TILE + BORDER + 5] if dtypes == [FP32] else [2 * BORDER, BORDER + 1, 5][: len(dtypes)]
     tensors = [VALUES[values](n, dtype).to(DEVICE) for n, dtype in zip(sizes, dtypes, strict=True)]
     numel = sum(t.numel() for t in tensors)
     check(tensors, 1 + numel // (100 if len(dtypes) == 1 else 10))
@@ -179,14 +179,13 @@ def test_common_keys_of_every_16_bit_pattern(monkeypatch: pytest.MonkeyPatch) ->
     every = torch.arange(-(2**15), 2**15)
     tensors = [bits(every, BF16), bits(every, FP16), torch.tensor([1e-40, 1.0, 6e-8])]
     tensors = [t.to(DEVICE) for t in tensors]
-    check(tensors, 70_000)
     check([*tensors, torch.tensor([1e-310, 2.0**-149, 2.0**-24, 65504.0], dtype=FP64, device=DEVICE)], 70_000)
 
 
 # ---- tiles, tensors, layouts ----
 
 
-@pytest.mark.parametrize("offset", [0, 1, 5])
+@pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("numel", [1, BORDER - 1, BORDER, BORDER + 1, TILE, TILE + BORDER - 1])
 def test_sizes_and_alignments(numel: int, offset: int) -> None:
     torch.manual_seed(numel)
@@ -199,12 +198,12 @@ def test_ties_end_at_every_border() -> None:
     tensors = [torch.ones(n, device=DEVICE) for n in (BORDER + 5, 3, TILE, 0, TILE + BORDER)]
     tensors[-1][-1] = 7.0
     for border in (BORDER, BORDER + 5, BORDER + 8, BORDER + 8 + TILE):
-        check(tensors, border, border + 1, border + 2)
+        check(tensors, border + 1, border + 2)
 
 
 def test_many_tiny_tensors_are_few_tiles() -> None:
     torch.manual_seed(1)
-    sizes = torch.randint(0, 4, (3000,)).tolist()
+    sizes = torch.randint(0, 4, (1500,)).tolist()
     base = torch.randn(sum(sizes), device=DEVICE).to(BF16)
     tensors = base.split(sizes)
     assert pieces.cut(tensors, SIZES).num_tiles == -(-len(base) // SIZES.gathered_tile)
@@ -269,7 +268,7 @@ def test_a_wrong_guess_is_found_and_mended(launches: list[str], monkeypatch: pyt
     assert "histogram_data_kernel" in launches
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("large", [False, True])
 def test_two_kinds_of_values(dtype: torch.dtype, large: bool) -> None:
     """The bracket ends between them, or next to it."""
@@ -281,13 +280,23 @@ def test_two_kinds_of_values(dtype: torch.dtype, large: bool) -> None:
 
 
 def test_a_band_larger_than_its_buffer(launches: list[str]) -> None:
-    """fp32 zeros: the lowest bin of the sample is wider than one key, and everything is in it."""
-    tensor = torch.zeros(3 * TILE + 3, device=DEVICE)
-    tensor[1::7] = 1e-44
+    """Consecutive bit patterns: one bin of the sample, and everything is in it."""
+    torch.manual_seed(6)
+    tensor = narrow(3 * TILE + 3, FP32).to(DEVICE)
     tensor[2::900] = -3.0
     check([tensor], tensor.numel() // 4)
     assert "histogram_data_kernel" in launches
     assert launches.count("filter_kernel") == 2
+
+
+def test_fewer_non_zeros_than_k_is_no_failure(launches: list[str]) -> None:
+    tensor = torch.zeros(3 * TILE + 3, device=DEVICE)
+    tensor[2::900] = -3.0
+    check([tensor], tensor.numel() // 4)
+    assert "histogram_data_kernel" not in launches
+    tensor[1::7] = 1e-44  # now the guess, that it is zero, is wrong
+    check([tensor], tensor.numel() // 8)
+    assert "histogram_data_kernel" in launches
 
 
 def test_a_bracket_of_one_key_needs_no_list(launches: list[str]) -> None:
@@ -379,18 +388,16 @@ def compile_all(arch: int, dtypes: list[str], only: str) -> Iterator[dict[str, A
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     tensors = [torch.zeros(300_017, dtype=getattr(torch, dtype)) for dtype in dtypes]
     for kernel, signature, constants, num_warps in recorded(tensors, 1000).values():
-        if only not in kernel.fn.__name__:
+        if not kernel.fn.__name__.startswith(only):
             continue
         attributes = {
             (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"
         }
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, **OPTIONS}
-        )
-        ptx = compiled.asm["ptx"]
+        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, **OPTIONS})
+        ptx = result.asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
+            file.write(result.asm["cubin"])
             file.flush()
             usage = subprocess.run(
                 [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
@@ -399,7 +406,7 @@ def compile_all(arch: int, dtypes: list[str], only: str) -> Iterator[dict[str, A
             "kernel": kernel.fn.__name__,
             "constants": constants,
             "num_warps": num_warps,
-            "shared": compiled.metadata.shared,
+            "shared": result.metadata.shared,
             **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
             "loads": sorted(re.findall(r"ld\.global\S*", ptx)),
             "local_accesses": len(re.findall(r"(?:ld|st)\.local", ptx)),
@@ -414,13 +421,35 @@ KERNELS = {
 VECTOR_LOADS = {0: "ld.global.v4.b32", 1: "ld.global.v4.b32", 2: "ld.global.v4.b32", 3: "ld.global.v2.b64"}
 
 
-def compiled_in_a_process(arch: int, dtypes: list[str], only: str = "") -> list[dict[str, Any]]:
+def start_compiling(arch: int, *cases: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    command = [sys.executable, __file__, str(arch), ",".join(dtypes), only]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, __file__, str(arch), *cases]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def compiled(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return [json.loads(line) for line in output.splitlines()]
+
+
+ARCHS = [80, 90, 100]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilers(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """They work while the other tests run."""
+    processes = {}
+    for item in request.session.items:
+        if item.name.startswith("test_compiles_ahead_of_time["):
+            arch = item.callspec.params["arch"]
+            filters = [f"{dtype}:filter_kernel" for dtype in ("bfloat16", "float16", "float64")]
+            processes[arch] = start_compiling(arch, "float32:", *filters)
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
 
 
 def check_compiled(facts: list[dict[str, Any]]) -> None:
@@ -436,22 +465,42 @@ def check_compiled(facts: list[dict[str, Any]]) -> None:
             assert fact["shared"] <= 1024, fact
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_ahead_of_time(arch: int) -> None:
-    facts = compiled_in_a_process(arch, ["float32"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_ahead_of_time(compilers: dict[int, subprocess.Popen[str]], arch: int) -> None:
+    facts = compiled(compilers[arch])
     assert {fact["kernel"] for fact in facts} == KERNELS
-    for dtype in ("bfloat16", "float16", "float64"):
-        facts += compiled_in_a_process(arch, [dtype], "filter_kernel")
+    assert {fact["constants"]["KIND"] for fact in facts if fact["kernel"] == "filter_kernel"} == {0, 1, 2, 3}
     check_compiled(facts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "float64", "float32,bfloat16,float16", "float32,float64"])
 def test_compiles_ahead_of_time_for_every_dtype(arch: int, dtypes: str) -> None:
-    check_compiled(compiled_in_a_process(arch, dtypes.split(",")))
+    check_compiled(compiled(start_compiling(arch, f"{dtypes}:")))
 
+
+def test_interpreted() -> None:
+    """The tests above, on CPU tensors."""
+    command = [sys.executable, "-m", "pytest", "--quiet", "--exitfirst", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout, done.stdout
+
+
+OUTSIDE = ("test_interpreted", "test_compiles_ahead_of_time", "test_compiles_ahead_of_time_for_every_dtype")
+for name in [name for name in globals() if name.startswith("test_")]:
+    if INTERPRETED if name in OUTSIDE else not INTERPRETED and DEVICE == "cpu":
+        del globals()[name]
+if DEVICE == "cuda":
+    del test_interpreted
 
 if __name__ == "__main__":
-    for fact in compile_all(int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3] if len(sys.argv) > 3 else ""):
-        print(json.dumps(fact), flush=True)
+    for case in sys.argv[2:]:
+        dtypes, only = case.split(":")
+        for fact in compile_all(int(sys.argv[1]), dtypes.split(","), only):
+            print(json.dumps(fact), flush=True)

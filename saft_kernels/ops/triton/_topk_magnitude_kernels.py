@@ -143,9 +143,11 @@ def bracket_kernel(header, state, histogram, KEY64: tl.constexpr, SIDE: tl.const
     upper_rank = (rank - margin).to(tl.int64)
     shift: tl.constexpr = (63 if KEY64 else 31) - SAMPLE_BITS
     lo = _bin_at_rank(histogram, row_sums, lower_rank, SIDE).to(tl.int64) << shift
-    hi = ((_bin_at_rank(histogram, row_sums, upper_rank, SIDE).to(tl.int64) + 1) << shift) - 1
+    upper_bin = _bin_at_rank(histogram, row_sums, upper_rank, SIDE).to(tl.int64)
     grain = tl.load(header + GRAIN)  # keys are multiples of it: only NaN's is not
+    hi = ((upper_bin + 1) << shift) - 1
     hi = tl.where(hi < common_inf(KEY64), hi - (hi & (grain - 1)), hi)
+    hi = tl.where(upper_bin == 0, 0, hi)  # fewer non-zeros than k: zero is what fills that bin
     tl.store(state + LO, tl.where(lower_rank >= sampled, 0, lo))
     tl.store(state + HI, tl.where(upper_rank < 1, common_max(KEY64), hi))
 
@@ -186,6 +188,9 @@ def filter_kernel(
     Traffic    reads 4 B/elem (fp32), 2 B/elem (bf16, fp16); writes 1/4 B/elem.
     Algorithm  keys as integers against two integers; bits are packed by a multiply-add in the thread and a sum over the
                lanes that share 16 elements (4 for fp32, 2 for 16-bit). No scan, no histogram, no atomic per element.
+    Cost       SASS of sm_90: 11.3 instructions per fp32 element, 9.3 of them on the integer pipe (64 a clock and SM):
+               1.6 T elem/s on 132 SMs at 1.75 GHz, 6.4 TB/s; memory is the limit. 16-bit: 10.2 and 9.4, 3.1 TB/s;
+               the integer pipe is the limit. Counted, not measured.
     Contract   counts exact; words in order of position.
     Launch     one program per tile; UNITS so that a thread holds one vector of 16 B, and has 4 of them in flight.
                Two-dimensional on purpose: with one more dimension, versions of Triton lay threads out differently.
