@@ -188,9 +188,9 @@ def filter_kernel(
     Traffic    reads 4 B/elem (fp32), 2 B/elem (bf16, fp16); writes 1/4 B/elem.
     Algorithm  keys as integers against two integers; bits are packed by a multiply-add in the thread and a sum over the
                lanes that share 16 elements (4 for fp32, 2 for 16-bit). No scan, no histogram, no atomic per element.
-    Cost       SASS of sm_90: 11.3 instructions per fp32 element, 9.3 of them on the integer pipe (64 a clock and SM):
-               1.6 T elem/s on 132 SMs at 1.75 GHz, 6.4 TB/s; memory is the limit. 16-bit: 10.2 and 9.4, 3.1 TB/s;
-               the integer pipe is the limit. Counted, not measured.
+    Cost       SASS of sm_90: 11.3 instructions per fp32 element, 8.9 of them on the integer pipe (64 a clock and SM):
+               1.7 T elem/s on 132 SMs at 1.75 GHz, 6.6 TB/s, so memory is the limit. 16 bits: 10.2 and 9.2,
+               3.2 TB/s, so the integer pipe is the limit. Counted, not measured.
     Contract   counts exact; words in order of position.
     Launch     one program per tile; UNITS so that a thread holds one vector of 16 B, and has 4 of them in flight.
                Two-dimensional on purpose: with one more dimension, versions of Triton lay threads out differently.
