@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ common_optimizers = pytest.importorskip(
 )
 # importing it froze the global flags of torch.backends for every other test of this process
 torch.backends.__allow_nonbracketed_mutation_flag = True
+hypothesis.settings.load_profile("saft")  # it loaded a profile of its own
 
 INFO = next(info for info in common_optimizers.optim_db if info.optim_cls is torch.optim.AdamW)
 

@@ -424,14 +424,34 @@ def test_nonfinite_selected_gradients_reach_their_own_element_alone(
     assert problem.chosen(problem.param).cpu().isnan().nonzero().flatten().tolist() == [3, 300]
 
 
-def test_values_that_overflow_16_bit(backend: Backend) -> None:
-    """Rounds to inf as `.to(torch.float16)` does, and back from there."""
-    param = backend.to(torch.tensor([65504.0, -65504.0, 1.0], dtype=torch.float16))
-    state = [backend.to(torch.zeros(3)) for _ in range(2)]
-    grad = backend.to(torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float16))
-    options = replace(Options(), lr=20.0, weight_decay=0.0)
-    backend.sparse_adamw_([param], [grad], state[:1], state[1:], [None], step=1, **options.scalars)
-    assert param.tolist() == [torch.inf, -torch.inf, -19.0]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit_stores_round_to_nearest_even(backend: Backend, dtype: torch.dtype) -> None:
+    """Every step before the store is exact here, so the stored value is the rounding of one known fp32 value: random
+    ones, ties and their neighbours, fp16 denormals, and what overflows to inf."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(90 << 23, 144 << 23, 20_000)  # 2^-37 to 2^17
+    drop = 16 if dtype == torch.bfloat16 else 13
+    ties = (patterns >> drop << drop) + (1 << (drop - 1))
+    denormal_ties = (np.arange(1, 2_050) - 0.5) * 2.0**-24
+    x = torch.from_numpy(np.concatenate([patterns, ties - 1, ties, ties + 1]).astype(np.int32)).view(torch.float32)
+    x = torch.cat(
+        [x, torch.from_numpy(denormal_ties).float(), torch.tensor([65504.0, 65519.99, 65520.0, 65536.0, 0.0])]
+    )
+    x[::2] *= -1
+    param = backend.to(torch.zeros(len(x), dtype=dtype))
+    exp_avg, exp_avg_sq = (backend.to(torch.zeros(len(x))) for _ in range(2))
+    # param - lr * grad / sqrt(max), with powers of two
+    backend.sparse_adamw_(
+        [param],
+        [backend.to(x)],
+        [exp_avg],
+        [exp_avg_sq],
+        [None],
+        max_exp_avg_sqs=[backend.to(torch.full((len(x),), 2.0**40))],
+        step=1,
+        **Options(lr=2.0**20, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0).scalars,
+    )
+    assert_same_bits(param, (0 - x).to(dtype))
 
 
 # ---- masters ----
