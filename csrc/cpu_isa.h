@@ -3,9 +3,8 @@
 
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
 #define SAFT_X86_DISPATCH 1
-#define SAFT_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c")))
-#define SAFT_TARGET_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,lzcnt,popcnt,f16c")))
+#define SAFT_TARGET_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt")))
+#define SAFT_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt")))
 #else
 #define SAFT_X86_DISPATCH 0
 #endif

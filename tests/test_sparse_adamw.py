@@ -801,6 +801,28 @@ def test_plan_follows_gradients_that_move_and_change_form(backend: Backend) -> N
     planned.step(memory[:6:2])
 
 
+def test_plan_whose_gradients_come_back_to_where_they_were(backend: Backend) -> None:
+    """An allocator hands out the same few blocks in turn, while the layout of another gradient changes."""
+    params = [backend.to(torch.linspace(-1, 1, 60)).view(6, 10) for _ in range(2)]
+    expected = [p.clone() for p in params]
+    states, expected_states = ([[torch.zeros_like(p) for _ in range(2)] for p in params] for _ in range(2))
+    plan = prepare_sparse_adamw(
+        [AdamWSegment(p, *s) for p, s in zip(params, states, strict=True)], backend=backend.name
+    )
+    blocks = [backend.to(torch.linspace(low, low + 1, 60)).view(6, 10) for low in (-3, 0, 2)]
+    transposed = backend.to(torch.linspace(1, -1, 60)).view(10, 6).t()
+    o = Options()
+    orders = [(0, 1), (1, 0), (2, 1), (0, transposed), (2, 1), (1, 2), (0, transposed), (0, 1), (1, transposed)]
+    for step, order in enumerate(orders, 1):
+        grads = [blocks[block] if isinstance(block, int) else block for block in order]
+        with backend.forced():
+            plan.step(grads, [AdamWHyper(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, step)])
+        m, v = zip(*expected_states, strict=True)
+        backend.sparse_adamw_(expected, grads, list(m), list(v), [None, None], step=step, **o.scalars)
+        for param, want in zip(params, expected, strict=True):
+            assert_same_bits(param, want, f"step {step}")
+
+
 def test_plan_of_a_wholly_selected_parameter(backend: Backend) -> None:
     planned = Planned(backend, backend.to(torch.linspace(0, 1, 12)).view(4, 3).t(), None)
     grad = backend.to(torch.linspace(-1, 1, 12))

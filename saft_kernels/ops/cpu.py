@@ -151,6 +151,7 @@ class Plan:
             or (list(map(Tensor.numel, grads)), [grad.dtype for grad in grads]) != self._contiguous_grads
         ):
             return False
+        self._seen = [None] * len(self._params)  # the table is about to point elsewhere
         self._table[:, self._PARAM] = list(map(Tensor.data_ptr, self._params))
         self._table[:, self._GRAD] = list(map(Tensor.data_ptr, grads))
         return True
