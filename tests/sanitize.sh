@@ -19,5 +19,6 @@ export LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libs
 export ASAN_OPTIONS=detect_leaks=0:strict_init_order=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$copy
 "$python" -c "import saft_kernels._C as m; assert m.__file__.startswith('$copy'), m.__file__"
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -k "cpu and not reference" "$@" \
+# -s: a report would be lost in the captured output of the test that ends the process
+"$python" -m pytest -q -s -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -k "cpu and not reference" "$@" \
   "$root"/tests/test_{topk_magnitude,gather_scatter,sparse_adamw}.py
