@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -85,13 +85,11 @@ def indexed(params: list[nn.Parameter], mask: saft_kernels.SparseMask) -> Callab
     return step
 
 
-def candidates(
-    model: nn.Module, mask: saft_kernels.SparseMask, density: float
-) -> dict[str, Callable[[], Callable[[], object]]]:
+def candidates(model: nn.Module, mask: saft_kernels.SparseMask) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name -> a function that builds the optimizer and returns its step."""
     params = list(model.parameters())
     named = list(model.named_parameters())
-    found = {
+    return {
         "saft_kernels": lambda: saft_kernels.SparseAdamW(named, mask=mask).step,
         "saft_kernels density 1.0": lambda: saft_kernels.SparseAdamW(named, density=1.0).step,
         "torch.AdamW fused": lambda: torch.optim.AdamW(params, fused=True).step,
@@ -99,7 +97,6 @@ def candidates(
         "masked dense AdamW": lambda: masked_dense(params, mask),
         "torch index_select": lambda: indexed(params, mask),
     }
-    return found
 
 
 def run(args: argparse.Namespace) -> harness.Results:
@@ -116,7 +113,7 @@ def run(args: argparse.Namespace) -> harness.Results:
     }
     roof = harness.read_roof(list(grads.values()))
     for data, mask in harness.progress(list(masks.items()), "sparse_adamw"):
-        steps = {name: build() for name, build in candidates(model, mask, args.density).items()}
+        steps = {name: build() for name, build in candidates(model, mask).items()}
         timings = interleave(steps, args.device, args.rounds)
         fused = timings["torch.AdamW fused"].p50
         for name, timing in timings.items():
@@ -172,15 +169,8 @@ def report(results: harness.Results) -> None:
     )
 
 
-def plot(results: harness.Results) -> Path | None:
+def draw(plt: Any, results: harness.Results) -> Any:
     """Step time per optimizer, logarithmic."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return None
     figure, axis = plt.subplots(figsize=(8, 4))
     rows = [row for row in results.rows if row.data == "clip"]
     axis.barh([row.backend for row in rows], [row.p50_ms for row in rows])
@@ -188,27 +178,19 @@ def plot(results: harness.Results) -> Path | None:
     axis.set(xscale="log", xlabel="ms per step (lower is better)", title=f"optimizer.step(), {rows[0].device}")
     axis.invert_yaxis()
     axis.margins(x=0.2)
-    figure.tight_layout()
-    path = results.directory / f"{results.name}.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = harness.argument_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip model name (default ViT-B-16)")
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--name", help="file name of the results (default: sparse_adamw_<device>)")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="directory of the CSV and the plot")
     args = parser.parse_args()
     args.name = args.name or f"sparse_adamw_{args.device}"
     results = run(args)
     report(results)
-    print(f"rows: {results.write()}")
-    if path := plot(results):
-        print(f"plot: {path}")
+    harness.conclude(results, draw)
 
 
 if __name__ == "__main__":

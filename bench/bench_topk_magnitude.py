@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -225,15 +226,8 @@ def report(results: harness.Results) -> None:
     )
 
 
-def plot(results: harness.Results) -> Path | None:
+def draw(plt: Any, results: harness.Results) -> Any:
     """GB/s against k/N per data set and backend, and against N, with the roof drawn in."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return None
     figure, (by_k, by_n) = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     series: dict[str, list[harness.Row]] = {}
     for row in results.rows:
@@ -256,15 +250,11 @@ def plot(results: harness.Results) -> Path | None:
     by_k.set_ylabel("GB/s (bytes of one read and the indices / time)")
     by_k.legend(fontsize=7)
     figure.suptitle(f"topk_magnitude, {results.rows[0].device}")
-    figure.tight_layout()
-    path = results.directory / f"{results.name}.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = harness.argument_parser(__doc__)
     parser.add_argument("--backend", nargs="+", help="default: all that run on the device but the reference")
     parser.add_argument("--numel", nargs="+", type=lambda s: int(float(s)), default=None, help="elements, e.g. 1e9")
     parser.add_argument("--tensors", type=int, default=150, help="tensors that share them (default 150)")
@@ -273,8 +263,6 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["structured"], choices=DATA)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--name", help="file name of the results (default: topk_magnitude_<device>)")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="directory of the CSV and the plot")
     args = parser.parse_args()
     args.name = args.name or f"topk_magnitude_{args.device}"
     args.numel = args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [10**9])
@@ -285,9 +273,7 @@ def main() -> None:
     ]
     results = run(args)
     report(results)
-    print(f"rows: {results.write()}")
-    if path := plot(results):
-        print(f"plot: {path}")
+    harness.conclude(results, draw)
 
 
 if __name__ == "__main__":

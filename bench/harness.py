@@ -6,6 +6,7 @@ The roof is the best read bandwidth measured in the same run, so a fraction of i
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -226,6 +227,32 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], title: str =
     for row in rows:
         rendered.add_row(*row)
     Console(width=max(120, Console().width)).print(rendered)
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every bench takes; `description` is its module's docstring."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--name", help="file name of the results (default: <op>_<device>)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the CSV and the plot")
+    return parser
+
+
+def conclude(results: Results, draw: Callable[[Any, Results], Any]) -> None:
+    """Writes the rows, and the figure that `draw(matplotlib.pyplot, results)` makes, where matplotlib is installed."""
+    print(f"rows: {results.write()}")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    figure = draw(plt, results)
+    figure.tight_layout()
+    path = results.directory / f"{results.name}.png"
+    figure.savefig(path, dpi=120)
+    print(f"plot: {path}")
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

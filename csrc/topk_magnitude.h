@@ -123,7 +123,7 @@ struct TopKResult {
 };
 
 // `indices`: k flat positions, tensor by tensor, ascending inside each. `counts`: selected per tensor.
-// Preconditions (checked by the caller): 0 <= k <= total numel. `isa`: "auto", or one of cpu_isas().
+// Preconditions (checked by the caller): 0 <= k <= total numel. `isa`: an Isa of cpu_isa.h.
 TopKResult topk_magnitude_cpu(const TensorDesc* tensors, index_t num_tensors, index_t k, index_t* indices,
                               index_t* counts, int num_threads, int isa);
 

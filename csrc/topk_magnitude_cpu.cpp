@@ -23,6 +23,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "cpu_parallel.h"
@@ -355,6 +356,8 @@ class TopKMagnitude {
     std::atomic<index_t> num_sure{0}, num_band{0};
     survivors_.assign(tiles_.size(), {});
     for (auto& workspace : workspaces_) workspace->clear();
+    const std::tuple<Thresholds<float>, Thresholds<bfloat16>, Thresholds<float16>, Thresholds<double>>
+        thresholds(bracket, bracket, bracket, bracket);
     const auto outgrown = [&] {
       const index_t band = num_band.load(std::memory_order_relaxed);
       return (keep_keys && band > band_budget) ||
@@ -369,7 +372,7 @@ class TopKMagnitude {
       dispatch(tensor.dtype, [&](auto tag) {
         using scalar_t = typename decltype(tag)::type;
         const scalar_t* x = load_tile<scalar_t>(tensor, tile, workspace.gathered);
-        const Thresholds<scalar_t> above(bracket);
+        const auto& above = std::get<Thresholds<scalar_t>>(thresholds);
         if (lists) {
           filter_to_lists(x, tile.numel, above, workspace, out);
         } else {
