@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     "python/bindings.cpp",
+    "python/bindings_tensors.cpp",
     "csrc/gather_scatter_cpu.cpp",
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",

@@ -68,7 +68,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
         own = {key: group[key] for key in _OUR_GROUP_KEYS}
         if loaded:
             own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
-        new_groups.append({**saved, **own, "capturable": False, "differentiable": False})
+        new_groups.append({**saved, **own, "differentiable": False})
     return {**state_dict, "state": states, "param_groups": new_groups}
 
 
@@ -164,7 +164,7 @@ def unshield(optimizer: SparseAdamW) -> None:
             for _, parameter, values in members
         ]
         # masters start from the parameters: a state of torch.optim.AdamW has none
-        fresh = new_states([parameter for _, parameter, _ in members], indices, group["amsgrad"])
+        fresh = new_states([parameter for _, parameter, _ in members], indices, group)
         for (position, parameter, values), state in zip(members, fresh, strict=True):
             state["step"].fill_(float(values["step"].tensor))
             for key in MOMENTS:

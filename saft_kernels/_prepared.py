@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
-from operator import is_
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,92 +12,74 @@ from torch.optim import Optimizer
 from . import ops
 from ._budget import check_dense
 from ._state import State
-from .ops._adamw import AdamWHyper, AdamWSegment, opmath_dtype
+from .ops import _inputs
+from .ops._adamw import AdamWHyper, AdamWPlan, AdamWSegment, opmath_dtype
 from .ops._checks import short
 
 
 class PreparedStep:
-    """The plan for the selected parameters that have a gradient, and all that it was made for.
+    """One plan per device for the selected parameters that have a gradient, and all that they were made for.
 
     `selected` holds group, name and parameter of those with selected elements.
     """
 
     def __init__(self, optimizer: Optimizer, selected: Sequence[tuple[int, str, Tensor]], backend: str | None) -> None:
         groups = optimizer.param_groups
-        self.all_params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.all_params: list[list[Tensor]] = [list(group["params"]) for group in groups]
         self.all_states: list[State] = list(optimizer.state.values())
-        self.amsgrad = [group["amsgrad"] for group in groups]
-        trained = [(i, p) for i, _, p in selected if p.grad is not None]
-        self.names = [name for _, name, p in selected if p.grad is not None]
-        self.params = [p for _, p in trained]
+        self.flags = _flags(groups)
+        trained = [(i, name, p) for i, name, p in selected if p.grad is not None]
+        self.names = [name for _, name, _ in trained]
+        self.params = [p for _, _, p in trained]
         self.waiting = [p for _, _, p in selected if p.grad is None]
-        self.dtypes = [p.dtype for p in self.params]
         self.states: list[State] = [optimizer.state[p] for p in self.params]
         self.exp_avgs = [state["exp_avg"] for state in self.states]
         self._check_gradients()
         for name, parameter, state in zip(self.names, self.params, self.states, strict=True):
             _check_state(name, parameter, state)
-
-        # one buffer of step counts, to be incremented at once; the states hold views of it
-        counts = [float(state["step"]) for state in self.states]
-        self.steps = torch.tensor(counts, dtype=torch.float32)
-        self.expected_steps = self.steps.clone()
-        self.step_views = list(self.steps.unbind())
-        for state, step in zip(self.states, self.step_views, strict=True):
-            state["step"] = step
-
-        rows: dict[tuple[int, float], int] = {}
-        self.rows: list[tuple[int, int]] = []  # per row of hyperparameters: a group, and a position in `steps`
-        segments = []
-        for at, ((i, parameter), state) in enumerate(zip(trained, self.states, strict=True)):
-            row = rows.setdefault((i, counts[at]), len(rows))
-            if row == len(self.rows):
-                self.rows.append((i, at))
-            segments.append(
-                AdamWSegment(
-                    parameter,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    state.get("indices"),
-                    state["max_exp_avg_sq"] if self.amsgrad[i] else None,
-                    state.get("master"),
-                    row,
-                )
-            )
-        self.plan = ops.prepare_sparse_adamw(segments, backend=backend) if segments else None
+        self.parts: list[_Part] = []
+        for device in dict.fromkeys(p.device for p in self.params):
+            rows = [row for row, p in enumerate(self.params) if p.device == device]
+            segments = [(trained[row][0], self.params[row], self.states[row]) for row in rows]
+            self.parts += [_Part(device, rows, segments, groups, flag, backend) for flag in (False, True)]
+        self.parts = [part for part in self.parts if part.rows]
+        self.steps = [state["step"] for state in self.states]
+        # the step counts are the device's: a step need not wait to know whether it counts
+        self.runs_on_device = all(part.capturable for part in self.parts)
+        self.is_cuda = any(part.device.type == "cuda" for part in self.parts)
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor] | None:
         """What to step with; None when something changed, and it takes another PreparedStep.
 
-        Pointers, strides and shapes are the plan's to watch.
+        Pointers, strides, shapes and dtypes are the plans' to watch.
         """
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        groups = optimizer.param_groups
         if not (
-            _same(params, self.all_params)
-            and _same(optimizer.state.values(), self.all_states)
-            and _same(map(dict.get, self.states, repeat("exp_avg")), self.exp_avgs)
-            and _same(map(dict.get, self.states, repeat("step")), self.step_views)
-            and torch.equal(self.steps, self.expected_steps)
-            and [p.dtype for p in self.params] == self.dtypes
-            and [group["amsgrad"] for group in optimizer.param_groups] == self.amsgrad
+            self.flags == _flags(groups)
+            and all(map(_inputs.same_objects, [group["params"] for group in groups], self.all_params))
+            and _inputs.same_objects(list(optimizer.state.values()), self.all_states)
+            and _inputs.same_items(self.states, "exp_avg", self.exp_avgs)
+            and _inputs.same_items(self.states, "step", self.steps)
+            and all(part.has_its_steps() for part in self.parts)
             and all(p.grad is None for p in self.waiting)
         ):
             return None
-        gradients = [gradient for p in self.params if (gradient := p.grad) is not None]
-        return gradients if len(gradients) == len(self.params) else None
+        return _inputs.gradients(self.params)
 
-    def run(self, gradients: list[Tensor], param_groups: list[dict[str, Any]], grad_scale: float) -> None:
-        """One step; the step counts go up once it is done."""
-        if self.plan is None:
-            return
-        hypers = [_hyper(param_groups[i], float(self.steps[at]) + 1, grad_scale) for i, at in self.rows]
+    def run(
+        self,
+        gradients: list[Tensor],
+        param_groups: list[dict[str, Any]],
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        """One step; the step counts go up once it is done. `found_inf`: only where `runs_on_device`."""
         try:
-            self.plan.step(gradients, hypers)
+            for part in self.parts:
+                part.run(gradients, param_groups, grad_scale, found_inf)
         except RuntimeError:
             self._check_gradients()
             raise
-        self.steps += 1
-        self.expected_steps += 1
 
     def _check_gradients(self) -> None:
         for name, parameter in zip(self.names, self.params, strict=True):
@@ -107,10 +87,106 @@ class PreparedStep:
                 check_dense(name, parameter.grad)
 
 
-def _same(now: Iterable[object], then: Sequence[object]) -> bool:
-    """Whether both hold the same objects."""
-    now = list(now)
-    return len(now) == len(then) and all(map(is_, now, then))
+class _Part:
+    """The plan for one device, and for groups that are capturable or for those that are not."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: list[int],
+        segments: list[tuple[int, Tensor, State]],
+        groups: list[dict[str, Any]],
+        capturable: bool,
+        backend: str | None,
+    ) -> None:
+        mine = [at for at, (i, _, _) in enumerate(segments) if bool(groups[i]["capturable"]) == capturable]
+        self.rows = [rows[at] for at in mine]
+        self.is_all = len(self.rows) == len(segments)
+        self.device, self.capturable = device, capturable
+        if not mine:
+            return
+        states = [segments[at][2] for at in mine]
+        # one buffer of step counts, to be incremented at once; the states hold views of it
+        counts = torch.stack([state["step"].float() for state in states]).tolist()
+        self.steps = torch.tensor(counts, dtype=torch.float32, device=device if capturable else "cpu")
+        for state, step in zip(states, self.steps.unbind(), strict=True):
+            state["step"] = step
+        self.version = self.steps._version
+
+        hyper_rows: dict[tuple[int, float], int] = {}
+        self.hypers: list[tuple[int, Tensor]] = []  # a group, and its count in `steps`
+        self.counts: list[float] = []  # the same in numbers, unless capturable
+        table = []
+        for at, count in enumerate(counts):
+            i, parameter, state = segments[mine[at]]
+            row = hyper_rows.setdefault((i, count), len(hyper_rows))
+            if row == len(self.hypers):
+                self.hypers.append((i, state["step"]))
+                self.counts.append(count)
+            table.append(
+                AdamWSegment(
+                    parameter,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state.get("indices"),
+                    state["max_exp_avg_sq"] if groups[i]["amsgrad"] else None,
+                    state["master"] if parameter.itemsize == 2 else None,
+                    row,
+                )
+            )
+        self.plan: AdamWPlan = ops.prepare_sparse_adamw(table, backend=backend)
+
+    def has_its_steps(self) -> bool:
+        """Whether nobody else wrote the step counts."""
+        return self.steps._version == self.version
+
+    def run(
+        self,
+        gradients: list[Tensor],
+        groups: list[dict[str, Any]],
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        if not self.is_all:
+            gradients = [gradients[row] for row in self.rows]
+        if self.capturable:
+            self.steps += 1
+            if found_inf is not None:
+                found_inf = found_inf.to(self.device, non_blocking=True)
+        hypers = []
+        for (i, step), count in zip(self.hypers, self.counts, strict=True):
+            group = groups[i]
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            hypers.append(
+                AdamWHyper(
+                    lr if isinstance(lr, Tensor) and lr.device == self.device else float(lr),
+                    float(beta1),
+                    float(beta2),
+                    float(group["eps"]),
+                    float(group["weight_decay"]),
+                    step if self.capturable else count + 1,
+                    group["maximize"],
+                    grad_scale,
+                    found_inf,
+                )
+            )
+        try:
+            self.plan.step(gradients, hypers)
+        except Exception:
+            if self.capturable:
+                self.steps -= 1
+                self.version = self.steps._version
+            raise
+        if not self.capturable:
+            self.steps += 1
+            self.counts = [count + 1 for count in self.counts]
+        elif found_inf is not None:
+            self.steps -= found_inf
+        self.version = self.steps._version
+
+
+def _flags(groups: list[dict[str, Any]]) -> list[tuple[bool, bool]]:
+    return [(group["amsgrad"], group["capturable"]) for group in groups]
 
 
 def _check_state(name: str, parameter: Tensor, state: State) -> None:
@@ -132,17 +208,3 @@ def _check_state(name: str, parameter: Tensor, state: State) -> None:
         raise ValueError(
             f"state of {name!r}: expected indices on {parameter.device}, got {indices.device}; move the whole state"
         )
-
-
-def _hyper(group: dict[str, Any], step: float, grad_scale: float) -> AdamWHyper:
-    beta1, beta2 = group["betas"]
-    return AdamWHyper(
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        step,
-        group["maximize"],
-        grad_scale,
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,18 @@ def count(parameter: Tensor, index: Tensor | None) -> int:
     return parameter.numel() if index is None else index.numel()
 
 
-def new_states(parameters: Sequence[Tensor], indices: Sequence[Tensor | None], amsgrad: bool) -> list[State]:
+def new_states(parameters: Sequence[Tensor], indices: Sequence[Tensor | None], group: Mapping[str, Any]) -> list[State]:
     """State before the first step: views of one buffer per kind of value, dtype and device."""
     states: list[State] = [{"step": step} for step in torch.zeros(len(parameters), dtype=torch.float32).unbind()]
+    if group["capturable"]:
+        states = [{"step": s["step"].to(p.device)} for s, p in zip(states, parameters, strict=True)]
     rows_by_kind: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for row, parameter in enumerate(parameters):
         kind = (parameter.device, opmath_dtype(parameter.dtype), parameter.itemsize == 2)
         rows_by_kind.setdefault(kind, []).append(row)
     for (device, dtype, has_master), rows in rows_by_kind.items():
         counts = [count(parameters[row], indices[row]) for row in rows]
-        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad + ["master"] * has_master
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"] + ["master"] * has_master
         for key in keys:
             parts = torch.zeros(sum(counts), dtype=dtype, device=device).split(counts)
             for row, part in zip(rows, parts, strict=True):

@@ -14,6 +14,7 @@ from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
 from ._state import carry_over, count, index_dtype, new_states
+from .ops._adamw import StalePlan
 from .selection import SparseMask
 
 __all__ = ["SparseAdamW"]
@@ -44,7 +45,8 @@ class SparseAdamW(Optimizer):
             update. Costs one fp32 sum per element (fp64 for fp64 parameters) until then, which is not in state_dict().
         maximize: Ascend instead.
         foreach: Accepted for compatibility; there is one implementation per backend.
-        capturable: Not supported yet: must be False.
+        capturable: Keep the step counts on the parameters' device, and let step() run without waiting for it, so that
+            it can be captured in a CUDA graph; pass `lr` as a tensor to change it between replays. Step once before.
         differentiable: Not supported: must be False.
         fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
         backend: See `saft_kernels.ops`.
@@ -223,7 +225,7 @@ class SparseAdamW(Optimizer):
                     old, new = self._index((i, j), parameter), picked[i, j]
                     if not _same_index(old, new):
                         moved.append((parameter, old, new))
-            fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group["amsgrad"])
+            fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
                 carry_over(parameter, self.state[parameter], old, state, new)
                 self.state[parameter] = state
@@ -246,7 +248,7 @@ class SparseAdamW(Optimizer):
                         i not in dense and (parameter.requires_grad or count(parameter, index))
                     ):
                         fresh.append((parameter, index))
-            states = new_states([p for p, _ in fresh], [index for _, index in fresh], group["amsgrad"])
+            states = new_states([p for p, _ in fresh], [index for _, index in fresh], group)
             self.state.update(zip((p for p, _ in fresh), states, strict=True))
 
     # ---- step ----
@@ -273,28 +275,54 @@ class SparseAdamW(Optimizer):
     def _update(self) -> None:
         # GradScaler's, with fused=True
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        prepared = self._prepared
+        gradients = prepared.gradients(self) if prepared is not None and not self._awaits_selection() else None
+        if prepared is not None and gradients is not None and prepared.runs_on_device:
+            prepared.run(gradients, self.param_groups, 1.0 if scale is None else scale, found_inf)
+            return
+        is_cuda = (
+            any(p.is_cuda for g in self.param_groups for p in g["params"]) if prepared is None else prepared.is_cuda
+        )
+        if is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() under CUDA graph capture: expected capturable=True and a step before the capture with the same "
+                "parameters, got a step that has to wait for the device; warm up first, as torch.cuda.graph asks for"
+            )
         if found_inf is not None and bool(found_inf):
             return
         grad_scale = 1.0 if scale is None else float(scale)
+        if prepared is None or gradients is None:
+            prepared = self._prepare(grad_scale)
+            if prepared is None:
+                return
+            gradients = [p.grad for p in prepared.params if p.grad is not None]
+        try:
+            prepared.run(gradients, self.param_groups, grad_scale, None)
+        except StalePlan:
+            self._prepared = None
+            self._update()
+
+    def _awaits_selection(self) -> bool:
+        """Whether a budget is yet to be spent, and gradients are there to tell how."""
+        return any(p.grad is not None for g in self.param_groups if g["num_candidates"] is None for p in g["params"])
+
+    def _prepare(self, grad_scale: float) -> PreparedStep | None:
+        """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         if not any(self.state.values()) and not self._has_gradients():
-            return  # no gradients, or the fake step of torch.distributed.checkpoint
-        pending = [p for g in self.param_groups if g["num_candidates"] is None for p in g["params"]]
-        if any(p.grad is not None for p in pending):
+            return None  # no gradients, or the fake step of torch.distributed.checkpoint
+        if self._awaits_selection():
             picked = self._selection.select(self.param_groups, grad_scale, self.backend)
             if picked is None:
-                return
+                return None
             self._adopt(picked)
-        gradients = self._prepared.gradients(self) if self._prepared is not None else None
-        if self._prepared is None or gradients is None:
-            self._create_states()
-            selected = []
-            for position, name, parameter in places(self.param_groups):
-                index = self._index(position, parameter)
-                if index is None or index.numel():
-                    selected.append((position[0], name, parameter))
-            self._prepared = PreparedStep(self, selected, self.backend)
-            gradients = [p.grad for p in self._prepared.params if p.grad is not None]
-        self._prepared.run(gradients, self.param_groups, grad_scale)
+        self._create_states()
+        selected = []
+        for position, name, parameter in places(self.param_groups):
+            index = self._index(position, parameter)
+            if index is None or index.numel():
+                selected.append((position[0], name, parameter))
+        self._prepared = PreparedStep(self, selected, self.backend)
+        return self._prepared
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
@@ -337,7 +365,13 @@ class SparseAdamW(Optimizer):
         super().__setstate__(state)
         self._prepared = None
         for group in self.param_groups:
-            for name, default in (("maximize", False), ("amsgrad", False), ("foreach", None), ("fused", None)):
+            for name, default in (
+                ("maximize", False),
+                ("amsgrad", False),
+                ("foreach", None),
+                ("fused", None),
+                ("capturable", False),
+            ):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
         _checkpoint.unshield(self)
@@ -389,6 +423,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {what}: {value}; expected 0 or more")
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together; drop one")
-    for name in ("capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(f"`{name}`: expected False, got {group[name]!r}; SparseAdamW does not support it")
+    if group["differentiable"]:
+        raise ValueError(
+            f"`differentiable`: expected False, got {group['differentiable']!r}; SparseAdamW does not support it"
+        )

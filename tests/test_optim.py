@@ -289,9 +289,8 @@ BAD_ARGUMENTS = {
         ValueError,
         "`selection_steps`: expected a positive int",
     ),
-    "capturable": (lambda p: (p, {"capturable": True}), ValueError, "`capturable`: expected False, got True;"),
     "differentiable": (lambda p: (p, {"differentiable": True}), ValueError, "`differentiable`: expected False"),
-    "group_capturable": (lambda p: ([{"params": p, "capturable": True}], {}), ValueError, "`capturable`"),
+    "group_differentiable": (lambda p: ([{"params": p, "differentiable": True}], {}), ValueError, "`differentiable`"),
     "group_both": (
         lambda p: ([{"params": p, "density": 0.5, "k": 3}], {}),
         ValueError,

@@ -202,13 +202,14 @@ def test_clip_grad_norm() -> None:
         assert relative_error(a, b) <= FP32_ROUNDINGS
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler(fused: bool | None, unscale: bool) -> None:
+def test_grad_scaler(fused: bool | None, unscale: bool, capturable: bool) -> None:
     """Skips steps with inf, also at selection; fused=True gets the scale and the check instead."""
     reference, model = two_towers(), two_towers()
     plain = SparseAdamW(reference.named_parameters(), lr=1e-2, density=0.1)
-    optimizer = SparseAdamW(model.named_parameters(), lr=1e-2, density=0.1, fused=fused)
+    optimizer = SparseAdamW(model.named_parameters(), lr=1e-2, density=0.1, fused=fused, capturable=capturable)
     assert optimizer._step_supports_amp_scaling is bool(fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     scales = []
@@ -443,6 +444,47 @@ def test_edited_step_counts_are_used(edit: str) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) <= FP32_ROUNDINGS
         assert actual.state[a]["step"] == expected.state[b]["step"]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.2])
+def test_capturable_is_the_same_step(density: float) -> None:
+    """With the step counts on the device; a group may be so and another not."""
+    results = []
+    for groups in ((False, False), (True, True), (True, False)):
+        params = parameters()
+        split = [{"params": params[i::2], "capturable": capturable} for i, capturable in enumerate(groups)]
+        optimizer = SparseAdamW(split, lr=torch.tensor(1e-2), density=density)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for step in range(4):
+            set_gradients(params, step)
+            optimizer.step()
+            schedule.step()
+            if step == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+        assert {float(state["step"]) for _, state in states(optimizer)} == {4.0}
+        results.append([*params, *(state["exp_avg_sq"] for _, state in states(optimizer))])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_parameters_cast_between_steps(dtype: torch.dtype) -> None:
+    """The prepared step is made anew; the state no longer fits, which is an error rather than a wrong step."""
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), density=0.2)
+    train(model, optimizer, batches(2))
+    optimizer.zero_grad()
+    model.to(dtype)
+    before = clones(list(model.parameters()))
+    with pytest.raises(ValueError, match=r"load_state_dict\(optimizer.state_dict\(\)\)") as error:
+        train(model, optimizer, batches(1, dtype=dtype))
+    assert_message(error, ["state of 'logit_scale'" if dtype == torch.float64 else "master"])
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert_same_bits(a.detach(), b)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, batches(1, dtype=dtype))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def test_state_that_does_not_fit_is_named() -> None:

@@ -395,11 +395,13 @@ def test_frameworks_may_swap_parameter_objects(steps_before: int) -> None:
         assert_same_bits(parameter.detach(), value)
 
 
-def test_state_is_made_where_the_parameter_is() -> None:
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_is_made_where_the_parameter_is(capturable: bool) -> None:
     """A mask bound on the CPU, a model moved to its device afterwards; "meta" stands in for the device."""
     parameter = nn.Parameter(torch.empty(4, 4, device="meta", dtype=torch.bfloat16))
-    (state,) = new_states([parameter], [torch.tensor([1, 5], dtype=torch.int32)], amsgrad=True)
+    group = {"amsgrad": True, "capturable": capturable}
+    (state,) = new_states([parameter], [torch.tensor([1, 5], dtype=torch.int32)], group)
     assert {key: value.device.type for key, value in state.items()} == {
-        "step": "cpu",
+        "step": "meta" if capturable else "cpu",
         **dict.fromkeys(["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "indices"], "meta"),
     }

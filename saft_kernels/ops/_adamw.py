@@ -91,11 +91,18 @@ class AdamWSegment:
         return self.exp_avg.numel()
 
 
+class StalePlan(RuntimeError):
+    """A parameter changed its size or dtype since the plan was made; nothing was written."""
+
+
 class AdamWPlan(Protocol):
     """A step made ready for one list of segments: checks and tables are done once, then `step` is cheap."""
 
-    def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
-        """One step. `grads[i]`: shape of the i-th parameter, or (count,) with the selected values alone."""
+    def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+        """One step. `grads[i]`: shape of the i-th parameter, or (count,) with the selected values alone.
+
+        Raises StalePlan.
+        """
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:

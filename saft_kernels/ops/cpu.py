@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _tables
-from ._adamw import AdamWHyper, AdamWSegment, is_compact, same_memory_order
+from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from ._inputs import PointerColumn
 from ._types import TopK
 
 try:
@@ -110,7 +111,8 @@ class Plan:
         self._numels = [p.numel() for p in self._params]
         # what the parameter and gradient columns were filled for
         self._seen: list[tuple[object, ...] | None] = [None] * len(self.segments)
-        self._contiguous_grads: tuple[list[int], list[torch.dtype]] | None = None
+        # for the steady state, in which all tensors are contiguous
+        self._pointers: tuple[PointerColumn, PointerColumn] | None = None
 
     def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
         state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
@@ -126,7 +128,7 @@ class Plan:
             segment.hyper,
         )
 
-    def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+    def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
         on_host = [hyper.on_host() for hyper in hypers]
         if any(hyper.found_inf for hyper in on_host):
@@ -144,22 +146,15 @@ class Plan:
         del copies
         torch.autograd.graph.increment_version(self._params)
 
-    def _move_pointers(self, grads: Sequence[Tensor]) -> bool:
+    def _move_pointers(self, grads: list[Tensor]) -> bool:
         """The steady state: all tensors are contiguous, as in the last step, and at most their storage moved."""
-        if (
-            self._contiguous_grads is None
-            or not all(map(Tensor.is_contiguous, self._params))
-            or not all(map(Tensor.is_contiguous, grads))
-            or list(map(Tensor.numel, self._params)) != self._numels
-            or (list(map(Tensor.numel, grads)), [grad.dtype for grad in grads]) != self._contiguous_grads
-        ):
+        if self._pointers is None:
             return False
         self._seen = [None] * len(self._params)  # the table is about to point elsewhere
-        self._table[:, self._PARAM] = list(map(Tensor.data_ptr, self._params))
-        self._table[:, self._GRAD] = list(map(Tensor.data_ptr, grads))
-        return True
+        params_column, grads_column = self._pointers
+        return params_column.move(self._params) and grads_column.move(grads)
 
-    def _refill(self, grads: Sequence[Tensor]) -> list[Tensor]:
+    def _refill(self, grads: list[Tensor]) -> list[Tensor]:
         """Writes what changed; returns gradients laid out anew, which have to live until the kernel is done."""
         copies = []
         for row, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
@@ -178,8 +173,12 @@ class Plan:
                 if copied:
                     copies.append(laid_out)
                 self._seen[row] = None if copied else now
-        contiguous = not copies and all(t.is_contiguous() for t in (*self._params, *grads))
-        self._contiguous_grads = ([g.numel() for g in grads], [g.dtype for g in grads]) if contiguous else None
+        self._pointers = None
+        if not copies and all(t.is_contiguous() for t in (*self._params, *grads)):
+            self._pointers = (
+                PointerColumn(self._table, self._PARAM, self._params),
+                PointerColumn(self._table, self._GRAD, grads),
+            )
         return copies
 
     def _fill(self, row: int, segment: AdamWSegment, grad: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ class Plan:
         columns = self._table[row]
         param, exp_avg = segment.param, segment.exp_avg
         if param.numel() != self._numels[row] or _tables.DTYPE_CODES[param.dtype] != columns[self._PARAM_DTYPE]:
-            raise RuntimeError(
+            raise StalePlan(
                 f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
                 f"got {param.numel()} of {param.dtype}; prepare another step"
             )

@@ -1,0 +1,107 @@
+"""The lists of tensors that a step walks: compiled and interpreted do the same, on whatever may be in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saft_kernels.ops import _inputs
+
+
+class Subclass(Tensor):
+    """Its pointer may be anything: the compiled walk leaves it to the caller's slow path."""
+
+
+@pytest.fixture(params=["compiled", "interpreted"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "interpreted":
+        monkeypatch.setattr(_inputs, "_C", None)
+        monkeypatch.setattr(_inputs, "_reader", None)
+    elif _inputs._C is None:
+        pytest.skip("the compiled module is missing")
+    return request.param
+
+
+def tensors() -> list[Tensor]:
+    return [
+        torch.zeros(3, 4),
+        nn.Parameter(torch.zeros(5, dtype=torch.bfloat16)),
+        torch.zeros(2, 3).half()[1],  # a byte offset
+        torch.tensor(1.0, dtype=torch.float64),
+        torch.zeros(0, 3),
+        torch.zeros(4, 1, 2).as_strided((4, 1, 2), (2, 77, 1)),  # strides of size-1 dimensions mean nothing
+    ]
+
+
+def test_this_torch_exports_what_the_compiled_walk_reads() -> None:
+    """Else every step would silently take the interpreted one."""
+    assert _inputs._C is None or _inputs._reader is not None
+
+
+def test_pointers(way: str) -> None:
+    table = np.zeros((6, 3), dtype=np.int64)
+    column = _inputs.PointerColumn(table, 1, tensors())
+    moved = tensors()
+    assert column.move(moved)
+    # an empty tensor has no address
+    assert table[:, 1].tolist() == [t.data_ptr() for t in moved]
+    assert not table[:, [0, 2]].any()
+
+
+CHANGES = {
+    "transposed": lambda t: torch.zeros(4, 3).t(),
+    "every_other": lambda t: torch.zeros(3, 8)[:, ::2],
+    "expanded": lambda t: torch.zeros(1, 4).expand(3, 4),
+    "smaller": lambda t: torch.zeros(3, 3),
+    "dtype": lambda t: torch.zeros(3, 4).int(),
+    "another_float": lambda t: torch.zeros(3, 4).half(),
+    "complex": lambda t: torch.zeros(3, 4, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_expected_is_refused(way: str, change: str) -> None:
+    before = tensors()
+    column = _inputs.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0, before)
+    assert not column.move([CHANGES[change](before[0]), *before[1:]])
+    assert not column.move(before[:-1])
+    assert not column.move([*before, before[0]])
+    assert column.move(before)
+
+
+@pytest.mark.skipif(_inputs._reader is None, reason="the compiled walk is not there")
+def test_the_compiled_walk_leaves_odd_tensors_alone() -> None:
+    before = tensors()
+    column = _inputs.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0, before)
+    for odd in (before[0].as_subclass(Subclass), before[0].to_sparse(), before[0].to("meta")):
+        assert not column.move([odd, *before[1:]])
+    assert column.move(before)
+
+
+def test_gradients(way: str) -> None:
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    assert _inputs.gradients(params) is None
+    assert _inputs.gradients([]) == []
+    for p in params:
+        p.grad = torch.ones(2)
+    grads = _inputs.gradients(params)
+    assert all(a is p.grad for a, p in zip(grads, params, strict=True))
+    params[1].grad = None
+    assert _inputs.gradients(params) is None
+
+
+def test_same_objects_and_items(way: str) -> None:
+    """By identity: two equal tensors differ."""
+    a, b = torch.zeros(2), torch.zeros(2)
+    assert _inputs.same_objects([a, b], [a, b])
+    assert not _inputs.same_objects([a, b], [b, a])
+    assert not _inputs.same_objects([a], [a, b])
+    dicts = [{"x": a}, {"x": b, "y": a}]
+    assert _inputs.same_items(dicts, "x", [a, b])
+    assert not _inputs.same_items(dicts, "x", [a, a])
+    assert not _inputs.same_items(dicts, "y", [a, a])
+    assert not _inputs.same_items(dicts, "x", [a])
