@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._budget import budget
+from ._budget import budget, budget_of
 from ._pools import Pool, Position, places
 from ._state import MOMENTS, State, count, index_dtype, new_states
 from .ops._checks import INDEX_DTYPES, short
@@ -116,13 +116,14 @@ def _check_pool(
         for position, parameter in pool.members.items()
         if position in loaded
     }
-    if pool.is_dense or (scope == "tensor" and pool.k is None):
+    if pool.is_dense or (scope != "global" and pool.k is None):
         for position, got in counts.items():
             numel = pool.members[position].numel()
             if pool.is_dense:
                 _check_count(f"selected elements of {names[position]!r}", got, numel, numel)
             elif got:  # else it had no gradient at selection
-                _check_count(f"selected elements of {names[position]!r}", got, budget(pool.density, None, numel), numel)
+                expected = budget_of(pool.members[position], pool.density, scope)
+                _check_count(f"selected elements of {names[position]!r}", got, expected, numel)
     elif counts:
         numel = sum(_num_candidates(pool, i, saved_groups[i], counts) for i in pool.groups)
         # groups added later were rounded apart

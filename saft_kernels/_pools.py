@@ -161,7 +161,7 @@ class Selection:
             list(scores.values()),
             pool.density,
             k,
-            "tensor" if k is None else "global",
+            self.scope if k is None else "global",
             backend,
         )
         return {

@@ -40,7 +40,8 @@ class SparseAdamW(Optimizer):
         k: Number of selected elements, in place of `density`.
         mask: A SparseMask of this model, in place of `density`; `params` must then carry names, unless it came from
             an optimizer without.
-        scope: "global", one budget over all groups, or "tensor", `density` of each tensor.
+        scope: "global", one budget over all groups; "tensor", `density` of each tensor; or "row", `density` of each
+            slice of its first dimension (an output unit of a weight), at least one element.
         selection_steps: Select from the mean gradient of that many step() calls; the calls before the last do not
             update. Costs one fp32 sum per element (fp64 for fp64 parameters) until then, which is not in state_dict().
         maximize: Ascend instead.

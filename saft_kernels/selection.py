@@ -20,7 +20,7 @@ from ._pools import any_nonzero
 from ._state import index_dtype
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
-Scope = Literal["global", "tensor"]
+Scope = Literal["global", "tensor", "row"]
 SCORES = ("mean_grad",)
 
 _FORMAT = "saft_kernels.SparseMask"
@@ -265,7 +265,8 @@ def select(
         density: Share of the candidate elements to select, in (0, 1].
         k: Number of elements to select, in place of `density`.
         score: "mean_grad", as in the paper.
-        scope: "global", one budget over all candidates, or "tensor", `density` of each tensor.
+        scope: "global", one budget over all candidates; "tensor", `density` of each tensor; or "row", `density` of each
+            slice of its first dimension (an output unit of a weight), at least one element. A vector is one row.
         include: Glob or globs (fnmatch) over parameter names; only matches are candidates.
         exclude: Glob or globs over parameter names; matches are no candidates.
         progress: Shows a tqdm bar, where tqdm is installed.

@@ -282,7 +282,11 @@ BAD_ARGUMENTS = {
     "k_zero": (lambda p: (p, {"k": 0}), ValueError, "`k`: expected a positive int, got 0;"),
     "k_float": (lambda p: (p, {"k": 3.0}), ValueError, "`k`: expected a positive int, got 3.0;"),
     "k_large": (lambda p: (p, {"k": 10_000}), ValueError, "`k`: expected at most 374, the number of elements"),
-    "scope": (lambda p: (p, {"scope": "row"}), ValueError, "`scope`: expected one of global, tensor, got 'row'"),
+    "scope": (
+        lambda p: (p, {"scope": "layer"}),
+        ValueError,
+        "`scope`: expected one of global, tensor, row, got 'layer'",
+    ),
     "k_per_tensor": (lambda p: (p, {"scope": "tensor", "k": 3}), ValueError, "`k`: expected None with scope='tensor'"),
     "selection_steps": (
         lambda p: (p, {"selection_steps": 0}),

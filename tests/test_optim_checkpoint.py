@@ -173,8 +173,8 @@ def build(kind: str, model: TwoTowers) -> SparseAdamW:
         return SparseAdamW(named, lr=1e-2, k=40, amsgrad=True, maximize=True)
     if kind == "dense":
         return SparseAdamW(named, lr=1e-2, density=1.0)
-    if kind == "tensor":
-        return SparseAdamW(named, lr=1e-2, density=0.1, scope="tensor")
+    if kind in ("tensor", "row"):
+        return SparseAdamW(named, lr=1e-2, density=0.1, scope=kind)
     if kind == "groups":
         head = [item for item in named if item[0].startswith("text.")]
         body = [item for item in named if not item[0].startswith("text.")]
@@ -186,7 +186,7 @@ def build(kind: str, model: TwoTowers) -> SparseAdamW:
     return SparseAdamW(named, lr=1e-2, mask=mask)
 
 
-KINDS = ["density", "k_amsgrad", "dense", "tensor", "groups", "mask"]
+KINDS = ["density", "k_amsgrad", "dense", "tensor", "row", "groups", "mask"]
 
 
 def schedule_for(optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:
@@ -585,6 +585,7 @@ def test_amsgrad_without_its_maximum() -> None:
         ({"density": 0.1}, {"density": 1.0}, r"selected elements of '.*': expected \d+ of \d+ \(100\.0000%\)"),
         ({"density": 0.1, "scope": "tensor"}, {"density": 0.3, "scope": "tensor"}, r"selected elements of '.*'"),
         ({"density": 0.1}, {"density": 0.1, "scope": "tensor"}, r"selected elements of '.*'"),
+        ({"density": 0.1, "scope": "tensor"}, {"density": 0.1, "scope": "row"}, r"selected elements of '.*'"),
     ],
 )
 def test_other_budgets_are_named(saved: dict[str, Any], target: dict[str, Any], message: str) -> None:

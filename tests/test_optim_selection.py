@@ -54,6 +54,20 @@ def test_scope_tensor() -> None:
         assert index.tolist() == largest([parameter.grad], k)[0].tolist()
 
 
+def test_scope_row() -> None:
+    params = parameters()
+    set_gradients(params, 0)
+    optimizer = SparseAdamW(params, density=0.3, scope="row")
+    optimizer.step()
+    for parameter, index in zip(params, optimizer.mask.values(), strict=True):
+        rows = list(parameter.grad) if parameter.dim() > 1 else [parameter.grad]
+        expected = []
+        for i, row in enumerate(row for row in rows if row.numel()):
+            k = max(1, round(0.3 * row.numel()))
+            expected += [i * row.numel() + j for j in largest([row], k)[0].tolist()]
+        assert index.tolist() == expected
+
+
 def test_a_group_with_its_own_budget_is_its_own_pool() -> None:
     params = parameters()
     set_gradients(params, 0)

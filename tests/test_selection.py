@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend, assert_message, assert_same_bits
+from conftest import Backend, assert_message, assert_same_bits, flushed_denormals
 from torch import Tensor, nn
 from training import Batch, batches, largest, loss_fn, two_towers
 
-from saft_kernels import SparseMask, select
+from saft_kernels import SparseMask, _budget, select
 
 
 def mean_gradients(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
@@ -84,6 +84,29 @@ def test_scope_tensor() -> None:
     for name, score in mean_gradients(model, batches(2)).items():
         k = max(1, round(0.1 * score.numel()))
         assert mask[name].tolist() == largest([score], k)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scope_row(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A row is one output unit; a vector is one row. In chunks of rows as in one."""
+    model = two_towers(dtype=dtype)
+    data = batches(2, dtype=dtype)
+    mask = select(model, data, loss_fn, density=0.1, scope="row", progress=False)
+    for name, score in mean_gradients(model, data).items():
+        rows = score.reshape(score.shape[0] if score.dim() > 1 else 1, -1)
+        k = max(1, round(0.1 * rows.shape[1]))
+        expected = [i * rows.shape[1] + j for i, row in enumerate(rows) for j in largest([row], k)[0].tolist()]
+        assert mask[name].tolist() == expected
+    monkeypatch.setattr(_budget, "_ROWS_AT_ONCE", 40)
+    assert select(model, data, loss_fn, density=0.1, scope="row", progress=False) == mask
+
+
+def test_scope_row_with_ties_and_denormals() -> None:
+    """Smaller index first, by integer keys, whatever torch.set_flush_denormal says."""
+    rows = torch.tensor([[1.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1e-41, -1e-40, 1e-42]])
+    with flushed_denormals():
+        (index,) = _budget.select_indices(["w"], [rows], 0.5, None, "row", None)
+    assert index.tolist() == [0, 1, 4, 5, 9, 10]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +325,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "k_large_after_exclude": ({"k": 300, "include": "text.*"}, "`k`: expected at most 272"),
     "k_per_tensor": ({"k": 3, "scope": "tensor"}, "`k`: expected None with scope='tensor', got 3;"),
-    "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, got 'layer'"),
+    "k_per_row": ({"k": 3, "scope": "row"}, "`k`: expected None with scope='row', got 3;"),
+    "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, row, got 'layer'"),
     "score": ({"score": "fisher"}, "`score`: expected one of mean_grad, got 'fisher'"),
     "no_candidates": ({"include": "text.*", "exclude": "*"}, "got none of 11;"),
 }
