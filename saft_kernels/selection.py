@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from . import _files
-from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, select_indices
+from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, check_finite, select_indices
 from ._pools import any_nonzero
+from ._scores import SCORES, Score
 from ._state import index_dtype
+from .ops._adamw import opmath_dtype
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
 Scope = Literal["global", "tensor", "row"]
-SCORES = ("mean_grad",)
 
 _FORMAT = "saft_kernels.SparseMask"
 
@@ -240,8 +241,8 @@ def _difference(mask: SparseMask, other: SparseMask) -> str:
 
 def select(
     model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
     density: float = DEFAULT_DENSITY,
     k: int | None = None,
@@ -254,17 +255,21 @@ def select(
 ) -> SparseMask:
     """The parameters whose downstream-loss gradient is largest in magnitude.
 
-    The score of an element is |mean over batches of its gradient|; the k largest over all candidate parameters
-    together are selected.
+    The score of an element is |mean over batches of its gradient|, unless `score` names another; the k largest over
+    all candidate parameters together are selected.
 
     Args:
         model: Its parameters with `requires_grad` are the candidates. Parameters and their `.grad` are left as they
             were; buffers change as forward passes change them (use `model.eval()` to freeze batch norm statistics).
-        batches: Read once, start to end. Batches count equally, whatever their size.
+        batches: Read once, start to end. Batches count equally, whatever their size. Scores "weight" and "random" take
+            none.
         loss_fn: `loss_fn(model, batch)` returns the scalar mean loss of the batch; autocast belongs inside it.
         density: Share of the candidate elements to select, in (0, 1].
         k: Number of elements to select, in place of `density`.
-        score: "mean_grad", as in the paper.
+        score: "mean_grad", |mean g|, as in the paper; or, with g the gradient of one batch and w the parameter,
+            "mean_abs_grad", mean |g|; "fisher", mean g^2, the diagonal of the empirical Fisher information (of batches,
+            so it sharpens with smaller ones); "relative_grad", |mean g| / (|w| + 1e-8); "grad_times_weight",
+            |mean g * w|; "weight", |w|; "random", uniform, from torch's default generator.
         scope: "global", one budget over all candidates; "tensor", `density` of each tensor; or "row", `density` of each
             slice of its first dimension (an output unit of a weight), at least one element. A vector is one row.
         include: Glob or globs (fnmatch) over parameter names; only matches are candidates.
@@ -285,18 +290,40 @@ def select(
     Source: SAFT, ECCV 2024, arXiv 2407.03036, section 3.
     """
     check_budget(density, k, scope)
-    if score not in SCORES:
-        raise ValueError(f"`score`: expected one of {', '.join(SCORES)}, got {score!r}")
+    scoring = _check_score(score, batches, loss_fn)
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
-    with _gradients_set_aside(named.values()):
-        sums = _accumulate(model, batches, loss_fn, named, candidates, progress)
+    if batches is None or loss_fn is None:
+        sums = {name: _score_of_weight(scoring, parameter) for name, parameter in candidates.items()}
+    else:
+        with _gradients_set_aside(named.values()):
+            sums = _accumulate(model, batches, loss_fn, named, candidates, scoring, progress)
     names = list(sums)
     indices = select_indices(names, list(sums.values()), density, k, scope, backend)
     picked = dict(zip(names, indices, strict=True))
     empty = torch.empty(0, dtype=torch.int64)
     return SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
+
+
+def _check_score(score: str, batches: object, loss_fn: object) -> Score:
+    if score not in SCORES:
+        raise ValueError(f"`score`: expected one of {', '.join(SCORES)}, got {score!r}")
+    scoring = SCORES[score]
+    for name, value in (("batches", batches), ("loss_fn", loss_fn)):
+        if scoring.needs_gradients and value is None:
+            raise TypeError(
+                f"`{name}`: expected one for score={score!r}, got None; only 'weight' and 'random' need none"
+            )
+        if not scoring.needs_gradients and value is not None:
+            raise TypeError(f"`{name}`: expected None for score={score!r}, got {type(value).__name__}; drop it")
+    return scoring
+
+
+def _score_of_weight(scoring: Score, parameter: Tensor) -> Tensor:
+    weight = parameter.detach().to(opmath_dtype(parameter.dtype))
+    assert scoring.of_mean is not None
+    return scoring.of_mean(weight, weight)
 
 
 def _candidates(
@@ -354,10 +381,12 @@ def _accumulate(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     named: Mapping[str, Tensor],
     candidates: Mapping[str, Tensor],
+    scoring: Score,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """The summed gradient per candidate: ranks as the mean does. 16-bit gradients are summed in fp32."""
-    low_precision = {name: p for name, p in candidates.items() if p.itemsize == 2}
+    """The scores, from the summed gradient: it ranks as the mean does. 16-bit gradients are summed in fp32."""
+    # the others add up in their .grad
+    one_by_one = {name: p for name, p in candidates.items() if p.itemsize == 2 or scoring.of_batch is not None}
     others = [parameter for name, parameter in named.items() if name not in candidates]
     sums: dict[str, Tensor] = {}
     num_batches = 0
@@ -370,10 +399,11 @@ def _accumulate(
             for name, parameter in candidates.items():
                 if parameter.grad is not None:
                     check_dense(name, parameter.grad)
-            for name, parameter in low_precision.items():
+            for name, parameter in one_by_one.items():
                 if parameter.grad is not None:
-                    grad = parameter.grad.detach()
-                    sums[name] = sums[name].add_(grad) if name in sums else grad.float()
+                    grad = parameter.grad.detach().to(opmath_dtype(parameter.dtype))
+                    grad = grad if scoring.of_batch is None else scoring.of_batch(grad)
+                    sums[name] = sums[name].add_(grad) if name in sums else grad
                     parameter.grad = None
             for parameter in others:
                 parameter.grad = None
@@ -389,6 +419,11 @@ def _accumulate(
             f"`loss_fn`: expected a loss that depends on the candidate parameters, got no gradient but zeros for all "
             f"{len(candidates)} of them over {num_batches} batches; is the model detached, or its output constant?"
         )
+    if scoring.of_mean is not None:
+        # before the weights make something else of inf and NaN
+        check_finite(list(sums), list(sums.values()))
+        with torch.no_grad():
+            sums = {name: scoring.of_mean(total, candidates[name].to(total.dtype)) for name, total in sums.items()}
     return {name: sums[name] for name in candidates}
 
 

@@ -160,6 +160,75 @@ def test_bf16_gradients_are_summed_in_fp32() -> None:
     assert model.weight.grad.abs().argmax().item() == 1
 
 
+def scores_by_definition(model: nn.Module, data: list[Batch], score: str) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    dtype = torch.promote_types(next(iter(named.values())).dtype, torch.float32)
+    weights = {name: p.detach().to(dtype) for name, p in named.items()}
+    if score == "weight":
+        return weights
+    if score in ("mean_abs_grad", "fisher"):
+        of_batches = [mean_gradients(model, [batch]) for batch in data]
+        power = 1 if score == "mean_abs_grad" else 2
+        return {name: sum(gradients[name].abs() ** power for gradients in of_batches) for name in named}
+    sums = {name: mean * len(data) for name, mean in mean_gradients(model, data).items()}
+    if score == "relative_grad":
+        return {name: sums[name] / (weights[name].abs() + 1e-8) for name in named}
+    assert score == "grad_times_weight"
+    return {name: sums[name] * weights[name] for name in named}
+
+
+@pytest.mark.parametrize("score", ["mean_abs_grad", "fisher", "relative_grad", "grad_times_weight", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_other_scores(score: str, dtype: torch.dtype) -> None:
+    model = two_towers(dtype=dtype)
+    data = batches(4, dtype=dtype)  # a power of two: mean and sum are the same but for the exponent
+    before = [p.detach().clone() for p in model.parameters()]
+    model.norm.weight.grad = torch.ones_like(model.norm.weight)
+    arguments = () if score == "weight" else (data, loss_fn)
+    mask = select(model, *arguments, density=0.1, score=score, progress=False)
+    assert chosen(mask) == expected_of(scores_by_definition(model, data, score), mask.k)
+    assert mask != select(model, data, loss_fn, density=0.1, progress=False)
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert_same_bits(a.detach(), b)
+    assert torch.equal(model.norm.weight.grad, torch.ones_like(model.norm.weight))
+
+
+def test_random_score() -> None:
+    """Uniform: the k of 20 masks cover a tensor as its share of all elements; one seed makes one mask."""
+    model = two_towers()
+    torch.manual_seed(3)
+    masks = [select(model, density=0.1, score="random") for _ in range(20)]
+    torch.manual_seed(3)
+    assert select(model, density=0.1, score="random") == masks[0]
+    assert masks[0] != masks[1]
+    numel = masks[0].shapes["visual.3.weight"][0] * masks[0].shapes["visual.3.weight"][1]
+    got = sum(mask["visual.3.weight"].numel() for mask in masks)
+    expected = 20 * masks[0].k * numel / masks[0].numel
+    assert abs(got - expected) < 4 * (expected * 0.9) ** 0.5  # binomial, 4 sigma; the seed is fixed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_fn": loss_fn}, "`batches`: expected one for score='fisher', got None"),
+        ({"batches": []}, "`loss_fn`: expected one for score='fisher', got None"),
+        ({"batches": [], "score": "weight"}, "`batches`: expected None for score='weight', got list"),
+    ],
+)
+def test_scores_say_what_they_need(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match="expected") as error:
+        select(two_towers(), **{"score": "fisher", **arguments})
+    assert_message(error, [message])
+
+
+@pytest.mark.parametrize("score", ["fisher", "relative_grad"])
+def test_other_scores_refuse_gradients_that_are_not_finite(score: str) -> None:
+    model = two_towers()
+    model.text.weight.register_hook(lambda g: g / 0)
+    with pytest.raises(ValueError, match=r"gradient of 'text.weight' at selection: expected finite"):
+        select(model, batches(2), loss_fn, score=score, progress=False)
+
+
 def test_batches_count_equally_and_may_be_a_generator() -> None:
     def generator() -> Iterator[Batch]:
         yield from batches(3)
@@ -327,7 +396,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "k_per_tensor": ({"k": 3, "scope": "tensor"}, "`k`: expected None with scope='tensor', got 3;"),
     "k_per_row": ({"k": 3, "scope": "row"}, "`k`: expected None with scope='row', got 3;"),
     "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, row, got 'layer'"),
-    "score": ({"score": "fisher"}, "`score`: expected one of mean_grad, got 'fisher'"),
+    "score": ({"score": "hessian"}, "`score`: expected one of mean_grad, mean_abs_grad, fisher,"),
     "no_candidates": ({"include": "text.*", "exclude": "*"}, "got none of 11;"),
 }
 
