@@ -8,6 +8,7 @@ row, so GB/s of the dense peers is what they would need to move to keep up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,20 @@ def indexed(params: list[nn.Parameter], mask: saft_kernels.SparseMask) -> Callab
     return step
 
 
+def installed_peers(params: list[nn.Parameter]) -> dict[str, Callable[[], Callable[[], object]]]:
+    """8-bit dense AdamW, where it is installed: less state, the same traffic of parameters and gradients."""
+    peers: dict[str, Callable[[], Callable[[], object]]] = {}
+    with contextlib.suppress(ImportError):
+        import bitsandbytes
+
+        peers["bitsandbytes AdamW8bit"] = lambda: bitsandbytes.optim.AdamW8bit(params).step
+    with contextlib.suppress(ImportError):
+        import torchao.optim
+
+        peers["torchao AdamW8bit"] = lambda: torchao.optim.AdamW8bit(params).step
+    return peers
+
+
 def candidates(model: nn.Module, mask: saft_kernels.SparseMask) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name -> a function that builds the optimizer and returns its step."""
     params = list(model.parameters())
@@ -96,6 +111,7 @@ def candidates(model: nn.Module, mask: saft_kernels.SparseMask) -> dict[str, Cal
         "torch.AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True).step,
         "masked dense AdamW": lambda: masked_dense(params, mask),
         "torch index_select": lambda: indexed(params, mask),
+        **installed_peers(params),
     }
 
 

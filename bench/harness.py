@@ -37,6 +37,11 @@ def sparse_adamw_bytes(k: int, index_bytes: int = 4, line: int = 64) -> int:
     return k * (3 * line + 16 + index_bytes)
 
 
+def gather_bytes(k: int, itemsize: int, writes: bool, index_bytes: int = 4, line: int = 64) -> int:
+    """Per scattered element: a line of the tensor read (and written, by scatter_), its value, its index."""
+    return k * ((2 if writes else 1) * line + itemsize + index_bytes)
+
+
 # ---- timing ----
 
 

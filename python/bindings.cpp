@@ -24,7 +24,7 @@ namespace {
 static_assert(sizeof(saft::TensorDesc) == 5 * 8);
 static_assert(sizeof(saft::AdamWSegment) == 19 * 8);
 static_assert(sizeof(saft::AdamWHyper) == 9 * 8);
-static_assert(sizeof(saft::GatherSegment) == 8 * 8);
+static_assert(sizeof(saft::GatherSegment) == 9 * 8);
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -44,12 +44,12 @@ void sparse_adamw(uintptr_t segments, int64_t num_segments, uintptr_t hypers, in
                          pointer<const saft::AdamWHyper>(hypers), num_threads, isa);
 }
 
-void gather(uintptr_t segments, int64_t num_segments, int num_threads) {
-  saft::gather_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
+int64_t gather(uintptr_t segments, int64_t num_segments, int num_threads) {
+  return saft::gather_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
 }
 
-void scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
-  saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
+int64_t scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
+  return saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
 }
 
 // Instruction-set levels this processor runs, least first; a name's position is its number.

@@ -75,7 +75,9 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], *, backend: str
     if not tensors:
         return []
     module = _backends.choose("gather", tensors[0].device.type, backend)
-    result: list[Tensor] = module.gather([t.detach() for t in tensors], indices)
+    if not getattr(module, "checks_index_ranges", False):
+        _checks.index_ranges(indices, tensors, "tensors")
+    result: list[Tensor] = module.gather(tensors, indices)
     return result
 
 
@@ -110,7 +112,9 @@ def scatter_(
     if not tensors:
         return
     module = _backends.choose("scatter_", tensors[0].device.type, backend)
-    module.scatter_([t.detach() for t in tensors], indices, [v.detach() for v in values])
+    if not getattr(module, "checks_index_ranges", False):
+        _checks.index_ranges(indices, tensors, "tensors")
+    module.scatter_(tensors, indices, values)
 
 
 def sparse_adamw_(
@@ -186,6 +190,7 @@ def sparse_adamw_(
     for name, values in state + ([] if max_exp_avg_sqs is None else [("max_exp_avg_sqs", max_exp_avg_sqs)]):
         _checks.tensor_list(name, values)
     _checks.index_tensors(indices, params, "params", allow_none=True)
+    _checks.index_ranges(indices, params, "params")
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     for name, scalar in scalars.items():
         if isinstance(scalar, Tensor) and scalar.numel() != 1:

@@ -71,7 +71,7 @@ def same_length(name: str, values: Sequence[object], like: str, length: int) -> 
 def index_tensors(
     indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str, *, allow_none: bool = False
 ) -> None:
-    """One-dimensional int32 or int64, in range, on the tensors' device; None, where allowed, means all."""
+    """One-dimensional int32 or int64, on the tensors' device; None, where allowed, means all."""
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
         if index is None and allow_none:
             continue
@@ -81,14 +81,31 @@ def index_tensors(
                 f"`indices[{i}]`: expected a one-dimensional int32 or int64 tensor, got {got}; flatten or convert it"
             )
         same_device(f"indices[{i}]", index, f"{like}[{i}]", tensor)
-        if index.numel() == 0:
-            continue
-        low, high = (int(v) for v in index.aminmax())
-        if low < 0 or high >= tensor.numel():
-            raise IndexError(
-                f"`indices[{i}]`: expected flat positions in [0, {tensor.numel()}) of `{like}[{i}]`, "
-                f"got {low} to {high}; they index the flattened tensor, not a row of it"
-            )
+
+
+def index_ranges(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str) -> None:
+    """Every index is a position in its tensor: one look, so that a GPU is waited for once."""
+    present = [(index, tensor.numel()) for index, tensor in zip(indices, tensors, strict=True) if index is not None]
+    if not sum(index.numel() for index, _ in present):
+        return
+    device = present[0][0].device
+    flat = torch.cat([index.long() for index, _ in present])
+    counts = torch.tensor([index.numel() for index, _ in present], device=device)
+    numels = torch.tensor([numel for _, numel in present], device=device)
+    limits = numels.repeat_interleave(counts, output_size=flat.numel())
+    if bool(((flat < 0) | (flat >= limits)).any()):
+        for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
+            if index is not None and bool(((index < 0) | (index >= tensor.numel())).any()):
+                raise out_of_range(i, index, tensor, like)
+
+
+def out_of_range(i: int, index: Tensor, tensor: Tensor, like: str) -> IndexError:
+    """For indices that are no positions in their tensor."""
+    low, high = (int(value) for value in index.aminmax())
+    return IndexError(
+        f"`indices[{i}]`: expected flat positions in [0, {tensor.numel()}) of `{like}[{i}]`, got {low} to {high}; they "
+        "index the flattened tensor, not a row of it"
+    )
 
 
 def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _tables
+from . import _checks, _tables
 from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from ._inputs import PointerColumn
 from ._types import TopK
@@ -57,32 +57,46 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices.split(counts.tolist()), threshold, num_nonfinite)
 
 
+checks_index_ranges = True  # gather and scatter_ do it in the kernel
+
+
 def _gather_table(
     layouts: _tables.Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> _tables.Table:
     """saft::GatherSegment rows."""
-    rows = (
+    contiguous = (0, 0)
+    rows = [
         (
             tensor.data_ptr(),
             tensor.itemsize,
-            *layouts.columns(_tables.layout(tensor)),
+            *(contiguous if tensor.is_contiguous() else layouts.columns(_tables.layout(tensor))),
             index.data_ptr(),
             index.itemsize,
             value.data_ptr(),
             index.numel(),
+            tensor.numel(),
         )
         for tensor, index, value in zip(tensors, indices, values, strict=True)
-    )
-    return _tables.table(rows, 8)
+    ]
+    return _tables.table(rows, 9)
+
+
+def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Room for that many elements of each tensor."""
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return list(torch.empty(sum(counts), dtype=tensors[0].dtype).split(counts))
+    return [torch.empty(count, dtype=tensor.dtype) for tensor, count in zip(tensors, counts, strict=True)]
 
 
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """See `saft_kernels.ops.gather`."""
     indices = [i.contiguous() for i in indices]
-    values = [torch.empty(i.numel(), dtype=t.dtype) for t, i in zip(tensors, indices, strict=True)]
+    values = _packed(tensors, [i.numel() for i in indices])
     layouts = _tables.Layouts()
     table = _gather_table(layouts, tensors, indices, values)
-    _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
+    failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
+    if failed >= 0:
+        raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
     return values
 
 
@@ -92,7 +106,9 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     values = [v.contiguous() for v in values]
     layouts = _tables.Layouts()
     table = _gather_table(layouts, tensors, indices, values)
-    _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
+    failed = _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
+    if failed >= 0:
+        raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
     torch.autograd.graph.increment_version(tensors)
 
 
