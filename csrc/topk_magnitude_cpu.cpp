@@ -1,7 +1,8 @@
 // topk_magnitude / cpu: one read of the data, whatever k.
 //
 // Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011).
-//   sample   a stratified sample brackets the k-th key: [bracket.lo, bracket.hi]
+//   sample   a stratified sample brackets the k-th key: [bracket.lo, bracket.hi]; looked at again where few
+//            distinct keys, or one that most elements share, make a wide band
 //   filter   the only full read. key > hi: sure; lo <= key <= hi: band. Per tile: lists of 16-bit positions
 //   when few
 //            survivors are expected, else a bitmap of the sure ones; keys are kept for the band alone
@@ -50,6 +51,9 @@ constexpr index_t kMinSample = index_t(1) << 16, kMaxSample = index_t(1) << 20; 
 // structured gradients gave rank errors up to 2.4 sigma with this sample.
 constexpr double kSigmas = 6.0;
 constexpr int kSampleBits = 16;
+constexpr double kNarrowBand =
+    0.95 / kBandBudget;       // a band of a larger share of the sample is looked at again
+constexpr int kMaxLooks = 4;  // 16 bits each: a 63-bit key
 constexpr int kDigitBits = 11;
 
 struct Tile {
@@ -265,6 +269,60 @@ class TopKMagnitude {
     for (index_t t = 0; t < num_tensors_; ++t) {
       first_line[t + 1] = first_line[t] + (tensors_[t].numel + kLineNumel - 1) / kLineNumel;
     }
+    // Narrowed until the band is small: bins of the first histogram are too wide for data with few distinct
+    // keys, or one that most elements share.
+    Bracket<Key> bracket{0, kNaN, 1.0};
+    index_t num_above = 0;  // sampled keys above the bracket
+    for (int look = 1;; ++look) {
+      const int shift = std::max(0, bit_width(bracket.hi - bracket.lo) - kSampleBits);
+      const SampleHistogram sample = sample_keys(first_line, bracket.lo, bracket.hi, shift);
+      const double num_keys = double(sample.num_keys);
+      const double share = double(k_) / double(numel_);
+      const double rank = share * num_keys;
+      const double margin = kSigmas * std::sqrt(rank * (1 - share)) + kSigmas * kSigmas / 2;
+      const auto first_key = [&](Key bin) { return Key(bracket.lo + (bin << shift)); };
+      Key lo = bracket.lo, hi = bracket.hi;
+      // a rank above the sample's first leaves the upper bound open, unless the band is too large that way
+      bool has_hi = look == 1 && rank - margin < 1;
+      index_t reached = num_above;  // sampled keys in this bin and above
+      for (Key bin = Key((bracket.hi - bracket.lo) >> shift);; --bin) {
+        const index_t before = reached;
+        reached += sample.counts[bin];
+        // a bin too large for the band stays out of it, unless it has the rank itself; if a look has not
+        // helped, it is then all of the band
+        const bool is_large = double(reached - before) >= kNarrowBand * num_keys;
+        if (look > 1 && is_large && double(before) < rank && rank <= double(reached)) {
+          lo = first_key(bin);
+          hi = std::min(bracket.hi, Key(lo + ((Key(1) << shift) - 1)));
+          num_above = before;
+          break;
+        }
+        if (!has_hi && reached > 0 && double(reached) >= rank - margin &&
+            !(is_large && double(reached) < rank)) {
+          hi = std::min(bracket.hi, Key(first_key(bin) + ((Key(1) << shift) - 1)));
+          num_above = before;
+          has_hi = true;
+        }
+        const bool is_last = double(reached) >= rank + margin && rank + margin < num_keys;
+        if (is_last || bin == 0) {
+          const bool leave_out = is_large && double(before) >= rank && before > num_above;
+          if (leave_out) reached = before;
+          if (is_last || leave_out) lo = first_key(bin + leave_out);
+          break;
+        }
+      }
+      bracket = {lo, hi, double(reached) / num_keys};
+      const bool is_narrow = double(reached - num_above) < kNarrowBand * num_keys;
+      if (is_narrow || shift == 0 || look == kMaxLooks) return bracket;
+    }
+  }
+
+  struct SampleHistogram {
+    std::vector<index_t> counts;  // of (key - lo) >> shift, for keys in [lo, hi]
+    index_t num_keys;             // sampled, inside or outside
+  };
+
+  SampleHistogram sample_keys(const std::vector<index_t>& first_line, Key lo, Key hi, int shift) const {
     const index_t num_lines = first_line[num_tensors_];
     const index_t num_sampled = std::min(num_lines, sample_numel() / kLineNumel);
     const double stride = double(num_lines) / double(num_sampled);
@@ -288,18 +346,15 @@ class TopKMagnitude {
         prefetch_line(tensors_[t], l - first_line[t]);
       }
       for (index_t j = 0; j < end - run * kRun; ++j) {
-        sampled[thread] += add_line(tensors_[tensor[j]], line[j], histogram.data());
+        sampled[thread] += add_line(tensors_[tensor[j]], line[j], lo, hi, shift, histogram.data());
       }
     });
-    index_t num_keys = 0;
-    for (index_t n : sampled) num_keys += n;
-
-    const double share = double(k_) / double(numel_);
-    const double rank = share * double(num_keys);
-    const double margin = kSigmas * std::sqrt(rank * (1 - share)) + kSigmas * kSigmas / 2;
-    const auto [lo, share_lo] = key_at_rank(histograms, rank + margin, num_keys, false);
-    const auto [hi, share_hi] = key_at_rank(histograms, rank - margin, num_keys, true);
-    return {lo, hi, share_lo};
+    SampleHistogram sum{std::vector<index_t>(size_t(1) << kSampleBits, 0), 0};
+    for (size_t thread = 0; thread < histograms.size(); ++thread) {
+      for (size_t bin = 0; bin < histograms[thread].size(); ++bin) sum.counts[bin] += histograms[thread][bin];
+      sum.num_keys += sampled[thread];
+    }
+    return sum;
   }
 
   static void prefetch_line(const TensorDesc& tensor, index_t line) {
@@ -310,7 +365,8 @@ class TopKMagnitude {
     __builtin_prefetch(static_cast<const char*>(tensor.data) + line * kLineNumel * size);
   }
 
-  static index_t add_line(const TensorDesc& tensor, index_t line, uint32_t* histogram) {
+  static index_t add_line(const TensorDesc& tensor, index_t line, Key lo, Key hi, int shift,
+                          uint32_t* histogram) {
     const index_t first = line * kLineNumel;
     const index_t n = std::min(kLineNumel, tensor.numel - first);
     dispatch(tensor.dtype, [&](auto tag) {
@@ -322,27 +378,11 @@ class TopKMagnitude {
         x = gathered;
       }
       for (index_t i = 0; i < n; ++i) {
-        ++histogram[widen_key<Key, scalar_t>(native_key(x[i])) >> (CommonKey<Key>::kBits - kSampleBits)];
+        const Key key = widen_key<Key, scalar_t>(native_key(x[i]));
+        if (key >= lo && key <= hi) ++histogram[(key - lo) >> shift];
       }
     });
     return n;
-  }
-
-  // The lower (or upper) end of the histogram bin that holds descending rank `rank` of the sample, and the
-  // share of the sample at or above that bin. A rank below 1 is above all keys, one past the end below all.
-  static std::pair<Key, double> key_at_rank(const std::vector<std::vector<uint32_t>>& histograms, double rank,
-                                            index_t num_keys, bool upper_end) {
-    constexpr int shift = CommonKey<Key>::kBits - kSampleBits;
-    if (rank < 1) return {CommonKey<Key>::kNaN, 0.0};
-    if (rank >= double(num_keys)) return {0, 1.0};
-    index_t above = 0;
-    Key bin = Key(1) << kSampleBits;
-    while (double(above) < rank) {
-      --bin;
-      for (const auto& histogram : histograms) above += histogram.empty() ? 0 : histogram[bin];
-    }
-    const Key lower = Key(bin << shift);
-    return {upper_end ? Key(lower + ((Key(1) << shift) - 1)) : lower, double(above) / double(num_keys)};
   }
 
   // ---- filter ----
