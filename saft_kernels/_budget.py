@@ -55,7 +55,7 @@ def select_indices(
     if scope == "row":
         check_finite(names, scores)
         assert density is not None
-        return tuple(_largest_of_rows(score, density) for score in scores)
+        return tuple(largest_of_rows(score, density) for score in scores)
     if scope == "tensor":
         picks = [ops.topk_magnitude([s], budget(density, None, s.numel()), backend=backend) for s in scores]
         indices = tuple(pick.indices[0] for pick in picks)
@@ -80,7 +80,7 @@ def budget_of(tensor: Tensor, density: float | None, scope: str) -> int:
     return rows * budget(density, None, tensor.numel() // rows) if tensor.numel() else 0
 
 
-def _largest_of_rows(score: Tensor, density: float) -> Tensor:
+def largest_of_rows(score: Tensor, density: float) -> Tensor:
     """Flat indices of each row's largest |score|; ties go to the smaller index. Finite scores."""
     if not score.numel():
         return torch.empty(0, dtype=torch.int64, device=score.device)
@@ -105,11 +105,15 @@ def check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
     for name, gradient in zip(names, gradients, strict=True):
         bad = gradient.numel() - int(gradient.isfinite().sum())
         if bad:
-            raise ValueError(
-                f"gradient of {name!r} at selection: expected finite values, got {bad} inf or NaN of "
-                f"{gradient.numel()}; nothing was selected. Lower the learning rate or loss scale, or look for the "
-                "bad batch"
-            )
+            raise nonfinite_error(name, bad, gradient.numel())
+
+
+def nonfinite_error(name: str, bad: int, numel: int) -> ValueError:
+    """For a gradient with inf or NaN."""
+    return ValueError(
+        f"gradient of {name!r} at selection: expected finite values, got {bad} inf or NaN of {numel}; nothing was "
+        "selected. Lower the learning rate or loss scale, or look for the bad batch"
+    )
 
 
 def check_dense(name: str, gradient: Tensor) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import ops
 from ._budget import check_dense
+from ._release import step_gradient
 from ._state import State
 from .ops import _inputs
 from .ops._adamw import AdamWHyper, AdamWPlan, AdamWSegment, opmath_dtype
 from .ops._checks import short
+
+if TYPE_CHECKING:
+    from .optim import SparseAdamW
 
 
 class PreparedStep:
@@ -23,11 +26,14 @@ class PreparedStep:
     `selected` holds group, name and parameter of those with selected elements.
     """
 
-    def __init__(self, optimizer: Optimizer, selected: Sequence[tuple[int, str, Tensor]], backend: str | None) -> None:
+    def __init__(
+        self, optimizer: SparseAdamW, selected: Sequence[tuple[int, str, Tensor]], backend: str | None
+    ) -> None:
         groups = optimizer.param_groups
         self.all_params: list[list[Tensor]] = [list(group["params"]) for group in groups]
         self.all_states: list[State] = list(optimizer.state.values())
         self.flags = _flags(groups)
+        self.releases = optimizer._released is not None
         trained = [(i, name, p) for i, name, p in selected if p.grad is not None]
         self.names = [name for _, name, _ in trained]
         self.params = [p for _, _, p in trained]
@@ -48,7 +54,7 @@ class PreparedStep:
         self.runs_on_device = all(part.capturable for part in self.parts)
         self.is_cuda = any(part.device.type == "cuda" for part in self.parts)
 
-    def gradients(self, optimizer: Optimizer) -> list[Tensor] | None:
+    def gradients(self, optimizer: SparseAdamW) -> list[Tensor] | None:
         """What to step with; None when something changed, and it takes another PreparedStep.
 
         Pointers, strides, shapes and dtypes are the plans' to watch.
@@ -64,7 +70,15 @@ class PreparedStep:
             and all(p.grad is None for p in self.waiting)
         ):
             return None
-        return _inputs.gradients(self.params)
+        if not self.releases:
+            return _inputs.gradients(self.params)
+        gradients = self.current_gradients()
+        return gradients if len(gradients) == len(self.params) else None
+
+    def current_gradients(self) -> list[Tensor]:
+        """Dense or compact; shorter than `params` where some have none."""
+        members = zip(self.names, self.params, self.states, strict=True)
+        return [step_gradient(name, gradient, state) for name, p, state in members if (gradient := p.grad) is not None]
 
     def run(
         self,
@@ -82,9 +96,10 @@ class PreparedStep:
             raise
 
     def _check_gradients(self) -> None:
-        for name, parameter in zip(self.names, self.params, strict=True):
+        for at, (name, parameter) in enumerate(zip(self.names, self.params, strict=True)):
             if parameter.grad is not None:
                 check_dense(name, parameter.grad)
+                step_gradient(name, parameter.grad, self.states[at])
 
 
 class _Part:

@@ -6,18 +6,25 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _checkpoint, ops
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
+from ._memory import out_of_memory_says
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
-from ._state import carry_over, count, index_dtype, new_states
+from ._release import GradientBuffer, check_not_released, selected_values
+from ._state import State, carry_over, count, index_dtype, new_states
 from .ops._adamw import StalePlan
 from .selection import SparseMask
 
 __all__ = ["SparseAdamW"]
+
+_OUT_OF_MEMORY = (
+    "choose beforehand, mask = select(model, batches, loss_fn, streaming='blocks'), and pass mask=mask, "
+    "release_grads=True to SparseAdamW; or lower the density"
+)
 
 
 class SparseAdamW(Optimizer):
@@ -50,6 +57,10 @@ class SparseAdamW(Optimizer):
             it can be captured in a CUDA graph; pass `lr` as a tensor to change it between replays. Step once before.
         differentiable: Not supported: must be False.
         fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
+        release_grads: Keep only the selected values of a gradient, from the moment backward has made it: `p.grad`
+            becomes a `SelectedGrad` of k_p fp32 values, which adds up over backward passes, and which zero_grad(),
+            clip_grad_norm_() and GradScaler know. The peak is the largest gradient of a single parameter. Wholly
+            selected parameters keep a dense gradient, as do all before selection: pass a `mask`.
         backend: See `saft_kernels.ops`.
 
     State per parameter: `step`; `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), (k_p,) fp32 (fp64 for fp64
@@ -86,6 +97,7 @@ class SparseAdamW(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        release_grads: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -111,8 +123,10 @@ class SparseAdamW(Optimizer):
         if mask is not None:
             _check_mask_alone(mask, density, k, scope)
         self.backend = backend
+        self.release_grads = bool(release_grads)
         self._selection = Selection(density, k, scope, selection_steps)
         self._prepared: PreparedStep | None = None
+        self._released: GradientBuffer | None = None
         super().__init__(params, defaults)
         # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
         self._step_supports_amp_scaling = bool(fused)
@@ -121,6 +135,9 @@ class SparseAdamW(Optimizer):
         else:
             for pool in self._selection.pools(self.param_groups):
                 budget(pool.density, pool.k, pool.numel)
+        if release_grads:
+            self._released = GradientBuffer()
+            self._released.update(self)
 
     # ---- groups, names, budgets ----
 
@@ -141,6 +158,7 @@ class SparseAdamW(Optimizer):
         group["num_candidates"] = None
         position = len(self.param_groups) - 1
         self._selection.indices = {at: index for at, index in self._selection.indices.items() if at[0] < position}
+        self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
         _check_hyperparameters(group)
@@ -202,6 +220,7 @@ class SparseAdamW(Optimizer):
         for group in self.param_groups:
             group["num_candidates"] = None
         self._selection.restart()
+        self._update_released()
 
     def _use_mask(self, mask: SparseMask) -> None:
         if any(group["density"] is not None or group["k"] is not None for group in self.param_groups):
@@ -219,6 +238,7 @@ class SparseAdamW(Optimizer):
 
     def _adopt(self, picked: dict[Position, Tensor | None]) -> None:
         """Makes a selection current. State of elements that stay selected moves over."""
+        replaced: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             moved = []
             for j, parameter in enumerate(group["params"]):
@@ -229,7 +249,8 @@ class SparseAdamW(Optimizer):
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
                 carry_over(parameter, self.state[parameter], old, state, new)
-                self.state[parameter] = state
+                replaced[parameter] = state
+        self.state.update(replaced)
         self._selection.indices.update(picked)
         self._prepared = None
 
@@ -296,7 +317,7 @@ class SparseAdamW(Optimizer):
             prepared = self._prepare(grad_scale)
             if prepared is None:
                 return
-            gradients = [p.grad for p in prepared.params if p.grad is not None]
+            gradients = prepared.current_gradients()
         try:
             prepared.run(gradients, self.param_groups, grad_scale, None)
         except StalePlan:
@@ -311,12 +332,11 @@ class SparseAdamW(Optimizer):
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         if not any(self.state.values()) and not self._has_gradients():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
-        if self._awaits_selection():
-            picked = self._selection.select(self.param_groups, grad_scale, self.backend)
-            if picked is None:
-                return None
-            self._adopt(picked)
-        self._create_states()
+        if self._awaits_selection() and not self._select(grad_scale):
+            return None
+        with out_of_memory_says("step()", _OUT_OF_MEMORY):
+            self._create_states()
+            self._update_released()
         selected = []
         for position, name, parameter in places(self.param_groups):
             index = self._index(position, parameter)
@@ -325,12 +345,76 @@ class SparseAdamW(Optimizer):
         self._prepared = PreparedStep(self, selected, self.backend)
         return self._prepared
 
+    def _select(self, grad_scale: float) -> bool:
+        """Selects for what is pending; False when that takes more steps. When it raises, nothing has changed."""
+        for position, name, parameter in places(self.param_groups):
+            if self.param_groups[position[0]]["num_candidates"] is None:
+                check_not_released(name, parameter.grad)
+        before = [group["num_candidates"] for group in self.param_groups]
+        try:
+            with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
+                picked = self._selection.select(self.param_groups, grad_scale, self.backend)
+                if picked is not None:
+                    self._adopt(picked)
+        except Exception:
+            for group, num_candidates in zip(self.param_groups, before, strict=True):
+                group["num_candidates"] = num_candidates
+            raise
+        return picked is not None
+
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
         gradients = [(name, p.grad) for _, name, p in places(self.param_groups) if p.grad is not None]
         for name, gradient in gradients:
             check_dense(name, gradient)
         return any_nonzero(gradient for _, gradient in gradients)
+
+    # ---- gradients ----
+
+    def _update_released(self) -> None:
+        if self._released is not None:
+            self._released.update(self)
+
+    def selected_grad(self, parameter: Tensor) -> Tensor:
+        """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
+
+        With release_grads=True they are the fp32 values (fp64 for fp64 parameters) themselves: what is written to them
+        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient.
+
+        Raises:
+            ValueError: Not a parameter of this optimizer, or its selection is pending.
+        """
+        for position, name, member in places(self.param_groups):
+            if member is parameter:
+                if self.param_groups[position[0]]["num_candidates"] is None:
+                    raise ValueError(
+                        f"`parameter`: expected a selection, got {name!r} before its own; step() first, or pass a mask"
+                    )
+                return selected_values(parameter, self._index(position, parameter), self._released)
+        raise ValueError(
+            f"`parameter`: expected one of this optimizer, got another of shape {tuple(parameter.shape)}; pass the "
+            "object in param_groups"
+        )
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scales all gradients so that the norm of the selected values is at most `max_norm`; returns the norm before.
+
+        Before selection all values count, as in torch.nn.utils.clip_grad_norm_.
+
+        Raises:
+            RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
+        """
+        gradients, values = [], []
+        for position, _, parameter in places(self.param_groups):
+            if parameter.grad is not None:
+                pending = self.param_groups[position[0]]["num_candidates"] is None
+                index = None if pending else self._index(position, parameter)
+                gradients.append(parameter)
+                values.append(selected_values(parameter, index, self._released))
+        norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
+        return norm
 
     # ---- checkpoints ----
 
@@ -359,12 +443,14 @@ class SparseAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        keep = ("backend", "_selection", "_step_supports_amp_scaling")
+        keep = ("backend", "release_grads", "_selection", "_step_supports_amp_scaling")
         return {**state, **{name: getattr(self, name) for name in keep}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepared = None
+        if "release_grads" in state:  # a copy: its parameters have no hooks yet
+            self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (
                 ("maximize", False),
@@ -376,6 +462,7 @@ class SparseAdamW(Optimizer):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
         _checkpoint.unshield(self)
+        self._update_released()
 
 
 def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
