@@ -25,6 +25,9 @@ SCORES = ("mean_grad",)
 
 _FORMAT = "saft_kernels.SparseMask"
 
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DataParallel and DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+
 
 # ---- SparseMask ----
 
@@ -147,8 +150,14 @@ class SparseMask(Mapping[str, Tensor]):
         return both / either if either else 1.0
 
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-        """Indices per parameter, in the order given, on its device. Raises ValueError for another model's names."""
+        """Indices per parameter, in the order given, on its device. Raises ValueError for another model's names.
+
+        A model wrapped in DataParallel, DistributedDataParallel, FSDP, torch.compile or activation checkpointing has
+        the names of the bare one, here and in the mask, as far as they stay distinct without the wrappers' prefixes.
+        """
         named = list(named_parameters)
+        own = _own_names(self.shapes, [name for name, _ in named])
+        named = [(own.get(name, name), parameter) for name, parameter in named]
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         missing = [name for name in self if name not in shapes and self[name].numel()]
         unknown = [name for name in shapes if name not in self.shapes]
@@ -214,6 +223,19 @@ class SparseMask(Mapping[str, Tensor]):
                 f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
                 f"({error}); save the mask again"
             ) from error
+
+
+def _own_names(names: Iterable[str], others: Sequence[str]) -> dict[str, str]:
+    """From each of `others` that only the prefix of a wrapper sets apart from one of `names`, to that one."""
+    names = list(names)
+    bare = {_bare(name): name for name in names}
+    if set(others) <= set(names) or len(bare) < len(names) or len({_bare(name) for name in others}) < len(others):
+        return {}
+    return {other: bare[_bare(other)] for other in others if _bare(other) in bare}
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _safetensors(name: str) -> Callable[..., Any]:

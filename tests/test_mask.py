@@ -180,7 +180,7 @@ def test_bind() -> None:
     [
         (["frozen", "scalar"], "got a mask for another one: 'matrix' not in the model; pass"),
         (["matrix", "scalar", "a", "b", "c", "d"], "'a', 'b', 'c' and 1 more not in the mask; pass"),
-        (["module.matrix", "scalar"], "'matrix' not in the model, 'module.matrix' not in the mask; pass"),
+        (["other.matrix", "scalar"], "'matrix' not in the model, 'other.matrix' not in the mask; pass"),
     ],
 )
 def test_bind_to_other_names(names: list[str], message: str) -> None:
