@@ -25,8 +25,8 @@ SCORES = ("mean_grad",)
 
 _FORMAT = "saft_kernels.SparseMask"
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DataParallel and DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+# what torch.compile, FSDP and activation checkpointing put into names
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 # ---- SparseMask ----
@@ -152,12 +152,14 @@ class SparseMask(Mapping[str, Tensor]):
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         """Indices per parameter, in the order given, on its device. Raises ValueError for another model's names.
 
-        A model wrapped in DataParallel, DistributedDataParallel, FSDP, torch.compile or activation checkpointing has
-        the names of the bare one, here and in the mask, as far as they stay distinct without the wrappers' prefixes.
+        Names may differ by what DataParallel and DistributedDataParallel ("module."), torch.compile, FSDP and
+        activation checkpointing put into them, here and in the mask.
         """
         named = list(named_parameters)
-        own = _own_names(self.shapes, [name for name, _ in named])
-        named = [(own.get(name, name), parameter) for name, parameter in named]
+        if not {name for name, _ in named} <= self.shapes.keys():
+            own = plain_names(self.shapes)
+            names = {name: own.get(plain, name) for plain, name in plain_names(name for name, _ in named).items()}
+            named = [(names[name], parameter) for name, parameter in named]
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         missing = [name for name in self if name not in shapes and self[name].numel()]
         unknown = [name for name in shapes if name not in self.shapes]
@@ -225,17 +227,17 @@ class SparseMask(Mapping[str, Tensor]):
             ) from error
 
 
-def _own_names(names: Iterable[str], others: Sequence[str]) -> dict[str, str]:
-    """From each of `others` that only the prefix of a wrapper sets apart from one of `names`, to that one."""
-    names = list(names)
-    bare = {_bare(name): name for name in names}
-    if set(others) <= set(names) or len(bare) < len(names) or len({_bare(name) for name in others}) < len(others):
-        return {}
-    return {other: bare[_bare(other)] for other in others if _bare(other) in bare}
-
-
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without those of wrappers, to the names given: "module." where all start with it (DDP), "_orig_mod."."""
+    given = list(names)
+    short_names = given
+    for wrapper in _WRAPPERS:
+        short_names = [name.replace(wrapper, "") for name in short_names]
+    if all(name.startswith("module.") for name in short_names):
+        short_names = [name.removeprefix("module.") for name in short_names]
+    # a model may hold a module beside its compiled self
+    distinct = len(set(short_names)) == len(given)
+    return dict(zip(short_names if distinct else given, given, strict=True))
 
 
 def _safetensors(name: str) -> Callable[..., Any]:

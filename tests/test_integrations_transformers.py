@@ -185,7 +185,7 @@ def test_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F
 
 def test_callback_errors(tmp_path: Path) -> None:
     trainer = a_trainer(a_classifier(), tmp_path, [SelectionCallback(progress=False)])
-    with pytest.raises(TypeError, match="`optimizer`: expected a SparseAdamW, got AcceleratedOptimizer; build it"):
+    with pytest.raises(TypeError, match="`optimizer`: expected a SparseAdamW, got AdamW; build it"):
         trainer.train()
     trainer = a_trainer(
         a_classifier(),
