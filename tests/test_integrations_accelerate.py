@@ -13,6 +13,7 @@ from scripts import (
     assert_same_weights,
     folder,  # noqa: F401
     load_example,
+    mask_under,
     run_example,
     weights,
 )
@@ -20,6 +21,7 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -117,6 +119,28 @@ def test_select_into_what_was_prepared() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert_only_selected_changed(weights(a_model()), weights(model), mask, 20 / mask.numel)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_skipped_step(fused: bool | None) -> None:
+    """accelerate sees what GradScaler skips, but with fused=True, where the scaler leaves that to the optimizer."""
+    Accelerator()
+    model = a_model()
+    optimizer = SparseAdamW(model.parameters(), lr=0.02, k=20, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    wrapped = AcceleratedOptimizer(optimizer, scaler=scaler)
+    batch = next(iter(a_loader()))
+    for scale in (1.0, float("inf"), 1.0):
+        before = weights(model)
+        scaler.scale(loss_fn(model, batch) * scale).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+        overflow = scale != 1.0
+        assert wrapped.step_was_skipped == (overflow and not fused)
+        if overflow:
+            assert_same_weights(weights(model), before)
+        else:
+            assert_only_selected_changed(before, weights(model), mask_under(model, optimizer), 20 / 195)
 
 
 def test_swapped_parameters() -> None:

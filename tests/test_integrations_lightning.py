@@ -107,6 +107,16 @@ def test_clipping_is_of_the_whole_gradient(tmp_path: Path) -> None:
     assert_same_weights(weights(module), weights(plain))
 
 
+def test_fused_and_clipping(tmp_path: Path) -> None:
+    """Why `fused` is unset by default: Lightning takes it for an optimizer that unscales by itself."""
+    module = a_module()
+    module.configure_optimizers = lambda: SparseAdamW(module.parameters(), lr=0.02, density=DENSITY, fused=True)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(module, tmp_path, [], precision="bf16-mixed")
+    fit(module, tmp_path, [], precision="bf16-mixed", gradient_clip_val=None)
+    assert loss_of(module) < loss_of(a_module()) - 0.05
+
+
 def test_callback_selects_by_the_mean_gradient_of_the_data(tmp_path: Path) -> None:
     module = a_module()
     before = weights(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,24 @@ def test_defaults(caplog: pytest.LogCaptureFixture) -> None:
     assert timm_optim.get_optimizer_info("sparseadamw").defaults is None
     with pytest.raises(TypeError, match="expected arguments of SparseAdamW, got 'densty'; it takes"):
         saft_kernels.register_timm(densty=0.1)
+
+
+def test_arguments_of_timms_training_script() -> None:
+    """`train.py --opt sparseadamw --opt-betas 0.8 0.9 --opt-kwargs density=0.1 selection_steps=2`."""
+    arguments = Namespace(
+        opt="sparseadamw", lr=0.1, weight_decay=0.05, momentum=0.9, opt_eps=None, opt_betas=[0.8, 0.9], layer_decay=None
+    )
+    options = {**timm_optim.optimizer_kwargs(cfg=arguments), "density": 0.1, "selection_steps": 2}
+    model = a_model()
+    optimizer = timm_optim.create_optimizer_v2(model, **options)
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    before = weights(model)
+    for _ in range(2):
+        assert_same_weights(weights(model), before)
+        optimizer.zero_grad()
+        model(torch.randn(5, 8)).square().mean().backward()
+        optimizer.step()
+    assert_only_selected_changed(before, weights(model), mask_under(model, optimizer), 0.1)
 
 
 def test_lookahead() -> None:

@@ -166,6 +166,31 @@ def test_optimizers_with_a_mask(tmp_path: Path) -> None:
     assert_only_selected_changed(before, weights(model), mask, DENSITY)
 
 
+def test_callback_with_the_trainers_own_loss(tmp_path: Path) -> None:
+    """Label smoothing is the Trainer's: its compute_loss is the callback's loss_fn."""
+    model = a_classifier()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer = a_trainer(model, tmp_path, optimizer_cls_and_kwargs=(SparseAdamW, {"lr": 0.0, "k": 40}))
+    trainer.label_smoother = transformers.trainer_pt_utils.LabelSmoother(0.3)
+    selection = SelectionCallback(trainer.compute_loss, progress=False)
+    trainer.add_callback(selection)
+    trainer.train()
+
+    def smoothed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.3)
+
+    batch = {key: torch.stack([sentence[key] for sentence in sentences()]) for key in ("input_ids", "labels")}
+    expected = saft_kernels.select(model, [batch], smoothed, k=40, progress=False)
+    assert selection.mask is not None
+    # summed in another order: elements at the threshold may differ
+    assert selection.mask.iou(expected) > 0.9
+    plain = saft_kernels.select(model, [batch], lambda model, batch: model(**batch).loss, k=40, progress=False)
+    assert selection.mask.iou(plain) < selection.mask.iou(expected)
+
+
 def test_clip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """The example: a CLIPModel, then further from its last checkpoint."""
     monkeypatch.setattr(sys, "argv", [str(EXAMPLES / "hf_trainer.py")])
