@@ -27,7 +27,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory: the examples write to runs/ in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(EXAMPLES)
     return tmp_path
 
 
