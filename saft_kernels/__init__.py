@@ -1,6 +1,7 @@
 """SAFT fine-tuning: exact top-k selection by gradient magnitude, and AdamW on the selected elements alone."""
 
 from ._version import __version__
+from .integrations.timm import register_timm
 from .ops import TopK, gather, scatter_, sparse_adamw_, topk_magnitude
 from .optim import SparseAdamW
 from .selection import SparseMask, select
@@ -11,6 +12,7 @@ __all__ = [
     "TopK",
     "__version__",
     "gather",
+    "register_timm",
     "scatter_",
     "select",
     "sparse_adamw_",

@@ -29,6 +29,9 @@ Scope = Literal["global", "tensor", "row"]
 
 _FORMAT = "saft_kernels.SparseMask"
 
+# what torch.compile, FSDP and activation checkpointing put into names
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
 
 # ---- SparseMask ----
 
@@ -151,8 +154,16 @@ class SparseMask(Mapping[str, Tensor]):
         return both / either if either else 1.0
 
     def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-        """Indices per parameter, in the order given, on its device. Raises ValueError for another model's names."""
+        """Indices per parameter, in the order given, on its device. Raises ValueError for another model's names.
+
+        Names may differ by what DataParallel and DistributedDataParallel ("module."), torch.compile, FSDP and
+        activation checkpointing put into them, here and in the mask.
+        """
         named = list(named_parameters)
+        if not {name for name, _ in named} <= self.shapes.keys():
+            own = plain_names(self.shapes)
+            names = {name: own.get(plain, name) for plain, name in plain_names(name for name, _ in named).items()}
+            named = [(names[name], parameter) for name, parameter in named]
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         missing = [name for name in self if name not in shapes and self[name].numel()]
         unknown = [name for name in shapes if name not in self.shapes]
@@ -218,6 +229,19 @@ class SparseMask(Mapping[str, Tensor]):
                 f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
                 f"({error}); save the mask again"
             ) from error
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without those of wrappers, to the names given: "module." where all start with it (DDP), "_orig_mod."."""
+    given = list(names)
+    short_names = given
+    for wrapper in _WRAPPERS:
+        short_names = [name.replace(wrapper, "") for name in short_names]
+    if all(name.startswith("module.") for name in short_names):
+        short_names = [name.removeprefix("module.") for name in short_names]
+    # a model may hold a module beside its compiled self
+    distinct = len(set(short_names)) == len(given)
+    return dict(zip(short_names if distinct else given, given, strict=True))
 
 
 def _safetensors(name: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_bind() -> None:
     [
         (["frozen", "scalar"], "got a mask for another one: 'matrix' not in the model; pass"),
         (["matrix", "scalar", "a", "b", "c", "d"], "'a', 'b', 'c' and 1 more not in the mask; pass"),
-        (["module.matrix", "scalar"], "'matrix' not in the model, 'module.matrix' not in the mask; pass"),
+        (["other.matrix", "scalar"], "'matrix' not in the model, 'other.matrix' not in the mask; pass"),
     ],
 )
 def test_bind_to_other_names(names: list[str], message: str) -> None:
@@ -189,6 +190,32 @@ def test_bind_to_other_names(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match="`mask`") as error:
         mask.bind((name, torch.zeros(shapes.get(name, (3, 4)))) for name in names)
     assert_message(error, [message, "model.named_parameters()"])
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."]
+)
+@pytest.mark.parametrize("inner", ["", "block._checkpoint_wrapped_module."])
+def test_bind_to_a_wrapped_model(prefix: str, inner: str) -> None:
+    """A mask of the bare model, for the wrapped one, and the other way round."""
+    names = {"block.w": (3, 4), "head": (5,)}
+    bare = SparseMask.from_dense({name: torch.arange(math.prod(s)).view(s) % 2 for name, s in names.items()})
+    wrapped = {prefix + name.replace("block.", inner or "block."): name for name in names}
+    bound = bare.bind([(name, torch.zeros(names[own])) for name, own in wrapped.items()])
+    assert [index.tolist() for index in bound] == [bare[name].tolist() for name in names]
+    other = SparseMask(
+        {name: bare[own] for name, own in wrapped.items()}, {n: names[own] for n, own in wrapped.items()}
+    )
+    bound = other.bind([(name, torch.zeros(shape)) for name, shape in names.items()])
+    assert [index.tolist() for index in bound] == [bare[name].tolist() for name in names]
+
+
+def test_bind_takes_a_module_of_that_name_for_what_it_is() -> None:
+    """`module.w` may be a parameter of the bare model, beside `w`."""
+    mask = SparseMask.from_dense({"module.w": torch.tensor([1, 0]), "w": torch.tensor([0, 1])})
+    assert [i.tolist() for i in mask.bind([("w", torch.zeros(2)), ("module.w", torch.zeros(2))])] == [[1], [0]]
+    wrapped = [("module.w", torch.zeros(2)), ("module.module.w", torch.zeros(2))]
+    assert [index.tolist() for index in mask.bind(wrapped)] == [[1], [0]]
 
 
 def test_bind_to_another_shape() -> None:

@@ -1,0 +1,99 @@
+"""`python -m saft_kernels.integrations.open_clip_train`: open_clip's training script, with SparseAdamW.
+
+Takes the arguments of `python -m open_clip_train.main`, and runs it, with `--opt timm/sparseadamw`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..selection import SparseMask
+from ._selection import use_mask
+from .timm import NAME, register_timm
+
+_HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m saft_kernels.integrations.open_clip_train", add_help=False, allow_abbrev=False
+    )
+    options = parser.add_argument_group("SparseAdamW, beside the arguments of open_clip_train")
+    options.add_argument("--density", type=float, help="selected share of the parameters (default: 1e-3)")
+    options.add_argument("--k", type=int, help="number of selected parameters, in place of --density")
+    options.add_argument("--scope", choices=["global", "tensor"], help="one budget over all tensors, or one for each")
+    options.add_argument(
+        "--selection-steps", type=int, help="select from the mean gradient of that many steps, which do not update"
+    )
+    options.add_argument("--mask", metavar="FILE", help="a file written by SparseMask.save, in place of all of these")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Runs open_clip_train's own main; returns what it returns.
+
+    Args:
+        argv: Its arguments and ours; those of the command line where None.
+
+    Raises:
+        ImportError: open_clip_train, or what it needs, is not installed.
+        ValueError: Another optimizer than SparseAdamW in `--opt`.
+    """
+    ours, theirs = _parser().parse_known_args(argv)
+    if {"-h", "--help"} & set(theirs):
+        _parser().print_help()
+        print()
+    try:
+        from open_clip_train.main import main as train  # type: ignore[import-untyped]
+        from open_clip_train.params import parse_args  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(f"open_clip_train needs more ({error}); pip install 'open_clip_torch[training]'") from error
+
+    chosen = parse_args(theirs).opt
+    if chosen.lower() not in ("adamw", f"timm/{NAME}"):
+        raise ValueError(f"--opt: expected none, or timm/{NAME}, got {chosen!r}; run open_clip_train.main for others")
+    options = {name: value for name, value in vars(ours).items() if value is not None}
+    mask = SparseMask.load(options.pop("mask")) if ours.mask else None
+    if mask is not None and options:
+        extra = next(iter(options)).replace("_", "-")
+        raise ValueError(f"--mask: expected it alone, got --{extra} beside it; drop one")
+    register_timm(**options)
+    # open_clip fills in its hyperparameters for its own optimizer only
+    filled = parse_args([*theirs, "--opt", "adamw"])
+    theirs += ["--opt", f"timm/{NAME}"]
+    for name in _HYPERPARAMETERS:
+        theirs += [f"--{name}", repr(getattr(filled, name))]
+    with _timm_knows(mask):
+        return train(theirs)
+
+
+@contextmanager
+def _timm_knows(mask: SparseMask | None) -> Iterator[None]:
+    """open_clip hands the model to timm, which hands groups without names to the optimizer; a mask needs names."""
+    if mask is None:
+        yield
+        return
+    import timm.optim
+
+    factory: Any = timm.optim
+    create: Callable[..., Optimizer] = factory.create_optimizer_v2
+
+    def create_with_mask(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+        optimizer = create(model, *args, **kwargs)
+        use_mask(optimizer, model, mask)
+        return optimizer
+
+    with mock.patch.object(factory, "create_optimizer_v2", create_with_mask):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

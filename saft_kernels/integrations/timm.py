@@ -1,0 +1,52 @@
+"""`sparseadamw`: SparseAdamW as a name for timm, and so for open_clip_train."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from ..optim import SparseAdamW
+
+__all__ = ["register_timm"]
+
+# timm keeps what follows the last "_" of a name
+NAME = "sparseadamw"
+
+
+def register_timm(**defaults: Any) -> None:
+    """Makes "sparseadamw" a name of timm's optimizer factory.
+
+    Then `timm.optim.create_optimizer_v2(model, "sparseadamw", ...)` and open_clip_train's `--opt timm/sparseadamw`
+    build a SparseAdamW. Calling it again replaces the defaults.
+
+    Args:
+        defaults: Keyword arguments of SparseAdamW that hold where the caller of timm gives none, such as
+            `density=1e-2` or `selection_steps=100`.
+
+    Raises:
+        ImportError: timm is not installed.
+        TypeError: A default that SparseAdamW does not take.
+    """
+    known = list(inspect.signature(SparseAdamW).parameters)[1:]
+    if unknown := [name for name in defaults if name not in known]:
+        raise TypeError(f"register_timm(): expected arguments of SparseAdamW, got {unknown[0]!r}; it takes {known}")
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    create: Any = _create  # timm takes factories, and says types
+    # timm warns of a name that is registered again
+    default_registry._optimizers.pop(NAME, None)
+    default_registry.register(
+        OptimInfo(
+            name=NAME,
+            opt_class=create,
+            description="saft_kernels.SparseAdamW: AdamW on the parameters of largest gradient alone",
+            has_betas=True,
+            defaults=defaults or None,
+        )
+    )
+
+
+def _create(params: Iterable[Any], **options: Any) -> SparseAdamW:
+    """SparseAdamW; open_clip_train passes eps=None where its user gives none, as timm's own scripts do with betas."""
+    return SparseAdamW(params, **{name: value for name, value in options.items() if value is not None})

@@ -1,0 +1,186 @@
+"""Lightning: clipping, mixed precision, the selection callback, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import assert_only_selected_changed, assert_same_weights, folder, load_example, run_example, weights  # noqa: F401
+from torch import Tensor, nn
+
+pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
+import lightning.pytorch as pl
+
+import saft_kernels
+from saft_kernels import SparseAdamW
+from saft_kernels.integrations.lightning import SelectionCallback
+
+DENSITY = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about workers, loggers, and the model summary
+        yield
+    torch.set_num_threads(threads)
+
+
+def a_module() -> Any:
+    torch.manual_seed(0)
+    return load_example("lightning_module").Classifier()
+
+
+def fit(
+    module: Any, output: Path, callbacks: list[Any], ckpt_path: Path | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """Data in the same order every epoch: Lightning does not save the random state."""
+    options = {"max_epochs": 2, "accelerator": "cpu", "gradient_clip_val": 0.5, **options}
+    trainer = pl.Trainer(
+        default_root_dir=output,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(module, load_example("lightning_module").loader(), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+@torch.no_grad()
+def loss_of(module: Any) -> float:
+    losses = [
+        float(nn.functional.cross_entropy(module.net(inputs.to(module.dtype)).float(), labels))
+        for inputs, labels in load_example("lightning_module").loader()
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("callback", [False, True], ids=["first-step", "callback"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_fit_and_go_on(precision: str, callback: bool, tmp_path: Path) -> None:
+    def run(output: Path, **options: Any) -> tuple[Any, Any, SelectionCallback]:
+        selection = SelectionCallback(progress=False)
+        module, trainer = fit(a_module(), output, [selection] if callback else [], precision=precision, **options)
+        return module, trainer, selection
+
+    whole, trainer, selection = run(tmp_path / "whole")
+    optimizer = trainer.optimizers[0]
+    before = a_module().to(whole.dtype)
+    names = [name for name, _ in whole.named_parameters()]
+    mask = saft_kernels.SparseMask(
+        dict(zip(names, optimizer.mask.values(), strict=True)),
+        dict(zip(names, optimizer.mask.shapes.values(), strict=True)),
+    )
+    share = 0.5 if precision == "bf16-true" else 0.9
+    assert_only_selected_changed(weights(before), weights(whole), mask, DENSITY, share)
+    assert loss_of(whole) < loss_of(before) - 0.05
+    assert selection.mask == (mask if callback else None)
+
+    run(tmp_path / "first", max_epochs=1)
+    (checkpoint,) = (tmp_path / "first").rglob("*.ckpt")
+    resumed, trainer, selection = run(tmp_path / "second", ckpt_path=checkpoint)
+    assert trainer.global_step == 16
+    assert selection.mask is None  # it came with the checkpoint
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_clipping_is_of_the_whole_gradient(tmp_path: Path) -> None:
+    """As Lightning clips for any optimizer: a plain loop with clip_grad_norm_ has the same bits."""
+    module, _ = fit(a_module(), tmp_path, [], gradient_clip_val=0.1, max_epochs=1)
+    plain = a_module()
+    optimizer = plain.configure_optimizers()["optimizer"]
+    for batch in load_example("lightning_module").loader():
+        nn.functional.cross_entropy(plain.net(batch[0]), batch[1]).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_weights(weights(module), weights(plain))
+
+
+def test_fused_and_clipping(tmp_path: Path) -> None:
+    """Why `fused` is unset by default: Lightning takes it for an optimizer that unscales by itself."""
+    module = a_module()
+    module.configure_optimizers = lambda: SparseAdamW(module.parameters(), lr=0.02, density=DENSITY, fused=True)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(module, tmp_path, [], precision="bf16-mixed")
+    fit(module, tmp_path, [], precision="bf16-mixed", gradient_clip_val=None)
+    assert loss_of(module) < loss_of(a_module()) - 0.05
+
+
+def test_callback_selects_by_the_mean_gradient_of_the_data(tmp_path: Path) -> None:
+    module = a_module()
+    before = weights(module)
+    selection = SelectionCallback(max_batches=3, progress=False)
+    fit(module, tmp_path, [selection], max_epochs=1, limit_train_batches=5)
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(module.net(batch[0]), batch[1])
+
+    loader = load_example("lightning_module").loader()
+    data = [batch for batch, _ in zip(loader, range(3), strict=False)]
+    assert selection.mask == saft_kernels.select(a_module(), data, loss_fn, density=DENSITY, progress=False)
+    assert_only_selected_changed(before, weights(module), selection.mask, DENSITY)
+
+    own = SelectionCallback(lambda module, batch: loss_fn(module, batch) * 2, max_batches=3, progress=False)
+    fit(a_module(), tmp_path, [own], max_epochs=1, limit_train_batches=5)
+    assert own.mask == selection.mask  # scaled by a power of two
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use: 16-mixed needs one")
+def test_16_mixed(tmp_path: Path) -> None:
+    selection = SelectionCallback(progress=False)
+    module, _ = fit(a_module(), tmp_path, [selection], accelerator="gpu", devices=1, precision="16-mixed")
+    after = {name: parameter.cpu() for name, parameter in weights(module).items()}
+    assert_only_selected_changed(weights(a_module()), after, selection.mask, DENSITY)
+    assert loss_of(module.cpu()) < loss_of(a_module()) - 0.05
+
+
+def test_example(folder: Path) -> None:  # noqa: F811
+    ran = run_example("lightning_module")
+    assert ran["selection"].mask.k == round(0.05 * 1348)
+    assert loss_of(ran["model"]) < 0.8 * loss_of(a_module())
+
+
+def test_callback_errors(tmp_path: Path) -> None:
+    module = a_module()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters())
+    with pytest.raises(TypeError, match="expected a SparseAdamW from configure_optimizers, got AdamW; return one"):
+        fit(module, tmp_path, [SelectionCallback()])
+    module = a_module()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="expected `loss_fn` with manual optimization, got none; training_step would"):
+        fit(module, tmp_path, [SelectionCallback()], gradient_clip_val=None)
+
+
+def test_groups_of_a_finetuning_callback(tmp_path: Path) -> None:
+    """BaseFinetuning adds a group, without names, once it thaws the backbone: selected then, by the same density."""
+
+    class Thaw(pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.02)
+
+    module = a_module()
+    module.configure_optimizers = lambda: SparseAdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=0.02, density=DENSITY
+    )
+    before = weights(module)
+    selection = SelectionCallback(progress=False)
+    _, trainer = fit(module, tmp_path, [Thaw(), selection])
+    head, backbone = (sum(p.numel() for p in group["params"]) for group in trainer.optimizers[0].param_groups)
+    assert trainer.optimizers[0].mask.k == round(DENSITY * head) + round(DENSITY * backbone)
+    moved = [int((before[name] != parameter).sum()) for name, parameter in weights(module).items()]
+    assert 0 < sum(moved) <= trainer.optimizers[0].mask.k
