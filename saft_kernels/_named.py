@@ -86,7 +86,7 @@ def listing(names: Collection[str]) -> str:
 
 def check_same_kind(argument: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raises ValueError for a tensor of another shape or dtype."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(
             f"`{argument}`: expected shape {shape} for {name!r}, got {tuple(tensor.shape)}: another model; load the "
             "architecture that the delta was made on"

@@ -69,7 +69,7 @@ class Targets:
             for alias in (alias for alias in aliases[name] if alias in tensors):
                 tensor = tensors[alias]
                 check_same_kind(argument, alias, tensor, shapes[name], dtypes[name])
-                if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                if _is_expanded(tensor):
                     raise ValueError(
                         f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor "
                         f"with strides {tensor.stride()}; clone it first"
@@ -102,11 +102,16 @@ class Targets:
 
     def differing(self, current: Sequence[Tensor], values: Named, key: str | None) -> list[str]:
         """Names whose current elements have other bits than `values`."""
-        return [
-            name
-            for name, now in zip(self.names, current, strict=True)
-            if not same_bits(now, self._copies.on(now.device, values, key)[name])
-        ]
+        odd: list[str] = []
+        for device, rows in self._rows.items():
+            there = self._copies.on(device, values, key)
+            for dtype in {current[row].dtype for row in rows}:
+                alike = [row for row in rows if current[row].dtype == dtype]
+                # one comparison: hundreds of tensors of a few hundred elements each are the usual case
+                now, then = [current[row] for row in alike], [there[self.names[row]] for row in alike]
+                if not same_bits(torch.cat(now), torch.cat(then)):
+                    odd += [self.names[row] for row, a, b in zip(alike, now, then, strict=True) if not same_bits(a, b)]
+        return odd
 
     def odd_checksums(self, current: Sequence[Tensor], checksums: Mapping[str, str]) -> list[str]:
         """Names whose current elements have another checksum."""
@@ -116,6 +121,11 @@ class Targets:
         """Names whose other elements have another checksum. Reads every tensor."""
         pairs = zip(self.names, self.tensors, strict=True)
         return [name for name, tensor in pairs if rest(tensor, self._indices[name].to(tensor.device)) != rests[name]]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _files
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, select_indices
+from ._named import plain_names
 from ._pools import any_nonzero
 from ._state import index_dtype
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
@@ -177,12 +178,46 @@ class SparseMask(Mapping[str, Tensor]):
         return dense
 
     @classmethod
-    def from_dense(cls, masks: Mapping[str, Tensor]) -> SparseMask:
-        """From tensors that are non-zero (True) where selected."""
-        return cls(
-            {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()},
-            {name: mask.shape for name, mask in masks.items()},
-        )
+    def from_dense(cls, masks: Mapping[str, Tensor], model: nn.Module | None = None) -> SparseMask:
+        """From tensors that are non-zero (True) where selected: `{name: mask}`, as SalUn and others save them.
+
+        Args:
+            masks: Tensors of any dtype. `torch.load(file, map_location="cpu", weights_only=True)` reads a file of them.
+            model: Makes it a mask of all its parameters, under its names and in its order: nothing is selected in
+                those that `masks` lacks, and names may differ by what DistributedDataParallel ("module.") and
+                torch.compile put into them.
+
+        Raises:
+            ValueError: A name or shape that `model` does not have.
+            TypeError: `masks` holds something that is no tensor.
+        """
+        masks = dict(masks)
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor):
+                raise TypeError(
+                    f"`masks`[{name!r}]: expected a tensor, got {type(mask).__name__}; pass the masks alone"
+                )
+        indices = {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()}
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        if model is None:
+            return cls(indices, shapes)
+        named = dict(model.named_parameters())
+        given = plain_names(masks)
+        if unknown := [given[plain] for plain in given.keys() - plain_names(named).keys()]:
+            raise ValueError(
+                f"`masks`: expected names of the model's parameters, got {_listing(sorted(unknown))}; they are called "
+                f"{_listing(list(named))}"
+            )
+        empty = torch.empty(0, dtype=torch.int64)
+        found = {}
+        for plain, name in plain_names(named).items():
+            found[name] = indices[given[plain]] if plain in given else empty
+            if plain in given and shapes[given[plain]] != named[name].shape:
+                raise ValueError(
+                    f"`masks`[{given[plain]!r}]: expected shape {tuple(named[name].shape)} of the model's parameter, "
+                    f"got {tuple(shapes[given[plain]])}; pass a mask of this model"
+                )
+        return cls({name: found[name] for name in named}, {name: p.shape for name, p in named.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .safetensors file: the indices per tensor, shapes in the header. Whole or not at all."""
