@@ -376,16 +376,14 @@ class SparseDelta:
     def _check_state(self, targets: Targets) -> None:
         """The elements are those of the base, the tuned model or an alpha; learns the originals of a base."""
         current = targets.gather()
-        if self.originals is None and not targets.odd_checksums(current, self.checksums):
-            self._learn(targets, current)
+        if self.originals is None:
+            strange = targets.odd_checksums(current, self.checksums)
+            if not strange:
+                self._learn(targets, current)
+        else:
+            strange = targets.differing(current, *self._at(0.0))
+        if not strange or any(not targets.differing(current, *self._at(alpha)) for alpha in (1.0, *self._alphas)):
             return
-        alphas = ([] if self.originals is None else [0.0]) + [1.0, *self._alphas]
-        strange: list[str] = []
-        for alpha in alphas:
-            odd = targets.differing(current, *self._at(alpha))
-            if not odd:
-                return
-            strange = strange or odd
         raise ValueError(
             f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
             f"{listing(strange)}; load the model that it was made from"
