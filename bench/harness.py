@@ -37,6 +37,11 @@ def sparse_adamw_bytes(k: int, index_bytes: int = 4, line: int = 64) -> int:
     return k * (3 * line + 16 + index_bytes)
 
 
+def sparse_delta_bytes(k: int, index_bytes: int = 4, line: int = 64) -> int:
+    """Per element that a delta reads, compares and writes: a line read twice and written, index twice, two values."""
+    return k * (3 * line + 2 * index_bytes + 8)
+
+
 # ---- timing ----
 
 

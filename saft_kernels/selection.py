@@ -256,7 +256,7 @@ def _safetensors(name: str) -> Callable[..., Any]:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("mask files need safetensors; pip install saft_kernels[io]") from error
+        raise ImportError("mask and delta files need safetensors; pip install saft_kernels[io]") from error
     return getattr(safetensors, name, None) or getattr(safetensors.torch, name)  # type: ignore[no-any-return]
 
 
