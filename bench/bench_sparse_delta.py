@@ -2,7 +2,7 @@
 
 Beside it, what a swap costs without it: load_state_dict of the other fine-tune, from memory and from its file (in the
 page cache). Elements are spread uniformly at random, or those that a real CLIP gradient selects (random weights, random
-images); the two fine-tunes have half of theirs in common. All are timed in turn, round by round: compare ratios.
+images); the two fine-tunes have most of them in common. All are timed in turn, round by round: compare ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from saft_kernels import SparseDelta, SparseMask
 
 
 def fine_tuned(model: nn.Module, mask: SparseMask, seed: int) -> nn.Module:
-    """A copy whose selected values have moved by a little; of the mask, the half that the seed picks and some more."""
+    """A copy whose selected values have moved by a little; a quarter of the places are the next ones instead."""
     tuned = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -205,7 +205,7 @@ def _plot_parts(axis: Any, parts: Sequence[Row], numel: int, inches: float) -> N
     axis.barh(at, share, height=0.66, color=ACCENT, label="of the selected elements")
     axis.scatter(whole, at, marker="|", s=90, linewidths=2, color=DARK, label="of all elements", zorder=3)
     for y, row in enumerate(parts):
-        text = f"{share[y]:.1f} %  ({row.k:,})"
+        text = f"{share[y]:.1f} %  ({row.k:,})" if share[y] >= 0.05 else f"< 0.1 %  ({row.k:,})"
         axis.text(max(share[y], whole[y]) + 0.02 * limit, y, text, va="center", fontsize=7.5, color=GREY)
     axis.set_yticks(at, [row.name for row in parts], fontsize=8)
     axis.set_ylim(len(parts) - 0.5, -0.5)
