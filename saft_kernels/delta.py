@@ -82,17 +82,19 @@ class SparseDelta:
         self.originals: dict[str, Tensor] | None = None
         """The values before, per name; None: not known."""
         if originals is not None or not mask.k:
-            before = originals or {}
-            self.originals = {
-                name: before[name].detach().cpu() if name in before else self.values[name] for name in mask
-            }
+            before = self.values if originals is None else originals
+            self.originals = {name: before[name].detach().cpu() for name in mask}
             checksums = checksums or {name: _delta_file.checksum(value) for name, value in self.originals.items()}
-        assert checksums is not None
-        self.checksums = dict(checksums)
+        self.checksums = dict(checksums or {})
+        if self.checksums.keys() != set(mask):
+            raise ValueError(
+                f"`checksums`: expected those of the originals of {listing(list(mask))}, got {len(self.checksums)}; "
+                "pass them, or the originals"
+            )
         self.rest = dict(rest or {})
         self.tied = dict(tied or {})
-        if strangers := [name for name in (*self.checksums, *self.rest, *self.tied.values()) if name not in mask]:
-            raise ValueError(f"expected checksums and ties of tensors in `mask`, got {listing(strangers)}; drop them")
+        if strangers := [name for name in (*self.rest, *self.tied.values()) if name not in mask]:
+            raise ValueError(f"`rest`, `tied`: expected tensors of `mask`, got {listing(strangers)}; drop them")
         self.numel = mask.numel if numel is None else numel
         """Elements of the model that it was made on."""
         self._alphas: list[float] = []

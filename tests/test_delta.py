@@ -681,7 +681,7 @@ def with_metadata(content: bytes, **changes: str) -> bytes:
         ({"tensors": "[1"}, ""),
         ({"tensors": "{}"}, "its gaps are"),
         ({"tensors": '{"a": ["int3", [2], 1, ""]}'}, "int3"),
-        ({"tied": '{"a": "nowhere"}'}, "ties of tensors in `mask`, got 'nowhere'"),
+        ({"tied": '{"a": "nowhere"}'}, "`tied`: expected tensors of `mask`, got 'nowhere'"),
         ({"numel": "many"}, "many"),
     ],
 )
@@ -734,6 +734,8 @@ def test_parts_must_fit() -> None:
         SparseDelta(mask, {"w": torch.zeros(3)}, {"w": torch.zeros(2)})
     with pytest.raises(TypeError, match="got complex128"):
         SparseDelta(mask, {"w": torch.zeros(2, dtype=torch.complex128)}, None, checksums={"w": ""})
+    with pytest.raises(ValueError, match="`checksums`: expected those of the originals of 'w', got 0"):
+        SparseDelta(mask, {"w": torch.zeros(2)}, None)
     with pytest.raises(TypeError, match="unhashable"):
         hash(SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}))
     assert SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}) != "a delta"
