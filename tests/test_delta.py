@@ -164,6 +164,10 @@ def test_tied_weights_are_stored_once_and_written_under_every_name(tmp_path: Pat
     # tied before, not after: two tensors
     untied = {name: value.clone() for name, value in tuned.state_dict().items()}
     assert SparseDelta.diff(base, untied).tied == {}
+    # tied after, not before: what the two were differs
+    untied["head.weight"][4, 0] += 1
+    mixed = SparseDelta.diff(untied, tuned)
+    assert (mixed.tied, mixed.mask["head.weight"].tolist()) == ({}, [12])
     with pytest.raises(ValueError, match=r"without 'embed\.weight'"):
         delta.apply_({"other": torch.zeros(5, 3)})
 
