@@ -42,6 +42,11 @@ def gather_bytes(k: int, itemsize: int, writes: bool, index_bytes: int = 4, line
     return k * ((2 if writes else 1) * line + itemsize + index_bytes)
 
 
+def sparse_delta_bytes(k: int, index_bytes: int = 4, line: int = 64) -> int:
+    """Per element that a delta reads, compares and writes: a line read twice and written, index twice, two values."""
+    return k * (3 * line + 2 * index_bytes + 8)
+
+
 # ---- timing ----
 
 

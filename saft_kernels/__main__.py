@@ -1,8 +1,7 @@
-"""`python -m saft_kernels`: versions, and which backends run here, or why not."""
+"""`python -m saft_kernels`: the command `saft-kernels`; by itself versions, and which backends run, or why not."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import sys
@@ -41,16 +40,7 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Entry point."""
-    argparse.ArgumentParser(
-        prog="python -m saft_kernels",
-        description="Prints versions and which backends run on this machine, or why they do not. "
-        "Set SAFT_BACKEND to one of them to force it.",
-    ).parse_args()
-    print(report())
-    return 0
-
-
 if __name__ == "__main__":
+    from .cli import main
+
     sys.exit(main())

@@ -78,6 +78,9 @@ class SparseAdamW(Optimizer):
     Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
     """
 
+    # called with the optimizer when it has selected, before it updates; not pickled
+    _selection_hooks: tuple[Callable[[SparseAdamW], None], ...] = ()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -253,6 +256,8 @@ class SparseAdamW(Optimizer):
         self.state.update(replaced)
         self._selection.indices.update(picked)
         self._prepared = None
+        for hook in self._selection_hooks:
+            hook(self)
 
     def _create_states(self) -> None:
         """State for what is selected and has none; for parameters of a dense budget once they have a gradient."""

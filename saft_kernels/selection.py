@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import _files, _streaming
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, check_finite, select_indices
 from ._memory import out_of_memory_says
+from ._named import listing, plain_names
 from ._pools import any_nonzero
 from ._release import releasing_paused
 from ._scores import SCORES, Score
@@ -28,9 +29,6 @@ from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 Scope = Literal["global", "tensor", "row"]
 
 _FORMAT = "saft_kernels.SparseMask"
-
-# what torch.compile, FSDP and activation checkpointing put into names
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 # ---- SparseMask ----
@@ -81,7 +79,7 @@ class SparseMask(Mapping[str, Tensor]):
     def __init__(self, indices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
         if indices.keys() != shapes.keys():
             odd = sorted(indices.keys() ^ shapes.keys())
-            raise ValueError(f"`shapes`: expected the names of `indices`, got a difference: {_listing(odd)}")
+            raise ValueError(f"`shapes`: expected the names of `indices`, got a difference: {listing(odd)}")
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shapes[name]) for name in indices}
         self._indices: dict[str, Tensor] = {}
         for name, index in indices.items():
@@ -168,8 +166,8 @@ class SparseMask(Mapping[str, Tensor]):
         missing = [name for name in self if name not in shapes and self[name].numel()]
         unknown = [name for name in shapes if name not in self.shapes]
         if missing or unknown:
-            differences = [f"{_listing(missing)} not in the model"] * bool(missing)
-            differences += [f"{_listing(unknown)} not in the mask"] * bool(unknown)
+            differences = [f"{listing(missing)} not in the model"] * bool(missing)
+            differences += [f"{listing(unknown)} not in the mask"] * bool(unknown)
             raise ValueError(
                 "`mask`: expected the parameter names of this model, got a mask for another one: "
                 f"{', '.join(differences)}; pass model.named_parameters() of the model it was selected on"
@@ -192,12 +190,46 @@ class SparseMask(Mapping[str, Tensor]):
         return dense
 
     @classmethod
-    def from_dense(cls, masks: Mapping[str, Tensor]) -> SparseMask:
-        """From tensors that are non-zero (True) where selected."""
-        return cls(
-            {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()},
-            {name: mask.shape for name, mask in masks.items()},
-        )
+    def from_dense(cls, masks: Mapping[str, Tensor], model: nn.Module | None = None) -> SparseMask:
+        """From tensors that are non-zero (True) where selected: `{name: mask}`, as SalUn and others save them.
+
+        Args:
+            masks: Tensors of any dtype. `torch.load(file, map_location="cpu", weights_only=True)` reads a file of them.
+            model: Makes it a mask of all its parameters, under its names and in its order: nothing is selected in
+                those that `masks` lacks, and names may differ by what DistributedDataParallel ("module.") and
+                torch.compile put into them.
+
+        Raises:
+            ValueError: A name or shape that `model` does not have.
+            TypeError: `masks` holds something that is no tensor.
+        """
+        masks = dict(masks)
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor):
+                raise TypeError(
+                    f"`masks`[{name!r}]: expected a tensor, got {type(mask).__name__}; pass the masks alone"
+                )
+        indices = {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()}
+        shapes = {name: mask.shape for name, mask in masks.items()}
+        if model is None:
+            return cls(indices, shapes)
+        named = dict(model.named_parameters())
+        given = plain_names(masks)
+        if unknown := [given[plain] for plain in given.keys() - plain_names(named).keys()]:
+            raise ValueError(
+                f"`masks`: expected names of the model's parameters, got {listing(sorted(unknown))}; they are called "
+                f"{listing(list(named))}"
+            )
+        empty = torch.empty(0, dtype=torch.int64)
+        found = {}
+        for plain, name in plain_names(named).items():
+            found[name] = indices[given[plain]] if plain in given else empty
+            if plain in given and shapes[given[plain]] != named[name].shape:
+                raise ValueError(
+                    f"`masks`[{given[plain]!r}]: expected shape {tuple(named[name].shape)} of the model's parameter, "
+                    f"got {tuple(shapes[given[plain]])}; pass a mask of this model"
+                )
+        return cls({name: found[name] for name in named}, {name: p.shape for name, p in named.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .safetensors file: the indices per tensor, shapes in the header. Whole or not at all."""
@@ -231,31 +263,13 @@ class SparseMask(Mapping[str, Tensor]):
             ) from error
 
 
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Names without those of wrappers, to the names given: "module." where all start with it (DDP), "_orig_mod."."""
-    given = list(names)
-    short_names = given
-    for wrapper in _WRAPPERS:
-        short_names = [name.replace(wrapper, "") for name in short_names]
-    if all(name.startswith("module.") for name in short_names):
-        short_names = [name.removeprefix("module.") for name in short_names]
-    # a model may hold a module beside its compiled self
-    distinct = len(set(short_names)) == len(given)
-    return dict(zip(short_names if distinct else given, given, strict=True))
-
-
 def _safetensors(name: str) -> Callable[..., Any]:
     try:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("mask files need safetensors; pip install saft_kernels[io]") from error
+        raise ImportError("mask and delta files need safetensors; pip install saft_kernels[io]") from error
     return getattr(safetensors, name, None) or getattr(safetensors.torch, name)  # type: ignore[no-any-return]
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
 
 
 def _difference(mask: SparseMask, other: SparseMask) -> str:
@@ -408,7 +422,7 @@ def _candidates(
         if not fnmatch.filter(named, glob) and include is not None:
             raise ValueError(
                 f"`include`: expected globs over parameter names, got {glob!r}, which matches none of {len(named)}; "
-                f"they are called {_listing(list(named))}"
+                f"they are called {listing(list(named))}"
             )
     candidates = {
         name: parameter

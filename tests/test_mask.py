@@ -337,3 +337,31 @@ def test_missing_file(tmp_path: Path) -> None:
         SparseMask.load(tmp_path / "nowhere.safetensors")
     with pytest.raises(FileNotFoundError):
         a_mask().save(tmp_path / "nowhere" / "mask.safetensors")
+
+
+# ---- dictionaries of masks, as SalUn and others save them ----
+
+
+def test_from_dense_for_a_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    saved = {  # float 0/1, saved from DistributedDataParallel, without the norm's bias
+        "module.1.weight": torch.tensor([0.0, 1.0]),
+        "module.0.weight": torch.tensor([[1.0, 0, 0], [0, 0, 1]]),
+        "module.0.bias": torch.tensor([False, True]),
+    }
+    torch.save(saved, tmp_path / "with_0.5.pt")
+    masks = torch.load(tmp_path / "with_0.5.pt", map_location="cpu", weights_only=True)
+    mask = SparseMask.from_dense(masks, model)
+    assert list(mask) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert [index.tolist() for index in mask.bind(model.named_parameters())] == [[0, 5], [1], [1], []]
+    assert SparseMask.from_dense(masks, nn.DataParallel(model)).shapes.keys() == saved.keys() | {"module.1.bias"}
+    assert SparseMask.from_dense({}, model).k == 0
+    with pytest.raises(ValueError, match=r"got 'head\.weight'") as error:
+        SparseMask.from_dense({"0.weight": torch.ones(2, 3), "head.weight": torch.ones(2)}, model)
+    assert_message(error, ["`masks`", "they are called '0.weight', '0.bias', '1.weight' and 1 more"])
+    with pytest.raises(ValueError, match=r"expected shape \(2, 3\)") as error:
+        SparseMask.from_dense({"module.0.weight": torch.ones(3, 2)}, model)
+    assert_message(error, ["`masks`['module.0.weight']", "got (3, 2)"])
+    with pytest.raises(TypeError, match="expected a tensor, got int") as error:
+        SparseMask.from_dense({"epoch": 3})
+    assert_message(error, ["`masks`['epoch']"])
