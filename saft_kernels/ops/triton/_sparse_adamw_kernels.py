@@ -304,10 +304,14 @@ def sparse_adamw_kernel(
 ):
     """sparse_adamw: one AdamW step on the selected coordinates of every parameter.
 
-    Traffic    per selected coordinate of fp32: a 32-byte sector of the parameter read and written, one of the gradient
-               read, index 4 B, moments 16 B: 116 B. A wholly selected tensor: 28 B per fp32 element.
+    Traffic    per selected coordinate, 116 B: a 32-byte sector of the parameter read and written, one of the gradient
+               read, index 4 B, moments 16 B. Wholly selected: 28 B per element of fp32, 30 B of 16 bits with a master.
     Algorithm  a tile is of one segment, whose dtypes are a branch that all its threads take; dtypes that no segment
                has are not compiled. Aligned runs of a wholly selected tensor are read by vectors.
+    Cost       SASS of sm_90, wholly selected fp32: 68 instructions per element, 3 of them on the special function
+               unit: 430 G elem/s on 132 SMs at 1.75 GHz, 12 TB/s, so memory is the limit. Selected: 190 at most, 1 us
+               for 150 k of them; there the chain of loads tile, row, index, element is the limit. Counted, not
+               measured.
     Contract   one launch for all; unselected elements keep their bits; indices are distinct, so no atomics.
     Launch     one program per tile.
     """

@@ -143,7 +143,8 @@ class Plan:
         if len(self._moving.words) != num_words + 2 * len(self._params):
             self._moving = Mirror(np.zeros(num_words + 2 * len(self._params), dtype=np.int64), self._device)
         addresses = self._moving.words[num_words:].reshape(-1, 2)
-        if not (self._same_forms(grads) and np.array_equal(addresses[:, 0], param_addresses)):
+        params_moved = not np.array_equal(addresses[:, 0], param_addresses)
+        if not self._same_forms(grads, params_moved=params_moved):
             self._fill_rows(grads)
         if not self._launches:
             return
@@ -234,16 +235,26 @@ class Plan:
 
     # ---- rows ----
 
-    def _same_forms(self, grads: Sequence[Tensor]) -> bool:
-        """The steady state: at most addresses changed."""
+    def _same_forms(self, grads: Sequence[Tensor], *, params_moved: bool) -> bool:
+        """The steady state: at most addresses changed.
+
+        A parameter at its old address is taken for what it was; a gradient, new in every step, is not.
+        """
         forms = self._forms
         return (
             forms is not None
-            and list(map(Tensor.is_contiguous, self._params)) == forms.contiguous_params
+            and (not params_moved or self._same_params(forms))
             and list(map(Tensor.is_contiguous, grads)) == forms.contiguous_grads
             and list(map(Tensor.numel, grads)) == forms.grad_numels
             and (not self._has_16_bit or [g.dtype for g in grads] == forms.grad_dtypes)
             and (not forms.watched or self._geometries(forms.watched, grads) == forms.geometries)
+        )
+
+    def _same_params(self, forms: Forms) -> bool:
+        return (
+            list(map(Tensor.is_contiguous, self._params)) == forms.contiguous_params
+            and list(map(Tensor.numel, self._params)) == self._numels
+            and [DTYPE_CODES.get(p.dtype) for p in self._params] == self._codes
         )
 
     def _geometries(self, watched: Sequence[int], grads: Sequence[Tensor]) -> list[tuple[object, ...]]:
@@ -282,7 +293,7 @@ class Plan:
     def _row(self, i: int, segment: AdamWSegment, grad: Tensor, layouts: Layouts) -> tuple[int, ...]:
         param, exp_avg, indices = segment.param, segment.exp_avg, segment.indices
         code = self._codes[i]
-        if param.numel() != self._numels[i] or DTYPE_CODES[param.dtype] != code:
+        if param.numel() != self._numels[i] or DTYPE_CODES.get(param.dtype) != code:
             raise RuntimeError(
                 f"`params[{i}]`: expected {self._numels[i]} elements of the dtype the step was prepared for, "
                 f"got {param.numel()} of {param.dtype}; prepare another step"
