@@ -6,7 +6,7 @@ Host to device   one copy from pinned memory: of the scalars (128 B per row of t
                  when a tensor moved; none when all is as before. What else the kernels read goes over when the plan is
                  first used, and when a tensor changed its layout or dtype.
 CUDA graphs      a captured step has tables of its own, which live as long as the plan. What is a number when it is
-                 captured stays that number.
+                 captured stays that number. A step before the capture compiles the kernels.
 """
 
 from __future__ import annotations
