@@ -1,8 +1,6 @@
 """topk_magnitude on Triton: small tiles, every path, and each kernel compiled ahead of time for GPUs that are not here.
 
-Without a GPU, the tests run in a process of their own, where the kernels are interpreted: TRITON_INTERPRET has to be
-set before triton is imported, and would change it for every other test. Compiling needs yet other processes, which run
-this file as a script:
+See triton_tools for the processes in which they run. As a script,
 `python tests/test_topk_magnitude_triton.py 90 float32: bfloat16:filter_kernel` prints what became of each kernel for
 fp32 and of one for bf16, as JSON.
 """
@@ -13,13 +11,10 @@ import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,24 +26,35 @@ if __name__ == "__main__":
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_tools import (
+    ARCHS,
+    DEVICE,
+    Specs,
+    archs_to_compile_for,
+    compile_facts,
+    divide_tests,
+    printed_facts,
+    recording,
+    run_interpreted,
+    start_script,
+)
+
 from saft_kernels import TopK, ops
 
 triton_topk = importlib.import_module("saft_kernels.ops.triton.topk_magnitude")
 pieces = importlib.import_module("saft_kernels.ops.triton._pieces")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-SIZES = pieces.Sizes(line=4, gathered_tile=256, direct_tile=1024)
+SIZES = pieces.Sizes(line=4, gathered_tile=512, direct_tile=1024)
 SMALL = triton_topk.Tuning(
     SIZES,
     filter_warps=1,
-    filter_vectors=8 if DEVICE == "cpu" else 32,
-    gathered_block=128,
+    filter_vectors=16 if DEVICE == "cpu" else 32,
+    gathered_block=256,
     words_warps=1,
     sample_lines=64,
     lines_per_program=32,
-    small_numel=400,
-    list_block=128,
+    small_numel=800,
+    list_block=256,
     list_programs=2,
 )
 if DEVICE == "cuda":  # a block is no larger than a tile
@@ -64,18 +70,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches() -> Iterator[list[str]]:
     """The names of the kernels launched."""
-    names: list[str] = []
-    launch = triton_topk.launch
-
-    def counting(kernel: Any, num_programs: int, *args: Any, **options: Any) -> None:
-        if num_programs > 0:
-            names.append(kernel.fn.__name__)
-        launch(kernel, num_programs, *args, **options)
-
-    monkeypatch.setattr(triton_topk, "launch", counting)
-    return names
+    with recording(triton_topk, run=True) as (names, _):
+        yield names
 
 
 def check(tensors: Sequence[Tensor], *ks: int) -> TopK:
@@ -336,32 +334,13 @@ def test_one_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 1
 
 
-def recorded(
-    tensors: Sequence[Tensor], k: int
-) -> dict[tuple[Any, ...], tuple[Any, dict[str, str], dict[str, int], int]]:
-    """What would be launched, fallback included: (kernel, signature, constants, warps) by its identity."""
-    specs = {}
-    types = {torch.int64: "*i64", torch.int32: "*i32"}
-
-    def record(kernel: Any, num_programs: int, *args: Tensor, num_warps: int, **constants: int) -> None:
-        assert all(arg.data_ptr() % 16 == 0 for arg in args), f"{kernel.fn.__name__}: an argument is not aligned"
-        names = kernel.arg_names
-        signature = {name: types[arg.dtype] for name, arg in zip(names, args, strict=False)}
-        signature |= dict.fromkeys(constants, "constexpr")
-        assert list(signature) == list(names)
-        constants = {name: int(value) for name, value in constants.items()}
-        key = (kernel.fn.__name__, *signature.items(), *constants.items(), num_warps)
-        if num_programs > 0:
-            specs[key] = (kernel, signature, constants, num_warps)
-
-    before, triton_topk.launch = triton_topk.launch, record
-    try:
+def recorded(tensors: Sequence[Tensor], k: int) -> Specs:
+    """What would be launched, fallback included."""
+    with recording(triton_topk, run=False) as (_, specs):
         run = triton_topk._Run(tensors, k)
         run.guess()
         run.filter()
         run.select_in_data(run.emit())
-    finally:
-        triton_topk.launch = before
     return specs
 
 
@@ -379,39 +358,10 @@ def test_nothing_recompiles_for_another_k_or_size() -> None:
 
 def compile_all(arch: int, dtypes: list[str], only: str) -> Iterator[dict[str, Any]]:
     """Each kernel as it is launched for these dtypes, compiled for `arch`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from saft_kernels.ops.triton._launch import OPTIONS
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     tensors = [torch.zeros(300_017, dtype=getattr(torch, dtype)) for dtype in dtypes]
-    for kernel, signature, constants, num_warps in recorded(tensors, 1000).values():
-        if not kernel.fn.__name__.startswith(only):
-            continue
-        attributes = {
-            (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"
-        }
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, **OPTIONS})
-        ptx = result.asm["ptx"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(result.asm["cubin"])
-            file.flush()
-            usage = subprocess.run(
-                [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        yield {
-            "kernel": kernel.fn.__name__,
-            "constants": constants,
-            "num_warps": num_warps,
-            "shared": result.metadata.shared,
-            **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},
-            "loads": sorted(re.findall(r"ld\.global\S*", ptx)),
-            "local_accesses": len(re.findall(r"(?:ld|st)\.local", ptx)),
-            "fused": len(re.findall(r"\bfma\.", ptx)),
-        }
+    for spec in recorded(tensors, 1000).values():
+        if spec[0].fn.__name__.startswith(only):
+            yield compile_facts(arch, *spec)
 
 
 KERNELS = {
@@ -421,31 +371,12 @@ KERNELS = {
 VECTOR_LOADS = {0: "ld.global.v4.b32", 1: "ld.global.v4.b32", 2: "ld.global.v4.b32", 3: "ld.global.v2.b64"}
 
 
-def start_compiling(arch: int, *cases: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    command = [sys.executable, __file__, str(arch), *cases]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def compiled(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return [json.loads(line) for line in output.splitlines()]
-
-
-ARCHS = [80, 90, 100]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compilers(request: pytest.FixtureRequest) -> Iterator[dict[int, subprocess.Popen[str]]]:
     """They work while the other tests run."""
-    processes = {}
-    for item in request.session.items:
-        if item.name.startswith("test_compiles_ahead_of_time["):
-            arch = item.callspec.params["arch"]
-            filters = [f"{dtype}:filter_kernel" for dtype in ("bfloat16", "float16", "float64")]
-            processes[arch] = start_compiling(arch, "float32:", *filters)
+    filters = [f"{dtype}:filter_kernel" for dtype in ("bfloat16", "float16", "float64")]
+    archs = archs_to_compile_for(request.session, __name__)
+    processes = {arch: start_script(__file__, arch, "float32:", *filters) for arch in archs}
     yield processes
     for process in processes.values():
         process.kill()
@@ -467,7 +398,7 @@ def check_compiled(facts: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_ahead_of_time(compilers: dict[int, subprocess.Popen[str]], arch: int) -> None:
-    facts = compiled(compilers[arch])
+    facts = printed_facts(compilers[arch])
     assert {fact["kernel"] for fact in facts} == KERNELS
     assert {fact["constants"]["KIND"] for fact in facts if fact["kernel"] == "filter_kernel"} == {0, 1, 2, 3}
     check_compiled(facts)
@@ -477,27 +408,17 @@ def test_compiles_ahead_of_time(compilers: dict[int, subprocess.Popen[str]], arc
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "float64", "float32,bfloat16,float16", "float32,float64"])
 def test_compiles_ahead_of_time_for_every_dtype(arch: int, dtypes: str) -> None:
-    check_compiled(compiled(start_compiling(arch, f"{dtypes}:")))
+    check_compiled(printed_facts(start_script(__file__, arch, f"{dtypes}:")))
 
 
 def test_interpreted() -> None:
-    """The tests above, on CPU tensors."""
-    command = [sys.executable, "-m", "pytest", "--quiet", "--exitfirst", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout, done.stdout
+    run_interpreted(__file__)
 
 
-OUTSIDE = ("test_interpreted", "test_compiles_ahead_of_time", "test_compiles_ahead_of_time_for_every_dtype")
-for name in [name for name in globals() if name.startswith("test_")]:
-    if INTERPRETED if name in OUTSIDE else not INTERPRETED and DEVICE == "cpu":
-        del globals()[name]
-if DEVICE == "cuda":
-    del test_interpreted
+divide_tests(
+    globals(),
+    ("test_interpreted", "test_compiles_ahead_of_time", "test_compiles_ahead_of_time_for_every_dtype"),
+)
 
 if __name__ == "__main__":
     for case in sys.argv[2:]:

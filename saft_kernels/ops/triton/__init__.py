@@ -6,7 +6,13 @@ import importlib
 import importlib.util
 import os
 
-_OPS = ("topk_magnitude",)
+# the module of each op, by its name in ops/reference.py
+_OPS = {
+    "topk_magnitude": "topk_magnitude",
+    "gather": "gather_scatter",
+    "scatter_": "gather_scatter",
+    "prepare_sparse_adamw": "sparse_adamw",
+}
 
 
 def why_unavailable(device_type: str | None) -> str | None:
@@ -19,7 +25,8 @@ def why_unavailable(device_type: str | None) -> str | None:
         return "it runs on CUDA and ROCm tensors, got cpu; the interpreter (TRITON_INTERPRET=1) is for tests"
     try:
         # sets the functions in place of the modules of the same name, whoever imported those first
-        globals().update((op, getattr(importlib.import_module(f".{op}", __name__), op)) for op in _OPS)
+        modules = {module: importlib.import_module(f".{module}", __name__) for module in _OPS.values()}
+        globals().update((op, getattr(modules[module], op)) for op, module in _OPS.items())
     except (ImportError, RuntimeError) as error:
         return f"triton cannot be imported ({error})"
     from ._launch import INTERPRETED

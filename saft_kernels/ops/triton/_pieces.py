@@ -164,8 +164,13 @@ def _padded(rows: Table) -> Table:
     return np.pad(flat, (0, -len(flat) % _PADDING))
 
 
-def to_device(table: Table, device: torch.device) -> Tensor:
-    """A copy that does not wait for the device: from pinned memory, which torch keeps until it is done."""
+def staged(table: Table, device: torch.device) -> Tensor:
+    """A copy in pinned memory, which torch keeps until copies out of it are done: they need not wait."""
     host = torch.empty(len(table), dtype=torch.int64, pin_memory=device.type == "cuda")
     host.numpy()[:] = table
-    return host.to(device, non_blocking=True)
+    return host
+
+
+def to_device(table: Table, device: torch.device) -> Tensor:
+    """A copy that does not wait for the device."""
+    return staged(table, device).to(device, non_blocking=True)

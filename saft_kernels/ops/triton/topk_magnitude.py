@@ -33,7 +33,9 @@ from .._tables import DTYPE_CODES
 from .._types import TopK
 from ..reference import key_to_float
 from . import _pieces
-from . import _topk_magnitude_kernels as kernels
+from . import _topk_magnitude_exact_kernels as exact
+from . import _topk_magnitude_guess_kernels as guess
+from . import _topk_magnitude_state as scalars
 from ._launch import INTERPRETED, launch
 
 
@@ -83,26 +85,26 @@ class _Run:
         grains = {torch.bfloat16: 2**16, torch.float16: 2**13}  # zero bits at the end of the common key
         grain = 1 if self.key64 else min(grains.get(t.dtype, 1) for t in tensors)
         self.capacity = min(self.numel, self.tuning.small_numel + min(self.numel // 64, k))
-        header = np.zeros(kernels.HEADER_SIZE, dtype=np.int64)
-        header[: len(kernels.HEADER)] = (
+        header = np.zeros(scalars.HEADER_SIZE, dtype=np.int64)
+        header[: len(scalars.HEADER)] = (
             *(k, self.numel, pieces.num_lines, num_sampled, pieces.num_pieces, pieces.num_tiles),
             *(grain, self.capacity, pieces.max_ndim),
         )
         table = _pieces.to_device(np.concatenate([header, pieces.table]), self.device)
-        self.header, self.table = table, table[kernels.HEADER_SIZE :]
+        self.header, self.table = table, table[scalars.HEADER_SIZE :]
         self.layouts = self.table[pieces.layouts_offset :]
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        self.result = torch.zeros(kernels.STATE_SIZE + self.num_tensors, dtype=torch.int64, device=self.device)
-        self.state, self.selected = self.result[: kernels.STATE_SIZE], self.result[kernels.STATE_SIZE :]
+        self.result = torch.zeros(scalars.STATE_SIZE + self.num_tensors, dtype=torch.int64, device=self.device)
+        self.state, self.selected = self.result[: scalars.STATE_SIZE], self.result[scalars.STATE_SIZE :]
         self.sure_words = empty(pieces.num_words, dtype=torch.int32)
         self.band_words = empty(pieces.num_words, dtype=torch.int32)
         self.counts = empty(2, pieces.num_tiles)
         self.tallies = empty(2, pieces.num_tiles)
         self.listed = empty(self.capacity, dtype=torch.int64 if self.key64 else torch.int32)
-        self.digits = torch.zeros(kernels.NUM_DIGITS.value, dtype=torch.int64, device=self.device)
+        self.digits = torch.zeros(exact.NUM_DIGITS.value, dtype=torch.int64, device=self.device)
         self.indices = empty(k)
 
     def by_kind(self) -> list[tuple[int, Tensor, int, int]]:
@@ -121,15 +123,15 @@ class _Run:
     def guess(self) -> None:
         """The bracket: [0, NaN] when the band may hold everything, [NaN, NaN] when nothing is wanted."""
         if self.num_sampled == 0:
-            self.state[kernels.HI.value : kernels.HI.value + 1].fill_(self.max_key)
+            self.state[scalars.HI.value : scalars.HI.value + 1].fill_(self.max_key)
             if self.k == 0:
-                self.state[kernels.LO.value : kernels.LO.value + 1].fill_(self.max_key)
+                self.state[scalars.LO.value : scalars.LO.value + 1].fill_(self.max_key)
             return
-        side = 1 << (kernels.SAMPLE_BITS.value // 2)
+        side = 1 << (guess.SAMPLE_BITS.value // 2)
         histogram = torch.zeros(side * side, dtype=torch.int32, device=self.device)
         lines = self.tuning.lines_per_program
         launch(
-            kernels.sample_kernel,
+            guess.sample_kernel,
             triton.cdiv(self.num_sampled, lines),
             *(self.header, self.table, self.layouts, self.state, histogram),
             DTYPES=self.dtypes,
@@ -137,7 +139,7 @@ class _Run:
             LINE=self.tuning.sizes.line,
             num_warps=4,
         )
-        launch(kernels.bracket_kernel, 1, self.header, self.state, histogram, KEY64=self.key64, SIDE=side, num_warps=8)
+        launch(guess.bracket_kernel, 1, self.header, self.state, histogram, KEY64=self.key64, SIDE=side, num_warps=8)
 
     def filter(self) -> None:
         """Words and counts for the bracket."""
@@ -145,7 +147,7 @@ class _Run:
         for kind, segments, num_tiles, tile in self.by_kind():
             if kind == _pieces.GATHERED:
                 launch(
-                    kernels.filter_gathered_kernel,
+                    guess.filter_gathered_kernel,
                     num_tiles,
                     *(self.header, self.table, self.layouts, segments, self.state),
                     *(self.sure_words, self.band_words, self.counts),
@@ -156,7 +158,7 @@ class _Run:
                 )
                 continue
             launch(
-                kernels.filter_kernel,
+                guess.filter_kernel,
                 num_tiles,
                 *(self.header, self.table, segments, self.state, self.sure_words, self.band_words, self.counts),
                 KIND=kind,
@@ -172,7 +174,7 @@ class _Run:
         sums = self.counts.cumsum(1)
         for kind, segments, num_tiles, tile in self.by_kind():
             launch(
-                kernels.collect_kernel,
+                exact.collect_kernel,
                 num_tiles,
                 *(self.header, self.table, self.layouts, segments, self.state, self.band_words),
                 *(self.counts, sums, self.listed),
@@ -185,7 +187,7 @@ class _Run:
 
         def count_list() -> None:
             launch(
-                kernels.histogram_list_kernel,
+                exact.histogram_list_kernel,
                 num_programs,
                 *(self.state, self.listed, self.digits),
                 BLOCK=tuning.list_block,
@@ -194,7 +196,7 @@ class _Run:
 
         self.select(count_list)
         launch(
-            kernels.tally_kernel,
+            exact.tally_kernel,
             self.pieces.num_tiles,
             *(self.header, self.state, self.counts, sums, self.listed, self.tallies),
             BLOCK=256,
@@ -203,7 +205,7 @@ class _Run:
         tally_sums = self.tallies.cumsum(1)
         for kind, segments, num_tiles, tile in self.by_kind():
             launch(
-                kernels.emit_kernel,
+                exact.emit_kernel,
                 num_tiles,
                 *(self.header, self.table, segments, self.state, self.sure_words, self.band_words),
                 *(self.counts, sums, self.tallies, tally_sums, self.listed, self.indices, self.selected),
@@ -215,24 +217,24 @@ class _Run:
 
     def select(self, count: Any) -> None:
         """Narrows SELECT_LO and SELECT_HI to one key. `count` fills the histogram of the current digit."""
-        for _ in range(math.ceil((63 if self.key64 else 31) / kernels.DIGIT_BITS.value)):
+        for _ in range(math.ceil((63 if self.key64 else 31) / exact.DIGIT_BITS.value)):
             count()
-            launch(kernels.narrow_kernel, 1, self.state, self.digits, num_warps=8)
+            launch(exact.narrow_kernel, 1, self.state, self.digits, num_warps=8)
 
     def select_in_data(self, state: list[int]) -> None:
         """The exact k-th key becomes the bracket."""
-        bracketed = state[kernels.FAILED.value] == 2  # the bracket was right, the band too large for its buffer
-        fresh = np.zeros(kernels.STATE_SIZE, dtype=np.int64)
-        fresh[kernels.SELECT_LO.value] = state[kernels.LO.value] if bracketed else 0
-        fresh[kernels.SELECT_HI.value] = state[kernels.HI.value] if bracketed else self.max_key
-        fresh[kernels.RANK.value] = state[kernels.RANK.value] if bracketed else self.k
+        bracketed = state[scalars.FAILED.value] == 2  # the bracket was right, the band too large for its buffer
+        fresh = np.zeros(scalars.STATE_SIZE, dtype=np.int64)
+        fresh[scalars.SELECT_LO.value] = state[scalars.LO.value] if bracketed else 0
+        fresh[scalars.SELECT_HI.value] = state[scalars.HI.value] if bracketed else self.max_key
+        fresh[scalars.RANK.value] = state[scalars.RANK.value] if bracketed else self.k
         self.result.zero_()
         self.state.copy_(_pieces.to_device(fresh, self.device))
 
         def count_data() -> None:
             for kind, segments, num_tiles, tile in self.by_kind():
                 launch(
-                    kernels.histogram_data_kernel,
+                    exact.histogram_data_kernel,
                     num_tiles,
                     *(self.header, self.table, self.layouts, segments, self.state, self.digits),
                     KIND=kind,
@@ -243,7 +245,7 @@ class _Run:
                 )
 
         self.select(count_data)
-        self.state[: kernels.SELECT_LO.value].copy_(self.state[kernels.SELECT_LO.value : kernels.RANK.value])
+        self.state[: scalars.SELECT_LO.value].copy_(self.state[scalars.SELECT_LO.value : scalars.RANK.value])
 
     def read(self) -> list[int]:
         """The result so far: the only wait for the device."""
@@ -256,15 +258,15 @@ class _Run:
         self.filter()
         if self.k == 0:
             empty = tuple(self.indices[:0].clone() for _ in range(self.num_tensors))
-            return TopK(empty, math.inf, self.read()[kernels.NONFINITE.value])
+            return TopK(empty, math.inf, self.read()[scalars.NONFINITE.value])
         result = self.emit()
-        if result[kernels.FAILED.value]:
+        if result[scalars.FAILED.value]:
             self.select_in_data(result)
             self.filter()
             result = self.emit()
         dtype = torch.float64 if self.key64 else torch.float32
-        threshold = key_to_float(result[kernels.SELECT_LO.value], dtype)
-        return TopK(self.indices.split(result[kernels.STATE_SIZE :]), threshold, result[kernels.NONFINITE.value])
+        threshold = key_to_float(result[scalars.SELECT_LO.value], dtype)
+        return TopK(self.indices.split(result[scalars.STATE_SIZE :]), threshold, result[scalars.NONFINITE.value])
 
 
 def words_warps(tile: int, tuning: Tuning) -> int:
