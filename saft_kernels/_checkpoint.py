@@ -13,12 +13,14 @@ from torch import Tensor
 from ._budget import budget, budget_of
 from ._pools import Pool, Position, places
 from ._state import MOMENTS, State, count, index_dtype, new_states
+from .ops._adamw import opmath_dtype
 from .ops._checks import INDEX_DTYPES, short
 
 if TYPE_CHECKING:
     from .optim import SparseAdamW
 
 _OUR_GROUP_KEYS = ("density", "k", "num_candidates")
+_SUMS = ("grad_sum", "num_grads")
 
 
 class Uncast:
@@ -45,9 +47,15 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
         states[key] = values
         if key in members and values:
             position, name, parameter = members[key]
-            _check_state(name, parameter, values, groups[position[0]].get("amsgrad", False))
-            loaded[position] = values
-            ours = ("step", *MOMENTS, "indices")
+            if "grad_sum" in values and tuple(values["grad_sum"].shape) != tuple(parameter.shape):
+                raise ValueError(
+                    f"`state_dict`: grad_sum of {name!r}: expected shape {tuple(parameter.shape)}, got "
+                    f"{tuple(values['grad_sum'].shape)}: the state of another model; nothing was loaded"
+                )
+            if not values.keys() <= {*_SUMS}:
+                _check_state(name, parameter, values, groups[position[0]].get("amsgrad", False))
+                loaded[position] = values
+            ours = ("step", *MOMENTS, "indices", *_SUMS)
             states[key] = {k: Uncast(torch.as_tensor(v)) if k in ours else v for k, v in values.items()}
     if loaded:
         names = {position: name for position, name, _ in members.values()}
@@ -152,10 +160,18 @@ def _check_count(what: str, got: int, expected: int, numel: int, slack: int = 0)
 def unshield(optimizer: SparseAdamW) -> None:
     """Puts loaded values where and into what they should be, and adopts the selection they hold."""
     loaded: dict[Position, State] = {}
+    sums: dict[Position, Tensor] = {}
+    num_sums = 0
     for i, group in enumerate(optimizer.param_groups):
         members: list[tuple[Position, Tensor, dict[str, Any]]] = []
         for j, parameter in enumerate(group["params"]):
             values = optimizer.state.get(parameter, {})
+            if "grad_sum" in values:
+                total, number = (values.pop(key).tensor for key in _SUMS)
+                sums[i, j] = total.to(parameter.device, opmath_dtype(parameter.dtype), copy=True)
+                num_sums = int(number)
+                if not values:
+                    del optimizer.state[parameter]
             if any(isinstance(value, Uncast) for value in values.values()):
                 members.append(((i, j), parameter, values))
         indices = [
@@ -175,3 +191,5 @@ def unshield(optimizer: SparseAdamW) -> None:
             optimizer.state[parameter] = loaded[position] = {**state, **kept}
     if loaded:
         optimizer._adopt_loaded({position: state.get("indices") for position, state in loaded.items()})
+    if sums:
+        optimizer._selection.sums, optimizer._selection.num_sums = sums, num_sums

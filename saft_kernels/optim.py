@@ -50,7 +50,7 @@ class SparseAdamW(Optimizer):
         scope: "global", one budget over all groups; "tensor", `density` of each tensor; or "row", `density` of each
             slice of its first dimension (an output unit of a weight), at least one element.
         selection_steps: Select from the mean gradient of that many step() calls; the calls before the last do not
-            update. Costs one fp32 sum per element (fp64 for fp64 parameters) until then, which is not in state_dict().
+            update. Costs one fp32 sum per element (fp64 for fp64 parameters) until then, in state_dict() as well.
         maximize: Ascend instead.
         foreach: Accepted for compatibility; there is one implementation per backend.
         capturable: Keep the step counts on the parameters' device, and let step() run without waiting for it, so that
@@ -422,6 +422,17 @@ class SparseAdamW(Optimizer):
         return norm
 
     # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's. While `selection_steps` gathers gradients their sums are in it, as `grad_sum`."""
+        state_dict = super().state_dict()
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, (position, _, _) in zip(ids, places(self.param_groups), strict=True):
+            if position in self._selection.sums:
+                count = torch.tensor(float(self._selection.num_sums))
+                sums = {"grad_sum": self._selection.sums[position], "num_grads": count}
+                state_dict["state"][key] = {**state_dict["state"].get(key, {}), **sums}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this optimizer, or of torch.optim.AdamW at density 1.0; indices and moments keep dtype.

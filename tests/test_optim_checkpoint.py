@@ -243,6 +243,48 @@ def test_rolling_back_the_same_optimizer(kind: str) -> None:
         assert_same_bits(parameter.detach(), value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "reselect"])
+def test_resume_amid_selection_steps(again: bool, dtype: torch.dtype) -> None:
+    """The sums are in the checkpoint, in fp32, beside the state of what is being selected anew."""
+    data = batches(10, dtype=dtype)
+
+    def build_steps(model: TwoTowers) -> SparseAdamW:
+        return SparseAdamW(model.named_parameters(), lr=1e-2, density=0.1, selection_steps=4)
+
+    model = two_towers(dtype=dtype)
+    optimizer = build_steps(model)
+    if again:
+        train(model, optimizer, data[:4])
+        optimizer.reselect()
+    train(model, optimizer, data[:2])
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, data[2:])
+
+    resumed = two_towers(seed=1, dtype=dtype)
+    fresh = build_steps(resumed)
+    train(resumed, fresh, batches(1, seed=7, dtype=dtype))  # forgotten
+    resumed.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    train(resumed, fresh, data[2:])
+    assert fresh.mask == optimizer.mask
+    assert_same_parameters(resumed, model)
+    assert_same_state(fresh, optimizer)
+    assert "grad_sum" not in str(fresh.state_dict())
+
+
+def test_sums_of_another_model_are_refused() -> None:
+    params = parameters()
+    set_gradients(params, 0)
+    optimizer = SparseAdamW(params, density=0.1, selection_steps=2)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["grad_sum"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"grad_sum of 'param.0': expected shape \(16, 9\), got \(3,\)") as error:
+        optimizer.load_state_dict(saved)
+    assert_message(error, ["nothing was loaded"])
+
+
 def test_resume_without_the_mask() -> None:
     """The state holds the indices: the mask file is not needed again."""
     data = batches(6)
