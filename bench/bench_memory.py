@@ -157,12 +157,12 @@ def peft(make_config: Callable[[Any, str], Any]) -> Method:
 
 METHODS: dict[str, Method] = {
     "torch AdamW fused": adamw,
-    "bitsandbytes AdamW8bit": adamw_8bit,
     "SparseAdamW": sparse(),
     "SparseAdamW release_grads": sparse(release_grads=True),
     "SparseAdamW release_grads, sparse_grad": sparse_weight_gradients,
     LORA: peft(lambda peft, names: peft.LoraConfig(r=16, target_modules=names)),
     "PEFT SHiRA r=16": peft(lambda peft, names: peft.ShiraConfig(r=16, target_modules=names)),
+    "bitsandbytes AdamW8bit": adamw_8bit,  # minutes on a CPU
 }
 SELECTIONS: dict[str, Any] = {
     "select": False,
@@ -353,10 +353,11 @@ def run(args: argparse.Namespace) -> Results:
                 **json.loads(done.stdout.splitlines()[-1]),
             )
         )
-    lora = {row.model: row.peak_mib for row in results.rows if row.method == LORA}
-    for row in results.rows:
-        if row.model in lora and row.method in METHODS:
-            row.of_lora = round(row.peak_mib / lora[row.model], 3)
+        lora = {row.model: row.peak_mib for row in results.rows if row.method == LORA}
+        for row in results.rows:
+            if row.model in lora and row.method in METHODS:
+                row.of_lora = round(row.peak_mib / lora[row.model], 3)
+        results.write()
     return results
 
 
