@@ -365,6 +365,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: more was needed than expected ({str(error).splitlines()[0]}); pass a smaller --memory-budget than "
+            "there is, so that a mode is chosen that takes less",
+            file=sys.stderr,
+        )
+        return 1
 
 
 if __name__ == "__main__":

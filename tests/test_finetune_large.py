@@ -211,6 +211,17 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str])
     assert "--help" in capsys.readouterr().err
 
 
+def test_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nDetails")
+
+    monkeypatch.setattr(finetune_large.saft_kernels, "select", fail)
+    status, _, err = run(capsys, "--memory-budget", "8GiB")
+    assert status == 1
+    assert "smaller --memory-budget" in err
+    assert err.count("\n") == 1
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         finetune_large.main(["--help"])
