@@ -147,6 +147,7 @@ class GradientBuffer:
 
     def __init__(self) -> None:
         self._selected: dict[Tensor, Selected] = {}
+        self._gradients: dict[Tensor, SelectedGrad] = {}  # made once
         self._hooks: dict[Tensor, RemovableHandle] = {}
         weakref.finalize(self, _remove, self._hooks)
 
@@ -171,6 +172,7 @@ class GradientBuffer:
             else:
                 fresh.append((parameter, index))
         self._allocate(fresh)
+        self._gradients = {p: g for p, g in self._gradients.items() if self._selected.get(p) is g.selected}
         self._hook([p for group in optimizer.param_groups for p in group["params"]])
 
     def _allocate(self, members: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -207,7 +209,6 @@ class GradientBuffer:
         if values is not None:
             self.add(parameter, values)
 
-    @torch.no_grad()
     def add(self, parameter: Tensor, values: Tensor) -> None:
         """Adds to the gradient of a parameter, as a backward pass would.
 
@@ -215,17 +216,23 @@ class GradientBuffer:
             parameter: One of those in the buffer, with selected elements.
             values: (k_p,), any floating dtype, in the order of the parameter's indices.
         """
-        selected, gradient = self._selected[parameter], parameter.grad
+        selected, gradient, values = self._selected[parameter], parameter.grad, values.detach()
         if gradient is None:
             dtype = opmath_dtype(parameter.dtype)
             if (selected.values.device, selected.values.dtype) != (values.device, dtype):  # the model has moved
                 selected.values = torch.empty_like(values, dtype=dtype)
             selected.values.copy_(values)
-            parameter.grad = SelectedGrad(parameter, selected)
+            parameter.grad = self._gradient(parameter, selected)
         elif type(gradient) is SelectedGrad:
             gradient.selected.values.add_(values)
         else:
-            gradient.put_(selected.index.long(), values.to(gradient.dtype), accumulate=True)
+            gradient.detach().put_(selected.index.long(), values.to(gradient.dtype), accumulate=True)
+
+    def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
+        gradient = self._gradients.get(parameter)
+        if gradient is None or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+            gradient = self._gradients[parameter] = SelectedGrad(parameter, selected)
+        return gradient
 
 
 def _releasing(buffer: GradientBuffer) -> Callable[[Tensor], None]:

@@ -8,6 +8,7 @@ import io
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -605,3 +606,21 @@ def test_errors_name_the_parameter() -> None:
     with pytest.raises(ValueError, match="one of this optimizer") as error:
         optimizer.selected_grad(nn.Parameter(torch.zeros(3)))
     assert_message(error, ["`parameter`", "(3,)"])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.parametrize("gradient_as_bucket_view", [False, True])
+def test_distributed_data_parallel_raises(gradient_as_bucket_view: bool, tmp_path: Path) -> None:
+    """It averages p.grad after the hooks: the ranks would part ways in silence."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = two_towers()
+        optimizer = SparseAdamW(model.named_parameters(), LR, mask=make_mask(model), release_grads=True)
+        parallel = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=gradient_as_bucket_view, find_unused_parameters=True
+        )
+        with pytest.raises(RuntimeError, match="release_grads=True"):
+            backward(parallel, batches(1)[0])
+        assert optimizer.mask is not None
+    finally:
+        torch.distributed.destroy_process_group()

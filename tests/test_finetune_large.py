@@ -1,0 +1,241 @@
+"""examples/finetune_large.py: what it expects, what it chooses, and a training of each mode at tiny size."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("safetensors", reason="the example writes safetensors: pip install saft_kernels[io]")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import finetune_large
+import memory_plan
+from memory_plan import Step, dry_run, parse_bytes, plans
+from safetensors.torch import load_file
+
+from saft_kernels import SparseMask
+
+TINY = ["--width", "64", "--layers", "2", "--tokens", "16", "--batch", "2", "--steps", "6", "--device", "cpu"]
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- what a step takes ----
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GiB", 16 * 2**30), ("500 MB", 500 * MIB), ("1.5k", 1536), ("12", 12), ("2tb", 2**41)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3", "1.2.3", "0", "4 apples"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a size"):
+        parse_bytes(text)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sum()
+
+
+def test_dry_run_counts_bytes() -> None:
+    """Eight square layers on one row: activations are next to nothing, and the gradients add up, or do not."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+
+    one = 256 * 256 * 4
+    peaks = {}
+    for mode in memory_plan.TRAINING:
+        step = dry_run(build, lambda: torch.zeros(1, 256), loss_of, mode)
+        assert (step.numel, step.weights, step.gradients) == (8 * 256 * 256, 8 * one, 8 * one)
+        assert step.largest_gradient == one
+        peaks[mode] = (step.peak - step.weights) / one
+    assert 8 <= peaks["dense"] < 8.2
+    assert 1 <= peaks["release"] < 1.2
+    assert peaks["sparse_grad"] < 0.2
+
+
+def test_dry_run_sees_activations_and_checkpoints() -> None:
+    arguments = finetune_large.build_parser().parse_args(
+        ["--width", "64", "--layers", "8", "--tokens", "512", "--batch", "8", "--device", "cpu", "--dtype", "float32"]
+    )
+    build = finetune_large.model_builder(arguments)
+    peaks = [
+        dry_run(
+            lambda checkpointing=checkpointing: build(checkpointing, False),
+            lambda: torch.zeros(8, 512, dtype=torch.long),
+            finetune_large.loss_fn,
+            "release",
+        ).peak
+        for checkpointing in (False, True)
+    ]
+    hidden = 8 * 512 * 64 * 4
+    assert peaks[0] > 8 * 8 * hidden  # each block keeps more than 8 times its input
+    assert peaks[1] < peaks[0] / 2
+
+
+def test_plans_come_fastest_first() -> None:
+    """The first is what everybody does; the least memory comes last."""
+
+    def steps(mode: str, checkpointing: bool) -> Step:
+        activations = 10 if checkpointing else 100
+        gradients = {"dense": 1000, "release": 100, "sparse_grad": 20}[mode]
+        return Step(1000, 1000, 1000, 100, 1000 + gradients + activations)
+
+    everything = list(plans(steps, 1e-3, 4, "cpu"))
+    assert (everything[0].mode, everything[0].streaming, everything[0].checkpointing) == ("dense", False, False)
+    assert min(everything, key=lambda plan: plan.training).mode == "sparse_grad"
+    assert everything[-1].checkpointing
+    assert everything[-1].streaming is True
+    for plan in everything:
+        assert plan.training == round(memory_plan.MARGIN * sum(plan.parts.values()))
+    assert not any(plan.streaming == "host" for plan in everything)  # it is the same memory
+    assert any(plan.streaming == "host" for plan in plans(steps, 1e-3, 4, "cuda"))
+
+
+# ---- the script ----
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, tiny: Sequence[str] = TINY) -> tuple[int, str, str]:
+    status = finetune_large.main([*tiny, *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("mode", ["dense", "release"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trains_in_each_mode(mode: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(
+        capsys,
+        "--mode",
+        mode,
+        "--dtype",
+        dtype,
+        "--memory-budget",
+        "8GiB",
+        "--density",
+        "0.01",
+        "--output",
+        str(tmp_path),
+    )
+    assert status == 0, err
+    assert f"training: {mode}" in out
+    for word in ("expected", "measured", "selection", "training", "weights", "gradients"):
+        assert word in out
+    mask = SparseMask.load(tmp_path / "mask.safetensors")
+    tuned = load_file(tmp_path / "tuned.safetensors")
+    arguments = finetune_large.build_parser().parse_args([*TINY, "--dtype", dtype])
+    changed = 0
+    for name, parameter in finetune_large.model_builder(arguments)(False, True).named_parameters():
+        if mask[name].numel():
+            assert torch.equal(tuned[f"{name}.indices"], mask[name])
+            values = tuned[f"{name}.values"]
+            assert values.dtype == parameter.dtype
+            changed += int((values != parameter.detach().take(mask[name].long())).sum())
+    # values and not deltas; rounding to bf16 keeps some where they were
+    assert changed > 0.5 * mask.k
+
+
+def test_modes_train_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode in ("dense", "release"):
+        run(capsys, "--mode", mode, "--memory-budget", "8GiB", "--output", str(tmp_path / mode))
+    dense, released = (load_file(tmp_path / mode / "tuned.safetensors") for mode in ("dense", "release"))
+    assert dense.keys() == released.keys()
+    for key, values in dense.items():
+        torch.testing.assert_close(released[key], values)  # norms for clipping add up in another order
+
+
+def test_budget_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    """Less and less memory: another selection, another mode, checkpointing, and a refusal that says what is needed."""
+    size = ["--width", "128", "--layers", "4", "--tokens", "64", "--batch", "4", "--device", "cpu", "--dry-run"]
+    seen = []
+    for budget in ("20MiB", "15.5MiB", "10MiB", "8.5MiB", "100KiB"):
+        status, out, err = run(capsys, "--memory-budget", budget, tiny=size)
+        seen.append((status, next((line for line in out.splitlines() if line.startswith("training: ")), err)))
+    assert [status for status, _ in seen] == [0, 0, 0, 0, 2]
+    assert "dense" in seen[0][1]
+    assert "at once" in seen[0][1]
+    assert len({line for _, line in seen}) == 5
+    assert "dense, activations kept; selection: 2 blocks" in seen[1][1]
+    assert "dense, activations recomputed" in seen[2][1]
+    assert "release, activations recomputed" in seen[3][1]
+    assert "--memory-budget: expected at least" in seen[4][1]
+    assert seen[4][1].count("\n") == 1
+
+
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    status, out, _ = run(capsys, "--data", str(text), "--memory-budget", "8GiB", "--density", "0.05")
+    assert status == 0
+    losses = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if line.startswith("step ")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--data", "missing.txt"], "--data: expected a text file"),
+        (["--device", "nowhere"], "--device"),
+        (["--mode", "sparse_grad", "--memory-budget", "1k"], "--m"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert part in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--memory-budget", "much"], ["--density", "2"], ["--steps", "0"]])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        finetune_large.main(arguments)
+    assert exit_status.value.code == 2
+    assert "--help" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nDetails")
+
+    monkeypatch.setattr(finetune_large.saft_kernels, "select", fail)
+    status, _, err = run(capsys, "--memory-budget", "8GiB")
+    assert status == 1
+    assert "smaller --memory-budget" in err
+    assert err.count("\n") == 1
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune_large.main(["--help"])
+    out = capsys.readouterr().out
+    for word in ("release_grads=True", "streaming=", "examples:", "--dry-run", "tuned.safetensors"):
+        assert word in out
+
+
+def test_a_transformers_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers", reason="--model takes a transformers model")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=256
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    status, out, err = run(capsys, "--model", str(tmp_path / "model"), "--mode", "release", "--memory-budget", "8GiB")
+    assert status == 0, err
+    assert "training: release" in out
