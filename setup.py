@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = [
     "python/bindings.cpp",
     "csrc/gather_scatter_cpu.cpp",
+    "csrc/sddmm_cpu.cpp",
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",
 ]

@@ -1,7 +1,7 @@
 """SAFT fine-tuning: exact top-k selection by gradient magnitude, and AdamW on the selected elements alone."""
 
 from ._version import __version__
-from .ops import TopK, gather, scatter_, sparse_adamw_, topk_magnitude
+from .ops import TopK, gather, scatter_, sddmm, sparse_adamw_, topk_magnitude
 from .optim import SparseAdamW
 from .selection import SparseMask, select
 
@@ -12,6 +12,7 @@ __all__ = [
     "__version__",
     "gather",
     "scatter_",
+    "sddmm",
     "select",
     "sparse_adamw_",
     "topk_magnitude",
