@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from ._budget import check_dense
+from ._release import step_gradient
 from ._state import State
 from .ops._adamw import AdamWHyper, AdamWSegment, opmath_dtype
 from .ops._checks import short
@@ -85,8 +86,13 @@ class PreparedStep:
             and all(p.grad is None for p in self.waiting)
         ):
             return None
-        gradients = [gradient for p in self.params if (gradient := p.grad) is not None]
+        gradients = self.current_gradients()
         return gradients if len(gradients) == len(self.params) else None
+
+    def current_gradients(self) -> list[Tensor]:
+        """Dense or compact; shorter than `params` where some have none."""
+        members = zip(self.names, self.params, self.states, strict=True)
+        return [step_gradient(name, gradient, state) for name, p, state in members if (gradient := p.grad) is not None]
 
     def run(self, gradients: list[Tensor], param_groups: list[dict[str, Any]], grad_scale: float) -> None:
         """One step; the step counts go up once it is done."""

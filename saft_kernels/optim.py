@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _checkpoint, ops
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
+from ._release import GradientBuffer, check_not_released, selected_values
 from ._state import carry_over, count, index_dtype, new_states
 from .selection import SparseMask
 
@@ -47,6 +48,10 @@ class SparseAdamW(Optimizer):
         capturable: Not supported yet: must be False.
         differentiable: Not supported: must be False.
         fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
+        release_grads: Keep only the selected values of a gradient, from the moment backward has made it: `p.grad`
+            becomes a `SelectedGrad` of k_p fp32 values, which adds up over backward passes, and which zero_grad(),
+            clip_grad_norm_() and GradScaler know. The peak is the largest gradient of a single parameter. Wholly
+            selected parameters keep a dense gradient, as do all before selection: pass a `mask`.
         backend: See `saft_kernels.ops`.
 
     State per parameter: `step`; `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), (k_p,) fp32 (fp64 for fp64
@@ -83,6 +88,7 @@ class SparseAdamW(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        release_grads: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -108,8 +114,10 @@ class SparseAdamW(Optimizer):
         if mask is not None:
             _check_mask_alone(mask, density, k, scope)
         self.backend = backend
+        self.release_grads = bool(release_grads)
         self._selection = Selection(density, k, scope, selection_steps)
         self._prepared: PreparedStep | None = None
+        self._released: GradientBuffer | None = None
         super().__init__(params, defaults)
         # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
         self._step_supports_amp_scaling = bool(fused)
@@ -118,6 +126,9 @@ class SparseAdamW(Optimizer):
         else:
             for pool in self._selection.pools(self.param_groups):
                 budget(pool.density, pool.k, pool.numel)
+        if release_grads:
+            self._released = GradientBuffer()
+            self._released.update(self)
 
     # ---- groups, names, budgets ----
 
@@ -138,6 +149,7 @@ class SparseAdamW(Optimizer):
         group["num_candidates"] = None
         position = len(self.param_groups) - 1
         self._selection.indices = {at: index for at, index in self._selection.indices.items() if at[0] < position}
+        self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
         _check_hyperparameters(group)
@@ -199,6 +211,7 @@ class SparseAdamW(Optimizer):
         for group in self.param_groups:
             group["num_candidates"] = None
         self._selection.restart()
+        self._update_released()
 
     def _use_mask(self, mask: SparseMask) -> None:
         if any(group["density"] is not None or group["k"] is not None for group in self.param_groups):
@@ -280,6 +293,9 @@ class SparseAdamW(Optimizer):
             return  # no gradients, or the fake step of torch.distributed.checkpoint
         pending = [p for g in self.param_groups if g["num_candidates"] is None for p in g["params"]]
         if any(p.grad is not None for p in pending):
+            for position, name, parameter in places(self.param_groups):
+                if self.param_groups[position[0]]["num_candidates"] is None:
+                    check_not_released(name, parameter.grad)
             picked = self._selection.select(self.param_groups, grad_scale, self.backend)
             if picked is None:
                 return
@@ -287,13 +303,14 @@ class SparseAdamW(Optimizer):
         gradients = self._prepared.gradients(self) if self._prepared is not None else None
         if self._prepared is None or gradients is None:
             self._create_states()
+            self._update_released()
             selected = []
             for position, name, parameter in places(self.param_groups):
                 index = self._index(position, parameter)
                 if index is None or index.numel():
                     selected.append((position[0], name, parameter))
             self._prepared = PreparedStep(self, selected, self.backend)
-            gradients = [p.grad for p in self._prepared.params if p.grad is not None]
+            gradients = self._prepared.current_gradients()
         self._prepared.run(gradients, self.param_groups, grad_scale)
 
     def _has_gradients(self) -> bool:
@@ -302,6 +319,53 @@ class SparseAdamW(Optimizer):
         for name, gradient in gradients:
             check_dense(name, gradient)
         return any_nonzero(gradient for _, gradient in gradients)
+
+    # ---- gradients ----
+
+    def _update_released(self) -> None:
+        if self._released is not None:
+            self._released.update(self)
+
+    def selected_grad(self, parameter: Tensor) -> Tensor:
+        """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
+
+        With release_grads=True they are the fp32 values (fp64 for fp64 parameters) themselves: what is written to them
+        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient.
+
+        Raises:
+            ValueError: Not a parameter of this optimizer, or its selection is pending.
+        """
+        for position, name, member in places(self.param_groups):
+            if member is parameter:
+                if self.param_groups[position[0]]["num_candidates"] is None:
+                    raise ValueError(
+                        f"`parameter`: expected a selection, got {name!r} before its own; step() first, or pass a mask"
+                    )
+                return selected_values(parameter, self._index(position, parameter), self._released)
+        raise ValueError(
+            f"`parameter`: expected one of this optimizer, got another of shape {tuple(parameter.shape)}; pass the "
+            "object in param_groups"
+        )
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scales all gradients so that the norm of the selected values is at most `max_norm`; returns the norm before.
+
+        Before selection all values count, as in torch.nn.utils.clip_grad_norm_.
+
+        Raises:
+            RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
+        """
+        gradients, values = [], []
+        for position, _, parameter in places(self.param_groups):
+            if parameter.grad is not None:
+                pending = self.param_groups[position[0]]["num_candidates"] is None
+                index = None if pending else self._index(position, parameter)
+                gradients.append(parameter)
+                values.append(selected_values(parameter, index, self._released))
+        norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
+        return norm
 
     # ---- checkpoints ----
 
@@ -330,17 +394,20 @@ class SparseAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        keep = ("backend", "_selection", "_step_supports_amp_scaling")
+        keep = ("backend", "release_grads", "_selection", "_step_supports_amp_scaling")
         return {**state, **{name: getattr(self, name) for name in keep}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepared = None
+        if "release_grads" in state:  # a copy: its parameters have no hooks yet
+            self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (("maximize", False), ("amsgrad", False), ("foreach", None), ("fused", None)):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
         _checkpoint.unshield(self)
+        self._update_released()
 
 
 def _same_index(a: Tensor | None, b: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import _files
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, select_indices
 from ._pools import any_nonzero
+from ._release import releasing_paused
 from ._state import index_dtype
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
@@ -289,7 +290,7 @@ def select(
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
-    with _gradients_set_aside(named.values()):
+    with _gradients_set_aside(named.values()), releasing_paused():
         sums = _accumulate(model, batches, loss_fn, named, candidates, progress)
     names = list(sums)
     indices = select_indices(names, list(sums.values()), density, k, scope, backend)

@@ -53,11 +53,21 @@ class Options:
     maximize: bool = False
     grad_scale: float = 1.0
     masters: bool = False
+    as_tensors: bool = False
 
     @property
     def scalars(self) -> dict[str, Any]:
         names = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "grad_scale")
         return {name: getattr(self, name) for name in names}
+
+    def scalars_of_step(self, step: int, backend: Backend) -> dict[str, Any]:
+        """The scalars and the step number; as tensors on the device, those that may be."""
+        scalars: dict[str, Any] = {**self.scalars, "step": step}
+        if self.as_tensors:
+            for name in ("step", "lr", "grad_scale"):
+                scalars[name] = backend.to(torch.tensor(scalars[name], dtype=torch.float32))
+            scalars["found_inf"] = backend.to(torch.tensor([0.0]))
+        return scalars
 
 
 OPTIONS = {
@@ -71,6 +81,8 @@ OPTIONS = {
     "torch_defaults": Options(lr=1e-3, beta2=0.999, weight_decay=1e-2),
     "large_eps": Options(eps=0.5, amsgrad=True, maximize=True),
     "lr_0": Options(lr=0.0),
+    # a power of two: as an fp32 tensor it is the same number
+    "scalars_as_tensors": Options(lr=2.0**-5, grad_scale=8.0, amsgrad=True, as_tensors=True),
     "masters": Options(masters=True),
     "masters_amsgrad_scaled": Options(masters=True, amsgrad=True, grad_scale=64.0),
 }
@@ -193,8 +205,7 @@ class Problem:
             [self.index],
             max_exp_avg_sqs=None if self.max_exp_avg_sq is None else [self.max_exp_avg_sq],
             masters=None if self.master is None else [self.master],
-            step=self.step_number,
-            **self.options.scalars,
+            **self.options.scalars_of_step(self.step_number, self.backend),
         )
         assert torch.equal(bits(grad), grad_bits)
         assert self.param._version > version
@@ -301,6 +312,29 @@ def test_float32_gradients_of_16_bit_parameters(
     for _ in range(3):
         problem.step(grad_layout, grad_dtype=torch.float32)
     problem.check()
+
+
+@pytest.mark.parametrize("selected", ["some", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_found_inf_writes_nothing(backend: Backend, dtype: torch.dtype, selected: str) -> None:
+    problem = Problem(backend, dtype, OPTIONS["masters_amsgrad_scaled"], selected=selected)
+    problem.step()
+    before = [bits(tensor) for tensor in problem.state()]
+    optional = {"max_exp_avg_sqs": [problem.max_exp_avg_sq], "masters": [problem.master]}
+    for found_inf, unchanged in ((1.0, True), (0.0, False)):
+        backend.sparse_adamw_(
+            [problem.param],
+            [backend.to(torch.full_like(problem.param, 3.0))],
+            [problem.exp_avg],
+            [problem.exp_avg_sq],
+            [problem.index],
+            **optional if dtype.itemsize == 2 else {"max_exp_avg_sqs": [problem.max_exp_avg_sq]},
+            **problem.options.scalars,
+            step=2,
+            found_inf=backend.to(torch.tensor(found_inf)),
+        )
+        after = [bits(tensor) for tensor in problem.state()]
+        assert all(map(torch.equal, before, after)) == unchanged
 
 
 def test_expanded_gradients(backend: Backend) -> None:
@@ -958,6 +992,9 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "step_0": ({"step": 0}, ValueError, ["`step`", "counted from 1", "0"]),
     "beta1": ({"beta1": 1.0}, ValueError, ["`beta1`", "[0, 1)", "1.0"]),
     "beta2": ({"beta2": -0.1}, ValueError, ["`beta2`", "[0, 1)", "-0.1"]),
+    "step_0_tensor": ({"step": torch.tensor(0.0)}, ValueError, ["`step`", "counted from 1", "0"]),
+    "lr_of_two": ({"lr": torch.tensor([0.1, 0.2])}, ValueError, ["`lr`", "one element", "(2,)"]),
+    "found_inf_of_two": ({"found_inf": torch.zeros(2)}, ValueError, ["`found_inf`", "one element", "(2,)"]),
     "grad_scale": ({"grad_scale": 0.0}, ValueError, ["`grad_scale`", "0", "1.0"]),
     "second_of_two": (
         {

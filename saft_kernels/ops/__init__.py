@@ -195,8 +195,8 @@ def sparse_adamw_(
     exp_avg_sqs: Sequence[Tensor],
     indices: Sequence[Tensor | None],
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -204,7 +204,8 @@ def sparse_adamw_(
     max_exp_avg_sqs: Sequence[Tensor] | None = None,
     masters: Sequence[Tensor | None] | None = None,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One AdamW step on the selected coordinates of many parameters; every other element keeps its bits.
@@ -225,8 +226,8 @@ def sparse_adamw_(
             wholly selected parameter: its shape, contiguous or in its memory order.
         exp_avg_sqs: Like `exp_avgs`; mutated.
         indices: One int32 or int64 tensor (n_i,) of distinct flat positions per parameter; None: all of them.
-        step: Number of this step, counted from 1.
-        lr: Learning rate.
+        step: Number of this step, counted from 1; a number or a tensor of one element.
+        lr: Learning rate; a number or a tensor of one element.
         beta1: Decay rate of the first moment, in [0, 1).
         beta2: Decay rate of the second moment, in [0, 1).
         eps: Added to the denominator.
@@ -235,7 +236,9 @@ def sparse_adamw_(
         masters: For 16-bit parameters, float32 values that accumulate in the parameter's place, like `exp_avgs`;
             mutated. Where the stored parameter is no longer the rounded master, the parameter wins.
         maximize: Ascend instead.
-        grad_scale: Gradients are divided by it (torch.amp.GradScaler's scale).
+        grad_scale: Gradients are divided by it (torch.amp.GradScaler's scale); a number or a tensor of one element.
+        found_inf: A tensor of one element; when it is not 0, nothing is written. The cuda and triton backends read it,
+            and the tensors above, on the device, without waiting for it; those are then not checked.
         backend: One of `BACKENDS`; None chooses by device.
 
     Raises:
@@ -258,12 +261,18 @@ def sparse_adamw_(
     for name, values in state + ([] if max_exp_avg_sqs is None else [("max_exp_avg_sqs", max_exp_avg_sqs)]):
         _checks.tensor_list(name, values)
     _checks.index_tensors(indices, params, "params", allow_none=True)
-    if step < 1:
+    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    for name, scalar in scalars.items():
+        if isinstance(scalar, Tensor) and scalar.numel() != 1:
+            raise ValueError(
+                f"`{name}`: expected a tensor of one element, got shape {tuple(scalar.shape)}; one call has one {name}"
+            )
+    if _is_known(step) and step < 1:
         raise ValueError(f"`step`: expected the number of this step, counted from 1, got {step}; add 1 before the call")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"`{name}`: expected a decay rate in [0, 1), got {beta}; pass the rate, not 1 - rate")
-    if grad_scale == 0:
+    if _is_known(grad_scale) and grad_scale == 0:
         raise ValueError("`grad_scale`: expected a divisor other than 0, got 0; pass 1.0 for unscaled gradients")
     if not params:
         return
@@ -280,7 +289,7 @@ def sparse_adamw_(
     ]
     for i, (segment, grad) in enumerate(zip(segments, grads, strict=True)):
         _check_segment(i, segment, grad)
-    hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay, step, maximize, grad_scale)
+    hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay, step, maximize, grad_scale, found_inf)
     prepare_sparse_adamw(segments, backend=backend).step([g.detach() for g in grads], [hyper])
 
 
@@ -289,6 +298,11 @@ def prepare_sparse_adamw(segments: Sequence[AdamWSegment], *, backend: str | Non
     module = _backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
     plan: AdamWPlan = module.prepare_sparse_adamw(segments)
     return plan
+
+
+def _is_known(scalar: float | Tensor) -> bool:
+    """Whether its value can be read without waiting for a device."""
+    return not isinstance(scalar, Tensor) or scalar.device.type == "cpu"
 
 
 def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:

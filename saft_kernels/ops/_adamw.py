@@ -13,7 +13,40 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AdamWHyper:
-    """The scalars of one (param group, step count)."""
+    """The scalars of one (param group, step count).
+
+    `lr`, `step` and `grad_scale` may be tensors of one element, and `found_inf` is one: a GPU backend then reads them
+    on the device, when the step runs. With a `found_inf` other than 0 the step writes nothing.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: float | Tensor
+    maximize: bool = False
+    grad_scale: float | Tensor = 1.0
+    found_inf: Tensor | None = None
+
+    def on_host(self) -> HostHyper:
+        """All of it as numbers. Waits for the device when there are tensors on one."""
+        return HostHyper(
+            float(self.lr),
+            float(self.beta1),
+            float(self.beta2),
+            float(self.eps),
+            float(self.weight_decay),
+            float(self.step),
+            bool(self.maximize),
+            float(self.grad_scale),
+            self.found_inf is not None and bool(self.found_inf),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HostHyper:
+    """AdamWHyper in numbers."""
 
     lr: float
     beta1: float
@@ -21,8 +54,9 @@ class AdamWHyper:
     eps: float
     weight_decay: float
     step: float
-    maximize: bool = False
-    grad_scale: float = 1.0
+    maximize: bool
+    grad_scale: float
+    found_inf: bool
 
     @property
     def bias_correction1(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -23,6 +24,10 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         if tensor.layout != torch.strided:
             raise TypeError(
                 f"`{name}[{i}]`: expected a strided tensor, got layout {tensor.layout}; call .to_dense() first"
+            )
+        if type(tensor) not in (Tensor, Parameter) and tensor.numel() and not tensor.data_ptr():
+            raise TypeError(
+                f"`{name}[{i}]`: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
             )
         if tensor.device != tensors[0].device:
             raise ValueError(

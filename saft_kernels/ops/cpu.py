@@ -134,12 +134,15 @@ class Plan:
 
     def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
+        on_host = [hyper.on_host() for hyper in hypers]
+        if any(hyper.found_inf for hyper in on_host):
+            return
         copies = [] if self._move_pointers(grads) else self._refill(grads)
         scalars = np.array(
             [
                 (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay)
                 + (h.bias_correction1, h.bias_correction2_sqrt, h.grad_scale, h.maximize)
-                for h in hypers
+                for h in on_host
             ],
             dtype=np.float64,
         )

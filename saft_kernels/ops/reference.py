@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._adamw import AdamWHyper, AdamWSegment, is_compact, opmath_dtype
+from ._adamw import AdamWHyper, AdamWSegment, HostHyper, is_compact, opmath_dtype
 from ._types import TopK
 
 
@@ -106,11 +106,14 @@ class Plan:
 
     def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step, segment by segment."""
+        on_host = [hyper.on_host() for hyper in hypers]
+        if any(hyper.found_inf for hyper in on_host):
+            return
         for segment, grad in zip(self.segments, grads, strict=True):
-            adamw_segment_(segment, grad, hypers[segment.hyper])
+            adamw_segment_(segment, grad, on_host[segment.hyper])
 
 
-def adamw_segment_(segment: AdamWSegment, grad: Tensor, hyper: AdamWHyper) -> None:
+def adamw_segment_(segment: AdamWSegment, grad: Tensor, hyper: HostHyper) -> None:
     """torch.optim.AdamW's single-tensor step on the selected coordinates of one parameter."""
     param = segment.param.detach()
     dtype = opmath_dtype(param.dtype)
