@@ -188,6 +188,13 @@ def sddmm(
     return out
 
 
+def unchecked_sddmm(dy: Tensor, x: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor:
+    """`sddmm` of arguments that fit: checking the range of indices would have a GPU wait."""
+    out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
+    _backends.choose("sddmm", dy.device.type, backend).sddmm(dy, x, indices, out, False)
+    return out
+
+
 def sparse_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
