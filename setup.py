@@ -31,7 +31,10 @@ SOURCES = [
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",
 ]
-CUDA_SOURCES = ["csrc/topk_magnitude_cuda.cu"]
+CUDA_SOURCES = [
+    "csrc/sddmm_cuda.cu",
+    "csrc/topk_magnitude_cuda.cu",
+]
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
