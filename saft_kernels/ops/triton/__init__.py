@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 
-_OPS = ("topk_magnitude",)
+_OPS = ("sddmm", "topk_magnitude")
 
 
 def why_unavailable(device_type: str | None) -> str | None:
