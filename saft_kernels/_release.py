@@ -148,6 +148,7 @@ class GradientBuffer:
     def __init__(self) -> None:
         self._selected: dict[Tensor, Selected] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        self.observers: list[Callable[[], None]] = []  # called when the selection may have changed
         weakref.finalize(self, _remove, self._hooks)
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -172,6 +173,8 @@ class GradientBuffer:
                 fresh.append((parameter, index))
         self._allocate(fresh)
         self._hook([p for group in optimizer.param_groups for p in group["params"]])
+        for observer in self.observers:
+            observer()
 
     def _allocate(self, members: Iterable[tuple[Tensor, Tensor]]) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}

@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from . import ops
 from ._pools import places
 from ._release import GradientBuffer
+from ._sparse_linear import sparse_linear
 from .ops._adamw import opmath_dtype
 from .optim import SparseAdamW
 
 __all__ = ["SparseGrad", "sparse_grad"]
 
-DENSE_SHARE = 0.25
+DENSE_SHARE = 0.2
 """Selected share of a weight from which the dense product is faster: bench/bench_sddmm.py, 2 cores of an AMD EPYC (Zen
 3), 2026-11-24."""
 
@@ -50,9 +49,9 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
     Returns:
         A handle, and a context manager, with `.remove()`.
 
-    Works with autocast, GradScaler, gradient accumulation and both kinds of activation checkpointing; in a compiled
-    model these layers run eagerly, between its graphs. Not supported: DistributedDataParallel and double backward,
-    which raise; FullyShardedDataParallel, whose weights stay dense; torch.func.
+    Works with autocast, GradScaler, gradient accumulation, both kinds of activation checkpointing and torch.compile,
+    whose graphs do not break at these layers. Not supported: DistributedDataParallel and double backward, which raise;
+    FullyShardedDataParallel, whose weights stay dense; torch.func.
 
     Raises:
         TypeError: `optimizer` is no SparseAdamW.
@@ -86,6 +85,8 @@ class SparseGrad:
             )
         for module in self._modules:
             module.forward = _Forward(module, self._weights, self._buffer)
+        self._update()
+        buffer.observers.append(self._update)
 
     def _find(self, model: nn.Module, optimizer: SparseAdamW) -> list[nn.Module]:
         """The modules to change. Fills `_weights` and `_kept`."""
@@ -108,26 +109,26 @@ class SparseGrad:
     @property
     def sparse(self) -> tuple[str, ...]:
         """See the class."""
-        return tuple(weight.name for weight in self._current() if weight.why_dense is None)
+        return tuple(weight.name for weight in self._weights.values() if weight.why_dense is None)
 
     @property
     def dense(self) -> dict[str, str]:
         """See the class."""
-        mine = {weight.name: weight.why_dense for weight in self._current() if weight.why_dense is not None}
+        mine = {w.name: w.why_dense for w in self._weights.values() if w.why_dense is not None}
         return {**mine, **self._kept}
 
-    def _current(self) -> list[_Weight]:
-        buffer = self._buffer()
-        if buffer is not None:
-            for weight in self._weights.values():
-                weight.update(buffer)
-        return list(self._weights.values())
+    def _update(self) -> None:
+        for weight in self._weights.values():
+            weight.update(self._buffer())
 
     def remove(self) -> None:
         """The layers compute dense gradients again."""
         for module in self._modules:
             module.__dict__.pop("forward", None)
         self._modules = []
+        buffer = self._buffer()
+        if buffer is not None and self._update in buffer.observers:
+            buffer.observers.remove(self._update)
 
     def __enter__(self) -> SparseGrad:
         return self
@@ -197,8 +198,10 @@ class _Weight:
         self.indices: Tensor | None = None
         self.values: Tensor | None = None  # (k_p,) requires grad; None: nothing is selected, or the gradient is dense
 
-    def update(self, buffer: GradientBuffer) -> None:
-        """Follows the selection; called in every forward pass."""
+    def update(self, buffer: GradientBuffer | None) -> None:
+        """Follows the selection."""
+        if buffer is None:
+            return
         self.skip_bias = self.bias is not None and self.bias in buffer and not buffer[self.bias].index.numel()
         parameter = self.parameter
         index = None
@@ -227,8 +230,6 @@ class _Weight:
         """Leaf and indices of a range of rows, as those of a weight of its own; None where none is selected."""
         if self.values is None or self.indices is None:
             return None, None
-        if count == self.parameter.shape[0]:
-            return self.values, self.indices
         width = self.parameter.shape[1]
         bounds = torch.tensor([first * width, (first + count) * width], device=self.indices.device)
         low, high = torch.searchsorted(self.indices, bounds.to(self.indices.dtype)).tolist()
@@ -275,13 +276,9 @@ class _Forward:
             self._sparse = types.MethodType(_with_linear(type(module).forward, self._linear), module)
         self._weights = [weights[weight] for weight in mine if weight in weights]
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        buffer = self._buffer()
-        if not torch.is_grad_enabled() or buffer is None:
+        if not torch.is_grad_enabled() or self._buffer() is None:
             return self._plain(*args, **kwargs)
-        for weight in self._weights:
-            weight.update(buffer)
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(f"sparse_grad: expected a plain module, got one inside {_DDP}")
         return self._sparse(*args, **kwargs)
@@ -296,10 +293,12 @@ class _Forward:
         known = next((w for w in self._weights if weight is w.parameter or weight._base is w.parameter), None)
         if known is None or known.why_dense is not None or not weight.requires_grad:
             return functional.linear(input, weight, bias)
+        if known.values is not None and known.values.device != weight.device:  # the model has moved
+            known.update(self._buffer())
+        if weight is known.parameter:
+            return sparse_linear(input, weight, bias, known.values, known.indices, known.skip_bias)
         first = int(weight.storage_offset() - known.parameter.storage_offset()) // max(1, weight.stride(0))
-        values, indices = known.rows(first, weight.shape[0])
-        result: Tensor = _SparseLinear.apply(input, weight, bias, values, indices, known.skip_bias)
-        return result
+        return sparse_linear(input, weight, bias, *known.rows(first, weight.shape[0]), known.skip_bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return types.MethodType(type(self._module).forward, memo[id(self._module)])
@@ -320,50 +319,9 @@ def _with_linear(function: Any, linear: Callable[..., Tensor]) -> Any:
 def _rebound(function: Any, **names: Any) -> Any:
     """A copy of a function for which some global names mean something else."""
     namespace = {**function.__globals__, **names}
+    del namespace["__name__"]  # by which Dynamo would look up the original's
     copy = types.FunctionType(
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-class _SparseLinear(torch.autograd.Function):
-    """F.linear, with a gradient of `values` in place of the weight's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        values: Tensor | None,
-        indices: Tensor | None,
-        skip_bias: bool,
-    ) -> Tensor:
-        device_type = input.device.type
-        cast = input
-        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
-            cast = input.to(torch.get_autocast_dtype(device_type))  # once, for the product and for backward
-        # F.linear chooses its kernel by whether the weight requires grad, and autocast what it caches
-        with torch.enable_grad():
-            output = functional.linear(cast.detach(), weight, bias).detach()
-        ctx.input_dtype = input.dtype
-        ctx.skip_bias = skip_bias
-        # the weight itself: autocast's copy of it would be kept from forward to backward
-        ctx.save_for_backward(cast if values is not None else None, weight, indices)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, indices = ctx.saved_tensors
-        dy = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_bias = grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_input = (dy @ weight.to(dy.dtype)).view(*grad_output.shape[:-1], weight.shape[1]).to(ctx.input_dtype)
-        if ctx.needs_input_grad[2] and not ctx.skip_bias:
-            grad_bias = grad_output.sum_to_size(grad_output.shape[-1])
-        if ctx.needs_input_grad[3]:
-            x = input.reshape(-1, input.shape[-1])
-            grad_values = ops.unchecked_sddmm(dy, x, indices)
-        return grad_input, None, grad_bias, grad_values, None, None
