@@ -67,11 +67,15 @@ def check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:
     for name, gradient in zip(names, gradients, strict=True):
         bad = gradient.numel() - int(gradient.isfinite().sum())
         if bad:
-            raise ValueError(
-                f"gradient of {name!r} at selection: expected finite values, got {bad} inf or NaN of "
-                f"{gradient.numel()}; nothing was selected. Lower the learning rate or loss scale, or look for the "
-                "bad batch"
-            )
+            raise nonfinite_error(name, bad, gradient.numel())
+
+
+def nonfinite_error(name: str, bad: int, numel: int) -> ValueError:
+    """For a gradient with inf or NaN."""
+    return ValueError(
+        f"gradient of {name!r} at selection: expected finite values, got {bad} inf or NaN of {numel}; nothing was "
+        "selected. Lower the learning rate or loss scale, or look for the bad batch"
+    )
 
 
 def check_dense(name: str, gradient: Tensor) -> None:

@@ -135,6 +135,7 @@ class Selection:
         for position, gradient in gradients.items():
             if position not in self.sums:
                 self.sums[position] = torch.zeros_like(gradient, dtype=opmath_dtype(gradient.dtype))
+        for position, gradient in gradients.items():  # once all memory is there
             self.sums[position].add_(gradient, alpha=1 / grad_scale)
         self.num_sums += 1
 

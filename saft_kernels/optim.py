@@ -11,13 +11,19 @@ from torch.optim import Optimizer
 
 from . import _checkpoint, ops
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
+from ._memory import out_of_memory_says
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
 from ._release import GradientBuffer, check_not_released, selected_values
-from ._state import carry_over, count, index_dtype, new_states
+from ._state import State, carry_over, count, index_dtype, new_states
 from .selection import SparseMask
 
 __all__ = ["SparseAdamW"]
+
+_OUT_OF_MEMORY = (
+    "choose beforehand, mask = select(model, batches, loss_fn, streaming='blocks'), and pass mask=mask, "
+    "release_grads=True to SparseAdamW; or lower the density"
+)
 
 
 class SparseAdamW(Optimizer):
@@ -229,6 +235,7 @@ class SparseAdamW(Optimizer):
 
     def _adopt(self, picked: dict[Position, Tensor | None]) -> None:
         """Makes a selection current. State of elements that stay selected moves over."""
+        replaced: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             moved = []
             for j, parameter in enumerate(group["params"]):
@@ -239,7 +246,8 @@ class SparseAdamW(Optimizer):
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group["amsgrad"])
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
                 carry_over(parameter, self.state[parameter], old, state, new)
-                self.state[parameter] = state
+                replaced[parameter] = state
+        self.state.update(replaced)
         self._selection.indices.update(picked)
         self._prepared = None
 
@@ -292,18 +300,13 @@ class SparseAdamW(Optimizer):
         if not any(self.state.values()) and not self._has_gradients():
             return  # no gradients, or the fake step of torch.distributed.checkpoint
         pending = [p for g in self.param_groups if g["num_candidates"] is None for p in g["params"]]
-        if any(p.grad is not None for p in pending):
-            for position, name, parameter in places(self.param_groups):
-                if self.param_groups[position[0]]["num_candidates"] is None:
-                    check_not_released(name, parameter.grad)
-            picked = self._selection.select(self.param_groups, grad_scale, self.backend)
-            if picked is None:
-                return
-            self._adopt(picked)
+        if any(p.grad is not None for p in pending) and not self._select(grad_scale):
+            return
         gradients = self._prepared.gradients(self) if self._prepared is not None else None
         if self._prepared is None or gradients is None:
-            self._create_states()
-            self._update_released()
+            with out_of_memory_says("step()", _OUT_OF_MEMORY):
+                self._create_states()
+                self._update_released()
             selected = []
             for position, name, parameter in places(self.param_groups):
                 index = self._index(position, parameter)
@@ -312,6 +315,23 @@ class SparseAdamW(Optimizer):
             self._prepared = PreparedStep(self, selected, self.backend)
             gradients = self._prepared.current_gradients()
         self._prepared.run(gradients, self.param_groups, grad_scale)
+
+    def _select(self, grad_scale: float) -> bool:
+        """Selects for what is pending; False when that takes more steps. When it raises, nothing has changed."""
+        for position, name, parameter in places(self.param_groups):
+            if self.param_groups[position[0]]["num_candidates"] is None:
+                check_not_released(name, parameter.grad)
+        before = [group["num_candidates"] for group in self.param_groups]
+        try:
+            with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
+                picked = self._selection.select(self.param_groups, grad_scale, self.backend)
+                if picked is not None:
+                    self._adopt(picked)
+        except Exception:
+            for group, num_candidates in zip(self.param_groups, before, strict=True):
+                group["num_candidates"] = num_candidates
+            raise
+        return picked is not None
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""

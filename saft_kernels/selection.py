@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _files
+from . import _files, _streaming
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense, select_indices
+from ._memory import out_of_memory_says
 from ._pools import any_nonzero
 from ._release import releasing_paused
 from ._state import index_dtype
+from ._streaming import Candidates, Streaming, check_streaming
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
 Scope = Literal["global", "tensor"]
@@ -250,6 +252,8 @@ def select(
     scope: Scope = "global",
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
+    streaming: Streaming = False,
+    blocks: int = 4,
     progress: bool = True,
     backend: str | None = None,
 ) -> SparseMask:
@@ -269,6 +273,11 @@ def select(
         scope: "global", one budget over all candidates, or "tensor", `density` of each tensor.
         include: Glob or globs (fnmatch) over parameter names; only matches are candidates.
         exclude: Glob or globs over parameter names; matches are no candidates.
+        streaming: For models whose dense gradient does not fit; the mask is the same. True: one batch, of which each
+            gradient is used and freed as backward makes it. "host": the gradients are added up in host memory, and
+            selected from there. "blocks": `blocks` passes over the batches, which add up one share of the gradients
+            each; the batches must come alike each time (torch's random numbers do).
+        blocks: Number of passes with streaming="blocks".
         progress: Shows a tqdm bar, where tqdm is installed.
         backend: See `saft_kernels.ops.topk_magnitude`.
 
@@ -278,23 +287,48 @@ def select(
     Raises:
         ValueError: A budget or glob that cannot be met, no batches, a gradient that is not finite, or none but zeros.
         TypeError: `loss_fn` returned something else than a scalar tensor; a complex parameter; a sparse gradient.
+        torch.OutOfMemoryError: It names the `streaming` to use instead. Parameters and gradients are as they were.
 
     Memory: one gradient per candidate element, in fp32 (fp64 for fp64 parameters), while it runs; for 16-bit
-    parameters also the 16-bit gradient of one backward pass.
+    parameters also the 16-bit gradient of one backward pass. With streaming=True: the largest gradient of one
+    parameter, and at most 3 k values with their indices. "host": that gradient, and all sums in host memory. "blocks":
+    the same as without streaming for 1 / `blocks` of the elements, at least those of the largest parameter.
 
     Source: SAFT, ECCV 2024, arXiv 2407.03036, section 3.
     """
     check_budget(density, k, scope)
     if score not in SCORES:
         raise ValueError(f"`score`: expected one of {', '.join(SCORES)}, got {score!r}")
+    check_streaming(streaming, score, blocks, batches)
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
-    with _gradients_set_aside(named.values()), releasing_paused():
-        sums = _accumulate(model, batches, loss_fn, named, candidates, progress)
-    names = list(sums)
-    indices = select_indices(names, list(sums.values()), density, k, scope, backend)
-    picked = dict(zip(names, indices, strict=True))
+
+    def passes(batches: Iterable[Any]) -> Iterator[None]:
+        return _backward_passes(model, batches, loss_fn, progress)
+
+    def accumulate(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _accumulate(passes(batches), named, some)
+
+    with (
+        _gradients_set_aside(named.values()),
+        releasing_paused(),
+        out_of_memory_says("select()", _remedy(streaming, blocks)),
+    ):
+        if streaming in (True, "blocks"):
+            top = Candidates({n: p.numel() for n, p in candidates.items()}, density, k, scope, backend)
+            if streaming is True:
+                _streaming.offer_one_pass(top, batches, passes, named, candidates)
+            else:
+                _streaming.offer_blocks(top, accumulate, named, candidates, blocks)
+            _check_any(top.any_nonzero(), candidates)
+            picked = top.indices()
+        else:
+            host = streaming == "host"
+            sums = _streaming.sum_on_host(batches, passes, named, candidates) if host else accumulate(candidates)
+            _check_any(any_nonzero(sums.values()), candidates)
+            indices = select_indices(list(sums), list(sums.values()), density, k, scope, backend)
+            picked = dict(zip(sums, indices, strict=True))
     empty = torch.empty(0, dtype=torch.int64)
     return SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
 
@@ -348,48 +382,66 @@ def _gradients_set_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.grad = grad
 
 
+def _backward_passes(
+    model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], progress: bool
+) -> Iterator[None]:
+    """Yields after backward of each batch."""
+    num_batches = 0
+    for batch in _progress(batches, progress):
+        with torch.enable_grad():
+            loss = loss_fn(model, batch)
+            _check_loss(loss)
+            loss.backward()
+        num_batches += 1
+        yield
+    if not num_batches:
+        raise ValueError("`batches`: expected at least one batch, got none; a generator is empty after its first use")
+
+
 def _accumulate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    named: Mapping[str, Tensor],
-    candidates: Mapping[str, Tensor],
-    progress: bool,
+    passes: Iterator[None], named: Mapping[str, Tensor], candidates: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The summed gradient per candidate: ranks as the mean does. 16-bit gradients are summed in fp32."""
     low_precision = {name: p for name, p in candidates.items() if p.itemsize == 2}
     others = [parameter for name, parameter in named.items() if name not in candidates]
     sums: dict[str, Tensor] = {}
-    num_batches = 0
-    with torch.enable_grad():
-        for batch in _progress(batches, progress):
-            loss = loss_fn(model, batch)
-            _check_loss(loss)
-            loss.backward()
-            num_batches += 1
-            for name, parameter in candidates.items():
-                if parameter.grad is not None:
-                    check_dense(name, parameter.grad)
-            for name, parameter in low_precision.items():
-                if parameter.grad is not None:
-                    grad = parameter.grad.detach()
-                    sums[name] = sums[name].add_(grad) if name in sums else grad.float()
-                    parameter.grad = None
-            for parameter in others:
+    for _ in passes:
+        for name, parameter in candidates.items():
+            if parameter.grad is not None:
+                check_dense(name, parameter.grad)
+        for name, parameter in low_precision.items():
+            if parameter.grad is not None:
+                grad = parameter.grad.detach()
+                sums[name] = sums[name].add_(grad) if name in sums else grad.float()
                 parameter.grad = None
-    if not num_batches:
-        raise ValueError("`batches`: expected at least one batch, got none; a generator is empty after its first use")
+        for parameter in others:
+            parameter.grad = None
     for name, parameter in candidates.items():
         if parameter.grad is not None:
             sums[name] = parameter.grad.detach()
         elif name not in sums:
             sums[name] = torch.zeros_like(parameter)  # the loss does not reach it
-    if not any_nonzero(sums.values()):
+    return {name: sums[name] for name in candidates}
+
+
+def _check_any(nonzero: bool, candidates: Mapping[str, Tensor]) -> None:
+    if not nonzero:
         raise ValueError(
             f"`loss_fn`: expected a loss that depends on the candidate parameters, got no gradient but zeros for all "
-            f"{len(candidates)} of them over {num_batches} batches; is the model detached, or its output constant?"
+            f"{len(candidates)} of them; is the model detached, or its output constant?"
         )
-    return {name: sums[name] for name in candidates}
+
+
+def _remedy(streaming: Streaming, blocks: int) -> str:
+    """What to try when this mode runs out of memory."""
+    if streaming is False:
+        return (
+            "pass streaming=True (one batch), 'blocks' (several passes) or 'host' (sums in host memory), or smaller "
+            "batches"
+        )
+    if streaming == "blocks":
+        return f"pass more blocks than {blocks}, or smaller batches, or checkpoint activations"
+    return "pass smaller batches, or checkpoint activations"
 
 
 def _check_loss(loss: object) -> None:
