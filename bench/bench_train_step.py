@@ -91,11 +91,10 @@ def build(name: str, model: nn.Module, mask: saft_kernels.SparseMask | None) -> 
 
 WAYS = [
     (FULL, ""),
-    *(
-        (f"SparseAdamW, {gradients}", mask)
-        for mask in ("global", "tensor")
-        for gradients in ("dense gradients", "release_grads", "sparse_grad")
-    ),
+    ("SparseAdamW, dense gradients", "global"),
+    ("SparseAdamW, release_grads", "global"),
+    ("SparseAdamW, sparse_grad", "global"),
+    ("SparseAdamW, sparse_grad", "tensor"),
     ("LoRA r=16, PEFT", ""),
     ("SHiRA r=1, PEFT", ""),
 ]
