@@ -3,9 +3,8 @@
 // Algorithm  channels that are used (rows of dY^T, rows of X^T with a selected entry) are packed, a block of
 //            tokens at a time, so that the tokens of a channel lie side by side; then every entry is a dot
 //            product of two packed channels. Entries of one row of the weight are taken four at a time.
-// Traffic    reads each used channel once: 4 B per token (fp32), a line per token where the channels beside
-// it
-//            are not used. Per entry and token 4 B of packed x from L2, and 1 B of packed dy from L1.
+// Traffic    reads each used channel once: 4 B per token (fp32), a line if no channel beside it is used. Per
+//            entry and token 4 B of packed x from L2, and 1 B of packed dy from L1.
 // Precision  kLanes running sums per entry and block of tokens, folded by halves, blocks in ascending order.
 // Threads    split by channels, then by entries; each value is computed by one thread.
 // Contract   -ffp-contract=off for this file: the same bits on every instruction set.
@@ -21,8 +20,9 @@
 namespace saft {
 namespace {
 
-// Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24, 800 and 1,232 tokens. 128 tokens: packing 0.8 to 1.0
-// times as long, dot products 1.2 times. 512: 1.1 and 0.9 times. All tokens: 1.3 and 0.9 times.
+// Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24, layers of 800 tokens. 128 tokens: packing took 0.8
+// to 1.0 times as long, the dot products 1.1 to 1.3 times. All tokens at once: 1.2 to 1.3 times, and 0.9
+// times. Transposing blocks of 8 x 8 by shuffles made packing no faster: it waits for memory.
 constexpr index_t kTokenBlock = 256;
 constexpr index_t kChannelRun = 64;   // channels packed per work item
 constexpr index_t kEntryChunk = 512;  // entries per work item

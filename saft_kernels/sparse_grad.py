@@ -58,8 +58,8 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
         ValueError: It does not release gradients, or has not selected yet; no layer is covered; the model has sparse
             gradients already, or is a DistributedDataParallel.
 
-    Precision: sums in fp32 (fp64 for fp64), not rounded to the dtype of the layer. Determinism: see
-    `saft_kernels.sddmm`.
+    Precision: sums in fp32 (fp64 for fp64), not rounded to the dtype of the layer. Determinism and backend: see
+    `saft_kernels.sddmm`; SAFT_BACKEND forces one, the optimizer's `backend` does not.
     """
     return SparseGrad(model, optimizer)
 
