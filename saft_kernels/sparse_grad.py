@@ -197,6 +197,7 @@ class _Weight:
         self.why_dense: str | None = None
         self.indices: Tensor | None = None
         self.values: Tensor | None = None  # (k_p,) requires grad; None: nothing is selected, or the gradient is dense
+        self._ranges: dict[tuple[int, int], tuple[int, int, Tensor]] = {}
 
     def update(self, buffer: GradientBuffer | None) -> None:
         """Follows the selection."""
@@ -213,6 +214,7 @@ class _Weight:
         if index is not None and index is self.indices:
             return
         self.indices, self.values, self.why_dense = None, None, None
+        self._ranges.clear()
         if index is None:
             self.why_dense = "it is wholly selected, or its selection is pending"
             return
@@ -230,12 +232,13 @@ class _Weight:
         """Leaf and indices of a range of rows, as those of a weight of its own; None where none is selected."""
         if self.values is None or self.indices is None:
             return None, None
-        width = self.parameter.shape[1]
-        bounds = torch.tensor([first * width, (first + count) * width], device=self.indices.device)
-        low, high = torch.searchsorted(self.indices, bounds.to(self.indices.dtype)).tolist()
-        if low == high:
-            return None, None
-        return self.values[low:high], self.indices[low:high] - first * width
+        if (first, count) not in self._ranges:  # a GPU has to be waited for, once
+            width = self.parameter.shape[1]
+            bounds = torch.tensor([first * width, (first + count) * width], device=self.indices.device)
+            low, high = torch.searchsorted(self.indices, bounds.to(self.indices.dtype)).tolist()
+            self._ranges[first, count] = low, high, self.indices[low:high] - first * width
+        low, high, indices = self._ranges[first, count]
+        return (None, None) if low == high else (self.values[low:high], indices)
 
 
 def _deliver(parameter: Tensor, index: Tensor, buffer: GradientBuffer) -> Callable[[Tensor], None]:
