@@ -26,8 +26,8 @@ from .optim import SparseAdamW
 __all__ = ["SparseGrad", "sparse_grad"]
 
 DENSE_SHARE = 0.2
-"""Selected share of a weight from which the dense product is faster: bench/bench_sddmm.py, 2 cores of an AMD EPYC (Zen
-3), 2026-11-24."""
+"""Selected share of a weight from which the dense product is faster: bench/results/sddmm_cpu.csv, 2 cores of an AMD
+EPYC (Zen 3), 2026-11-24."""
 
 
 def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
