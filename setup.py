@@ -28,10 +28,14 @@ SOURCES = [
     "python/bindings.cpp",
     "python/bindings_tensors.cpp",
     "csrc/gather_scatter_cpu.cpp",
+    "csrc/sddmm_cpu.cpp",
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",
 ]
-CUDA_SOURCES = ["csrc/topk_magnitude_cuda.cu"]
+CUDA_SOURCES = [
+    "csrc/sddmm_cuda.cu",
+    "csrc/topk_magnitude_cuda.cu",
+]
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]

@@ -47,6 +47,11 @@ def sparse_delta_bytes(k: int, index_bytes: int = 4, line: int = 64) -> int:
     return k * (3 * line + 2 * index_bytes + 8)
 
 
+def sddmm_bytes(channels: int, tokens: int, k: int, itemsize: int, index_bytes: int = 4) -> int:
+    """Every channel with a selected entry read once; one index read and one fp32 value written per entry."""
+    return channels * tokens * itemsize + k * (index_bytes + 4)
+
+
 # ---- timing ----
 
 

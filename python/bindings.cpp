@@ -11,6 +11,7 @@
 
 #include "cpu_isa.h"
 #include "gather_scatter.h"
+#include "sddmm.h"
 #include "sparse_adamw.h"
 #include "topk_magnitude.h"
 
@@ -25,6 +26,7 @@ static_assert(sizeof(saft::TensorDesc) == 5 * 8);
 static_assert(sizeof(saft::AdamWSegment) == 19 * 8);
 static_assert(sizeof(saft::AdamWHyper) == 9 * 8);
 static_assert(sizeof(saft::GatherSegment) == 9 * 8);
+static_assert(sizeof(saft::SddmmParams) == 15 * 8);
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -52,6 +54,10 @@ int64_t scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
   return saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
 }
 
+void sddmm(uintptr_t params, int num_threads, int isa) {
+  saft::sddmm_cpu(*pointer<const saft::SddmmParams>(params), num_threads, isa);
+}
+
 // Instruction-set levels this processor runs, least first; a name's position is its number.
 std::vector<std::string> isas() {
   const std::vector<std::string> names{"baseline", "avx2", "avx512"};
@@ -69,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_threads"), py::arg("isa"), nogil);
   m.def("gather", &gather, py::arg("segments"), py::arg("num_segments"), py::arg("num_threads"), nogil);
   m.def("scatter", &scatter, py::arg("segments"), py::arg("num_segments"), py::arg("num_threads"), nogil);
+  m.def("sddmm", &sddmm, py::arg("params"), py::arg("num_threads"), py::arg("isa"), nogil);
   m.def("isas", [] {
     py::list names;
     for (const std::string& name : isas()) names.append(name);

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "sddmm_cuda.h"
 #include "topk_magnitude_cuda.h"
 
 namespace py = pybind11;
@@ -30,6 +31,15 @@ void launch(const saft::TopKCudaPlan& plan, uintptr_t device_table, uintptr_t wo
                             pointer<void>(stream), max_blocks);
 }
 
+int64_t sddmm_workspace_bytes(uintptr_t params) {
+  return saft::sddmm_cuda_workspace_bytes(*pointer<const saft::SddmmParams>(params));
+}
+
+void sddmm(uintptr_t params, uintptr_t workspace, uintptr_t stream, int max_blocks) {
+  saft::sddmm_cuda(*pointer<const saft::SddmmParams>(params), pointer<void>(workspace), pointer<void>(stream),
+                   max_blocks);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -44,6 +54,9 @@ void bind_cuda(py::module_& m) {
         py::arg("device_table"), nogil);
   m.def("topk_magnitude_cuda", &launch, py::arg("plan"), py::arg("device_table"), py::arg("workspace"),
         py::arg("indices"), py::arg("result"), py::arg("stream"), py::arg("max_blocks"), nogil);
+  m.def("sddmm_cuda_workspace_bytes", &sddmm_workspace_bytes, py::arg("params"), nogil);
+  m.def("sddmm_cuda", &sddmm, py::arg("params"), py::arg("workspace"), py::arg("stream"),
+        py::arg("max_blocks"), nogil);
   m.def("topk_magnitude_cuda_threshold", &saft::topk_magnitude_cuda_threshold, py::arg("plan"),
         py::arg("key"));
 }

@@ -4,21 +4,25 @@ from ._originals import Originals
 from ._version import __version__
 from .delta import SparseDelta
 from .integrations.timm import register_timm
-from .ops import TopK, gather, scatter_, sparse_adamw_, topk_magnitude
+from .ops import TopK, gather, scatter_, sddmm, sparse_adamw_, topk_magnitude
 from .optim import SparseAdamW
 from .selection import SparseMask, select
+from .sparse_grad import SparseGrad, sparse_grad
 
 __all__ = [
     "Originals",
     "SparseAdamW",
     "SparseDelta",
+    "SparseGrad",
     "SparseMask",
     "TopK",
     "__version__",
     "gather",
     "register_timm",
     "scatter_",
+    "sddmm",
     "select",
     "sparse_adamw_",
+    "sparse_grad",
     "topk_magnitude",
 ]

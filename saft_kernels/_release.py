@@ -149,6 +149,7 @@ class GradientBuffer:
         self._selected: dict[Tensor, Selected] = {}
         self._gradients: dict[Tensor, SelectedGrad] = {}  # made once
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        self.observers: list[Callable[[], None]] = []  # called when the selection may have changed
         weakref.finalize(self, _remove, self._hooks)
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -174,6 +175,8 @@ class GradientBuffer:
         self._allocate(fresh)
         self._gradients = {p: g for p, g in self._gradients.items() if self._selected.get(p) is g.selected}
         self._hook([p for group in optimizer.param_groups for p in group["params"]])
+        for observer in self.observers:
+            observer()
 
     def _allocate(self, members: Iterable[tuple[Tensor, Tensor]]) -> None:
         kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}

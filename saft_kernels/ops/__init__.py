@@ -12,7 +12,17 @@ from ._adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, opmath_dtyp
 from ._backends import BACKENDS, describe, why_unavailable
 from ._types import TopK
 
-__all__ = ["BACKENDS", "TopK", "describe", "gather", "scatter_", "sparse_adamw_", "topk_magnitude", "why_unavailable"]
+__all__ = [
+    "BACKENDS",
+    "TopK",
+    "describe",
+    "gather",
+    "scatter_",
+    "sddmm",
+    "sparse_adamw_",
+    "topk_magnitude",
+    "why_unavailable",
+]
 
 
 def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = None) -> TopK:
@@ -115,6 +125,80 @@ def scatter_(
     if not getattr(module, "checks_index_ranges", False):
         _checks.index_ranges(indices, tensors, "tensors")
     module.scatter_(tensors, indices, values)
+
+
+def sddmm(
+    dy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Selected entries of a weight gradient: `(dy.T @ x).take(indices)`, without the rest of the product.
+
+    A sampled dense-dense matrix product: with i = indices[j] // N_in and c = indices[j] % N_in::
+
+        values[j] = sum over t of dy[t, i] * x[t, c]
+
+    Args:
+        dy: (T, N_out), the gradient of a linear layer's output. float32, bfloat16, float16 or float64, any strides.
+        x: (T, N_in), its input; dtype and device of `dy`, any strides. Each size at most 2^31 - 1.
+        indices: int32 or int64 (k,), flat positions in the (N_out, N_in) weight; ascending is fastest.
+        out: Where the values go: (k,) in the dtype below, contiguous; mutated. None: a new tensor.
+        accumulate: Add to `out`, once, instead of writing it.
+        backend: One of `BACKENDS`; None chooses by device.
+
+    Returns:
+        `out`, or a new tensor: (k,) float32, or float64 for float64 factors. Products and sums are of that dtype.
+
+    Raises:
+        TypeError, ValueError, IndexError: An argument does not fit; nothing has been written.
+        RuntimeError: `backend` cannot run here.
+
+    Determinism: bit-equal from run to run and over thread counts (the reference: as far as torch's matrix product is);
+    backends agree to rounding.
+    """
+    dy, x = _checks.tensor_list("[dy, x]", [dy, x])
+    _checks.floating("[dy, x]", [dy, x])
+    if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"`dy`, `x`: expected shapes (T, N_out) and (T, N_in), got {tuple(dy.shape)} and {tuple(x.shape)}; "
+            "flatten the leading dimensions of both"
+        )
+    if dy.dtype != x.dtype:
+        raise ValueError(
+            f"`x`: expected {_checks.short(dy.dtype)} like `dy`, got {_checks.short(x.dtype)}; convert one of them"
+        )
+    if max(*dy.shape, *x.shape) >= 2**31:
+        raise ValueError(
+            f"`dy`, `x`: expected sizes below 2^31, got {tuple(dy.shape)} and {tuple(x.shape)}; split the tokens"
+        )
+    weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1])
+    _checks.index_tensors([indices], [weight], "weight")
+    _checks.index_ranges([indices], [weight], "weight")
+    dtype = opmath_dtype(dy.dtype)
+    if out is None:
+        if accumulate:
+            raise ValueError("`out`: expected a tensor to accumulate into, got None; pass it, or accumulate=False")
+        out = torch.empty(indices.shape, dtype=dtype, device=dy.device)
+    else:
+        _checks.shape_dtype("out", out, indices.shape, dtype)
+        _checks.same_device("out", out, "dy", dy)
+        if not out.is_contiguous():
+            raise ValueError(f"`out`: expected contiguous, got strides {out.stride()}; make it so first")
+    if indices.numel():
+        module = _backends.choose("sddmm", dy.device.type, backend)
+        module.sddmm(dy.detach(), x.detach(), indices.contiguous(), out.detach(), accumulate)
+    return out
+
+
+def unchecked_sddmm(dy: Tensor, x: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor:
+    """`sddmm` of arguments that fit: checking the range of indices would have a GPU wait."""
+    out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
+    _backends.choose("sddmm", dy.device.type, backend).sddmm(dy, x, indices, out, False)
+    return out
 
 
 def sparse_adamw_(

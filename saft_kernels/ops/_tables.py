@@ -61,3 +61,11 @@ class Layouts:
 def table(rows: Iterable[Sequence[int]], num_columns: int) -> Table:
     """Rows of equal length as one C-contiguous int64 array."""
     return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)
+
+
+def sddmm_params(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> Table:
+    """saft::SddmmParams."""
+    factors = [(t.data_ptr(), *t.stride()) for t in (dy, x)]
+    sizes = (DTYPE_CODES[dy.dtype], dy.shape[0], dy.shape[1], x.shape[1])
+    selected = (indices.data_ptr(), indices.itemsize, out.data_ptr(), indices.numel(), accumulate)
+    return np.array([*factors[0], *factors[1], *sizes, *selected], dtype=np.int64)

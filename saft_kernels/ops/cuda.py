@@ -127,3 +127,19 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
 def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     """See `saft_kernels.ops.topk_magnitude`. Workspace: see `launch_topk_magnitude`."""
     return launch_topk_magnitude(tensors, k).result()
+
+
+def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
+    """See `saft_kernels.ops.sddmm`. Enqueued on the current stream of the tensors' device; nothing waits.
+
+    Workspace: both factors once more, channel by channel, for at most 8,192 tokens at a time, and 1 B per channel;
+    above 8,192 tokens also 8 B per value. It is torch's again when the kernels are done.
+    """
+    with torch.cuda.device(dy.device):
+        params = _tables.sddmm_params(dy, x, indices, out, accumulate)
+        size = _C.sddmm_cuda_workspace_bytes(params.ctypes.data)
+        workspace = torch.empty(size, dtype=torch.uint8, device=dy.device)
+        if FILL_WORKSPACE is not None:
+            workspace.fill_(FILL_WORKSPACE)
+        stream = torch.cuda.current_stream(dy.device).cuda_stream
+        _C.sddmm_cuda(params.ctypes.data, workspace.data_ptr(), stream, MAX_BLOCKS)

@@ -84,6 +84,17 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
         as_bits(tensor).put_(index.long(), as_bits(value))
 
 
+# ---- sddmm ----
+
+
+def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
+    """See `saft_kernels.ops.sddmm`. Memory: the rows of the dense gradient that have a selected entry."""
+    rows, row = torch.unique(indices.long() // x.shape[1], return_inverse=True)
+    weight_rows = dy[:, rows].to(out.dtype).t() @ x.to(out.dtype)
+    values = weight_rows[row, indices.long() % x.shape[1]]
+    out.copy_(out + values if accumulate else values)
+
+
 # ---- sparse_adamw_ ----
 
 

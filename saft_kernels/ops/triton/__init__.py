@@ -12,6 +12,7 @@ _OPS = {
     "gather": "gather_scatter",
     "scatter_": "gather_scatter",
     "prepare_sparse_adamw": "sparse_adamw",
+    "sddmm": "sddmm",
 }
 
 
