@@ -26,11 +26,12 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     "python/bindings.cpp",
+    "python/tensors.cpp",
     "csrc/gather_scatter_cpu.cpp",
     "csrc/sparse_adamw_cpu.cpp",
     "csrc/topk_magnitude_cpu.cpp",
 ]
-CUDA_SOURCES = ["csrc/topk_magnitude_cuda.cu"]
+CUDA_SOURCES = ["csrc/gather_scatter_cuda.cu", "csrc/sparse_adamw_cuda.cu", "csrc/topk_magnitude_cuda.cu"]
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
@@ -83,7 +84,9 @@ def compile_cuda(nvcc: str, directory: Path) -> list[str]:
     objects = []
     for source in CUDA_SOURCES:
         target = directory / Path(source).with_suffix(".o").name
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        # -fmad=false is -ffp-contract=off: AdamW's bits are those of the cpu backend
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-fmad=false", *code, "-Icsrc"]
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         command += ["-c", source, "-o", str(target)]
         print(" ".join(command))
         subprocess.run(command, check=True)

@@ -16,7 +16,8 @@
 
 namespace py = pybind11;
 
-void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+void bind_cuda(py::module_& m);     // bindings_cuda.cpp
+void bind_tensors(py::module_& m);  // tensors.cpp
 
 namespace {
 
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_C, m) {
     for (const std::string& name : isas()) names.append(name);
     return names;
   });
+  bind_tensors(m);
 #if defined(SAFT_WITH_CUDA)
   bind_cuda(m);
   m.attr("has_cuda") = true;

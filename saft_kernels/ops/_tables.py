@@ -61,3 +61,22 @@ class Layouts:
 def table(rows: Iterable[Sequence[int]], num_columns: int) -> Table:
     """Rows of equal length as one C-contiguous int64 array."""
     return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)
+
+
+def gather_table(
+    layouts: Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> Table:
+    """saft::GatherSegment rows; indices and values are contiguous."""
+    rows = (
+        (
+            tensor.data_ptr(),
+            tensor.itemsize,
+            *layouts.columns(layout(tensor)),
+            index.data_ptr(),
+            index.itemsize,
+            value.data_ptr(),
+            index.numel(),
+        )
+        for tensor, index, value in zip(tensors, indices, values, strict=True)
+    )
+    return table(rows, 8)

@@ -56,31 +56,12 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices.split(counts.tolist()), threshold, num_nonfinite)
 
 
-def _gather_table(
-    layouts: _tables.Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
-) -> _tables.Table:
-    """saft::GatherSegment rows."""
-    rows = (
-        (
-            tensor.data_ptr(),
-            tensor.itemsize,
-            *layouts.columns(_tables.layout(tensor)),
-            index.data_ptr(),
-            index.itemsize,
-            value.data_ptr(),
-            index.numel(),
-        )
-        for tensor, index, value in zip(tensors, indices, values, strict=True)
-    )
-    return _tables.table(rows, 8)
-
-
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """See `saft_kernels.ops.gather`."""
     indices = [i.contiguous() for i in indices]
     values = [torch.empty(i.numel(), dtype=t.dtype) for t, i in zip(tensors, indices, strict=True)]
     layouts = _tables.Layouts()
-    table = _gather_table(layouts, tensors, indices, values)
+    table = _tables.gather_table(layouts, tensors, indices, values)
     _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     return values
 
@@ -90,7 +71,7 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     indices = [i.contiguous() for i in indices]
     values = [v.contiguous() for v in values]
     layouts = _tables.Layouts()
-    table = _gather_table(layouts, tensors, indices, values)
+    table = _tables.gather_table(layouts, tensors, indices, values)
     _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
     torch.autograd.graph.increment_version(tensors)
 
