@@ -1,11 +1,9 @@
 // gather, scatter / cuda: one launch for all tensors, after the upload of its table.
 //
-// Traffic    per coordinate: a 32-byte sector, read (gather) or read and written (scatter), plus the packed
-// value and
-//            the index.
+// Traffic    per coordinate: a 32-byte sector, read (gather) or read and written (scatter), the packed value
+//            and the index.
 // Algorithm  a warp takes tiles of 128 coordinates of ONE tensor, found by bisection; a lane's four indices,
-// then its
-//            four items, are requested before the first is used.
+//            then its four items, are requested before the first is used.
 // Contract   each coordinate is written by one thread: no atomics.
 
 #include "cuda_common.h"
