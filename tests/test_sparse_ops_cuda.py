@@ -377,6 +377,21 @@ def test_host_gradients_that_are_no_tensors_in_memory(host: Backend) -> None:
     assert not any(bool((p == 1).any()) for p in params)
 
 
+def test_host_what_moved_in_a_step_that_failed_is_not_forgotten(host: Backend) -> None:
+    plan, params, grads = two_groups(host)
+    hypers = [AdamWHyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1)] * 2
+    plan.step(grads, hypers)
+    old = params[0].detach()
+    params[0].data = torch.ones(300)
+    kept = old.clone()
+    strided = torch.ones(600)[::2]
+    with pytest.raises((RuntimeError, BufferError)):
+        plan.step([strided, grads[1].to_sparse()], hypers)
+    plan.step([strided, grads[1]], hypers)
+    assert torch.equal(old, kept)
+    assert not bool((params[0] == 1).any())
+
+
 def test_host_plan_of_a_parameter_that_shrank(host: Backend) -> None:
     plan, params, grads = two_groups(host)
     params[0].data = params[0][:100].clone()

@@ -271,22 +271,23 @@ class Plan:
 
     def _device_table(self, grads: list[Tensor], stream: int) -> Tensor:
         """The table for these gradients; their addresses are in `_rows` afterwards."""
-        if not self._follow(self._params, self._PARAM, 0, True) & self._follow(grads, self._GRAD, 1, False):
-            self._table = None
+        table, self._table = self._table, None  # whatever is raised, what was seen meanwhile is not in it
+        same = self._follow(self._params, self._PARAM, 0, True) & self._follow(grads, self._GRAD, 1, False)
         capturing = _is_capturing()
-        if self._table is None:
+        if table is None or not same:
             self._fill_rows(grads)
             num_bytes = _C.sparse_adamw_cuda_table_bytes(self._rows_address, len(self._rows))
             table = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             _C.sparse_adamw_cuda_table(self._rows_address, len(self._rows), table.data_ptr(), stream)
-            if not capturing:  # else it holds nothing before a replay, and is this capture's alone
-                self._table, self._table_stream = table, stream
-            return table
-        if capturing:
-            self._captured_tables.add(self._table)
+            if capturing:  # it holds nothing before a replay, and is this capture's alone
+                return table
+            self._table_stream = stream
+        elif capturing:
+            self._captured_tables.add(table)
         elif stream != self._table_stream:
-            self._table.record_stream(torch.cuda.current_stream(self._device))
-        return self._table
+            table.record_stream(torch.cuda.current_stream(self._device))
+        self._table = table
+        return table
 
     def _follow(self, tensors: list[Tensor], column: int, forms: int, fixed: bool) -> bool:
         """Writes the tensors' addresses; whether all else is as in the last step."""
