@@ -33,9 +33,13 @@ SOURCES = [
     "csrc/topk_magnitude_cpu.cpp",
 ]
 CUDA_SOURCES = [
+    "csrc/gather_scatter_cuda.cu",
     "csrc/sddmm_cuda.cu",
+    "csrc/sparse_adamw_cuda.cu",
     "csrc/topk_magnitude_cuda.cu",
 ]
+# as -ffp-contract=off below: the step's bits are those of the cpu backend, and fused ones drift from torch's AdamW
+UNFUSED_SOURCES = ["csrc/sparse_adamw_cuda.cu"]
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
@@ -88,7 +92,10 @@ def compile_cuda(nvcc: str, directory: Path) -> list[str]:
     objects = []
     for source in CUDA_SOURCES:
         target = directory / Path(source).with_suffix(".o").name
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc"]
+        if source in UNFUSED_SOURCES:
+            command.append("-fmad=false")
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         command += ["-c", source, "-o", str(target)]
         print(" ".join(command))
         subprocess.run(command, check=True)

@@ -49,7 +49,7 @@ import glob, subprocess, sys, sysconfig
 import pybind11
 includes = ["-Icsrc", "-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"]]
 host = "-fPIC,-fvisibility=hidden,-fopenmp,-ffp-contract=off,-fno-math-errno,-fno-trapping-math"
-command = ["nvcc", "-O3", "-std=c++17", "-lineinfo", f"-arch=sm_{sys.argv[1]}", "-Xcompiler", host, "-DSAFT_WITH_CUDA=1"]
+command = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-fmad=false", f"-arch=sm_{sys.argv[1]}", "-Xcompiler", host, "-DSAFT_WITH_CUDA=1"]
 sources = glob.glob("csrc/*.cu") + glob.glob("csrc/*.cpp") + glob.glob("python/*.cpp")
 target = "saft_kernels/_C" + sysconfig.get_config_var("EXT_SUFFIX")
 sys.exit(subprocess.run([*command, *includes, "-shared", *sources, "-lgomp", "-o", target]).returncode)
@@ -78,8 +78,14 @@ run() {
 
   stage tests 170 "$python" -m pytest -q -p no:cacheprovider tests/test_topk_magnitude_cuda.py -k gpu \
     --durations=8 --junitxml "$results/tests_cuda.xml"
+  stage tests-step 60 "$python" -m pytest -q -p no:cacheprovider tests/test_sparse_ops_cuda.py -k gpu \
+    --durations=8 --junitxml "$results/tests_step_cuda.xml"
   stage tests-of-the-op 60 "$python" -m pytest -q -p no:cacheprovider tests/test_topk_magnitude.py \
     -k "cuda or triton" --junitxml "$results/tests_op.xml"
+  stage tests-of-the-step 60 "$python" -m pytest -q -p no:cacheprovider tests/test_sparse_adamw.py \
+    tests/test_gather_scatter.py -k "cuda or triton" --junitxml "$results/tests_op_step.xml"
+
+  stage bench-step 60 "$python" bench/bench_sparse_adamw.py --device cuda --output "$results"
 
   local bench=("$python" bench/bench_topk_magnitude.py --device cuda --output "$results")
   stage kernels 40 "$python" bench/profile_topk_magnitude.py --output "$results/topk_magnitude_kernels.csv"

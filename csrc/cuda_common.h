@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -26,13 +27,33 @@ inline void cuda_check(cudaError_t error, const char* what) {
 // kernel<<<grid, block, 0, stream>>>(...) and a check that the launch was accepted.
 #if defined(SAFT_CUDA_HOST)
 #define SAFT_LAUNCH(kernel, grid, block, stream, ...) \
-  cuda_host::launch(#kernel, (grid), (block), [&] { kernel(__VA_ARGS__); })
+  ((void)(stream), cuda_host::launch(#kernel, (grid), (block), [&] { kernel(__VA_ARGS__); }))
 #else
 #define SAFT_LAUNCH(kernel, grid, block, stream, ...)          \
   do {                                                         \
     (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);   \
     ::saft::cuda_check(cudaGetLastError(), "launch " #kernel); \
   } while (false)
+#endif
+
+// A grid of `work` blocks, but of no more than are resident at once.
+inline unsigned grid_size(index_t work, int blocks_per_sm, int max_blocks) {
+  int device = 0, num_sms = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  index_t blocks = std::min<index_t>(work, index_t(num_sms) * blocks_per_sm);
+  if (max_blocks > 0) blocks = std::min<index_t>(blocks, max_blocks);
+  return unsigned(std::max<index_t>(blocks, 1));
+}
+
+inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+
+// The bytes of arguments that a kernel may have: __grid_constant__ ones are read where the launch put them.
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
+constexpr int kMaxArgumentBytes = 32764;  // needs driver 530, see topk_magnitude_cuda_unavailable
+#else
+constexpr int kMaxArgumentBytes = 4096;
 #endif
 
 // ---- warp ----
@@ -93,6 +114,24 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   __syncthreads();
   if (last != 0) __threadfence();
   return last != 0;
+}
+
+// ---- tables of rows that share out a range: tiles, runs ----
+
+// The row that holds `at`: the last one that starts at or below it and is not empty.
+template <class Row>
+__device__ __forceinline__ index_t find_row(const Row* rows, index_t num_rows, index_t Row::* first,
+                                            index_t at) {
+  index_t low = 0, high = num_rows;  // rows[low].*first <= at < rows[high].*first
+  while (high - low > 1) {
+    const index_t middle = low + (high - low) / 2;
+    if (rows[middle].*first <= at) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 // ---- PTX ----

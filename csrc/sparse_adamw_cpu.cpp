@@ -8,8 +8,6 @@
 // Threads    split by coordinates, not by tensors.
 // Contract   -ffp-contract=off for this file: the same bits on every instruction set.
 
-#include <type_traits>
-
 #include "cpu_chunks.h"
 #include "cpu_isa.h"
 #include "sparse_adamw.h"
@@ -62,24 +60,6 @@ void adamw_block(Isa isa, opmath_t* param, const opmath_t* grad, opmath_t* exp_a
   adamw_block_baseline(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, s);
 }
 
-template <class opmath_t, class scalar_t>
-opmath_t load(const scalar_t& x) {
-  if constexpr (std::is_same_v<scalar_t, double> || std::is_same_v<scalar_t, float>) {
-    return opmath_t(x);
-  } else {
-    return opmath_t(to_float(x));
-  }
-}
-
-template <class opmath_t, class scalar_t>
-scalar_t store(opmath_t x) {
-  if constexpr (std::is_same_v<scalar_t, double>) {
-    return double(x);
-  } else {
-    return from_float<scalar_t>(float(x));
-  }
-}
-
 // One operand of a segment: element i is data[indices[i]], or data[i] where there are no indices, through the
 // layout.
 template <class scalar_t, class index_type>
@@ -98,22 +78,22 @@ struct Operand {
   template <class opmath_t>
   void gather(index_t begin, index_t n, opmath_t* out) const {
     if (packed()) {
-      for (index_t i = 0; i < n; ++i) out[i] = load<opmath_t>(data[begin + i]);
+      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[begin + i]);
     } else if (scattered()) {
-      for (index_t i = 0; i < n; ++i) out[i] = load<opmath_t>(data[indices[begin + i]]);
+      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[indices[begin + i]]);
     } else {
-      for (index_t i = 0; i < n; ++i) out[i] = load<opmath_t>(at(begin + i));
+      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(at(begin + i));
     }
   }
 
   template <class opmath_t>
   void scatter(index_t begin, index_t n, const opmath_t* in) const {
     if (packed()) {
-      for (index_t i = 0; i < n; ++i) data[begin + i] = store<opmath_t, scalar_t>(in[i]);
+      for (index_t i = 0; i < n; ++i) data[begin + i] = store_as<scalar_t>(in[i]);
     } else if (scattered()) {
-      for (index_t i = 0; i < n; ++i) data[indices[begin + i]] = store<opmath_t, scalar_t>(in[i]);
+      for (index_t i = 0; i < n; ++i) data[indices[begin + i]] = store_as<scalar_t>(in[i]);
     } else {
-      for (index_t i = 0; i < n; ++i) at(begin + i) = store<opmath_t, scalar_t>(in[i]);
+      for (index_t i = 0; i < n; ++i) at(begin + i) = store_as<scalar_t>(in[i]);
     }
   }
 };
@@ -156,11 +136,7 @@ void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
     grad.gather(begin, n, g);
     if constexpr (sizeof(param_t) == 2) {
       if (segment.master != nullptr) {
-        for (index_t i = 0; i < n; ++i) {
-          // the parameter wins when someone else wrote it: open_clip clamps logit_scale after each step
-          const float master = segment.master[begin + i];
-          if (from_float<param_t>(master).bits == from_float<param_t>(p[i]).bits) p[i] = master;
-        }
+        for (index_t i = 0; i < n; ++i) p[i] = master_or_param<param_t>(segment.master[begin + i], p[i]);
       }
     }
     adamw_block(isa, p, g, exp_avg + begin, exp_avg_sq + begin,

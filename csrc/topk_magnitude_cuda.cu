@@ -38,8 +38,6 @@ index_t shift_of(const TensorDesc& tensor) {
   return index_t(reinterpret_cast<uintptr_t>(tensor.data) % 16) / itemsize_of(tensor.dtype);
 }
 
-index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
-
 // The parts of the workspace, one after the other.
 class Carver {
  public:
@@ -111,14 +109,8 @@ void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace,
   p.indices = indices;
   p.result = result;
 
-  int device = 0, num_sms = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  const auto grid = [&](index_t work, int blocks_per_sm) {
-    index_t blocks = std::min<index_t>(work, index_t(num_sms) * blocks_per_sm);
-    if (max_blocks > 0) blocks = std::min<index_t>(blocks, max_blocks);
-    return unsigned(std::max<index_t>(blocks, 1));
+  const auto grid = [max_blocks](index_t work, int blocks_per_sm) {
+    return grid_size(work, blocks_per_sm, max_blocks);
   };
   const index_t num_sampled = plan.num_sampled_runs * kRunNumel;
   const unsigned sample_grid = grid(ceil_div(std::max(num_sampled, plan.num_tiles), kThreads), kBlocksPerSm);
@@ -226,14 +218,18 @@ double topk_magnitude_cuda_threshold(const TopKCudaPlan& plan, index_t key) {
 }
 
 std::string topk_magnitude_cuda_unavailable(int device) {
-  int count = 0, major = 0, minor = 0;
+  int count = 0, major = 0, minor = 0, driver = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess && count == 0) return "no NVIDIA GPU is visible";
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();  // it is reported here
     return cudaGetErrorString(error);
+  }
+  if (kMaxArgumentBytes > 4096 && driver < 12010) {
+    return "it needs driver 530 or newer, for kernel arguments above 4 KB";
   }
   if (major < 8) {
     return "it needs compute capability 8.0 or higher, got " + std::to_string(major) + "." +

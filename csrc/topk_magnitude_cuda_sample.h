@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Problem<Key> p) {
   const index_t thread = index_t(blockIdx.x) * kThreads + threadIdx.x;
   const index_t num_threads = index_t(gridDim.x) * kThreads;
   for (index_t t = thread; t < p.num_tiles; t += num_threads) {
-    p.tile_tensor[t] = uint32_t(find_tensor(p.tensors, p.num_tensors, &DeviceTensor::first_tile, t));
+    p.tile_tensor[t] = uint32_t(find_row(p.tensors, p.num_tensors, &DeviceTensor::first_tile, t));
   }
   const bool all = p.num_sampled_runs == p.num_runs;
 #pragma unroll 1
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Problem<Key> p) {
       const index_t jitter = index_t(__umul64hi(splitmix64(uint64_t(run)), uint64_t(p.num_runs)));
       run = (run * p.num_runs + jitter) >> p.sampled_runs_log2;
     }
-    const DeviceTensor& x = p.tensors[find_tensor(p.tensors, p.num_tensors, &DeviceTensor::first_run, run)];
+    const DeviceTensor& x = p.tensors[find_row(p.tensors, p.num_tensors, &DeviceTensor::first_run, run)];
     const index_t flat = (run - x.first_run) * kRunNumel + i % kRunNumel;
     Key key = kAbsent<Key>;
     if (flat < x.numel) {

@@ -153,21 +153,6 @@ __device__ __forceinline__ index_t slab_offset(const DeviceTensor& x, index_t t)
 
 __device__ __forceinline__ int num_rows(const Tile& tile) { return (tile.end + kRowNumel - 1) / kRowNumel; }
 
-// The tensor that holds tile (or run) `at`: the last one that starts at or below it and is not empty.
-__device__ __forceinline__ index_t find_tensor(const DeviceTensor* tensors, index_t num_tensors,
-                                               index_t DeviceTensor::* first, index_t at) {
-  index_t low = 0, high = num_tensors;  // tensors[low].*first <= at < tensors[high].*first
-  while (high - low > 1) {
-    const index_t middle = low + (high - low) / 2;
-    if (tensors[middle].*first <= at) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 template <class Key>
 __device__ __forceinline__ Key load_native(const DeviceTensor& x, index_t flat) {
   const index_t at = storage_offset(flat, x.ndim, x.layout);

@@ -3,12 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "gather_scatter_cuda.h"
 #include "sddmm_cuda.h"
+#include "sparse_adamw_cuda.h"
 #include "topk_magnitude_cuda.h"
 
 namespace py = pybind11;
 
 namespace {
+
+static_assert(sizeof(saft::AdamWCudaHyper) == 17 * 8);
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -40,6 +48,39 @@ void sddmm(uintptr_t params, uintptr_t workspace, uintptr_t stream, int max_bloc
                    max_blocks);
 }
 
+int64_t adamw_table_bytes(uintptr_t segments, int64_t num_segments) {
+  return saft::sparse_adamw_cuda_table_bytes(pointer<const saft::AdamWSegment>(segments), num_segments);
+}
+
+void adamw_table(uintptr_t segments, int64_t num_segments, uintptr_t device_table, uintptr_t stream) {
+  saft::sparse_adamw_cuda_table(pointer<const saft::AdamWSegment>(segments), num_segments,
+                                pointer<void>(device_table), pointer<void>(stream));
+}
+
+void adamw(uintptr_t segments, int64_t num_segments, std::string_view hypers, uintptr_t device_table,
+           uintptr_t stream, int max_blocks) {
+  std::vector<saft::AdamWCudaHyper> rows(hypers.size() / sizeof(saft::AdamWCudaHyper));
+  std::memcpy(rows.data(), hypers.data(), rows.size() * sizeof(saft::AdamWCudaHyper));
+  saft::sparse_adamw_cuda(pointer<const saft::AdamWSegment>(segments), num_segments, rows.data(),
+                          pointer<const void>(device_table), pointer<void>(stream), max_blocks);
+}
+
+int64_t gather_table_bytes(uintptr_t segments, int64_t num_segments) {
+  return saft::gather_scatter_cuda_table_bytes(pointer<const saft::GatherSegment>(segments), num_segments);
+}
+
+void gather(uintptr_t segments, int64_t num_segments, uintptr_t device_table, uintptr_t stream,
+            int max_blocks) {
+  saft::gather_cuda(pointer<const saft::GatherSegment>(segments), num_segments, pointer<void>(device_table),
+                    pointer<void>(stream), max_blocks);
+}
+
+void scatter(uintptr_t segments, int64_t num_segments, uintptr_t device_table, uintptr_t stream,
+             int max_blocks) {
+  saft::scatter_cuda(pointer<const saft::GatherSegment>(segments), num_segments, pointer<void>(device_table),
+                     pointer<void>(stream), max_blocks);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -59,4 +100,14 @@ void bind_cuda(py::module_& m) {
         py::arg("max_blocks"), nogil);
   m.def("topk_magnitude_cuda_threshold", &saft::topk_magnitude_cuda_threshold, py::arg("plan"),
         py::arg("key"));
+  m.def("sparse_adamw_cuda_table_bytes", &adamw_table_bytes, py::arg("segments"), py::arg("num_segments"));
+  m.def("sparse_adamw_cuda_table", &adamw_table, py::arg("segments"), py::arg("num_segments"),
+        py::arg("device_table"), py::arg("stream"), nogil);
+  m.def("sparse_adamw_cuda", &adamw, py::arg("segments"), py::arg("num_segments"), py::arg("hypers"),
+        py::arg("device_table"), py::arg("stream"), py::arg("max_blocks"), nogil);
+  m.def("gather_scatter_cuda_table_bytes", &gather_table_bytes, py::arg("segments"), py::arg("num_segments"));
+  m.def("gather_cuda", &gather, py::arg("segments"), py::arg("num_segments"), py::arg("device_table"),
+        py::arg("stream"), py::arg("max_blocks"), nogil);
+  m.def("scatter_cuda", &scatter, py::arg("segments"), py::arg("num_segments"), py::arg("device_table"),
+        py::arg("stream"), py::arg("max_blocks"), nogil);
 }

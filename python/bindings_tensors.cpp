@@ -9,8 +9,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "common.h"
-
 namespace py = pybind11;
 
 namespace {
@@ -39,7 +37,6 @@ struct DLPackExchangeAPI {
   void* current_stream;
 };
 constexpr uint32_t kMajor = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
 
 // The exchange API of a class, or null when it has none that is known here. It lives as long as the class.
 const DLPackExchangeAPI* exchange_api(const py::object& tensor_class) {
@@ -51,31 +48,20 @@ const DLPackExchangeAPI* exchange_api(const py::object& tensor_class) {
   return api->major == kMajor && api->tensor_from_object != nullptr ? api : nullptr;
 }
 
-int64_t dtype_code(DLDataType dtype) {
-  if (dtype.lanes != 1) return -1;
-  if (dtype.code == kBfloat && dtype.bits == 16) return int64_t(saft::ScalarType::kBFloat16);
-  if (dtype.code != kFloat) return -1;
-  switch (dtype.bits) {
-    case 16:
-      return int64_t(saft::ScalarType::kFloat16);
-    case 32:
-      return int64_t(saft::ScalarType::kFloat32);
-    case 64:
-      return int64_t(saft::ScalarType::kFloat64);
-    default:
-      return -1;
-  }
+uint64_t mix(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
+  return hash ^ (hash >> 29);
 }
 
-// Elements of a contiguous tensor; -1 for any other.
-int64_t contiguous_numel(const DLTensor& tensor) {
-  int64_t numel = 1;
-  bool contiguous = true;
-  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.strides != nullptr && tensor.shape[d] != 1) contiguous &= tensor.strides[d] == numel;
-    numel *= tensor.shape[d];
+// Of dtype, device, shape and strides.
+uint64_t form_of(const DLTensor& x) {
+  uint64_t hash = mix(uint64_t(x.ndim), uint64_t(x.dtype.code) << 8 | x.dtype.bits);
+  hash = mix(hash, uint64_t(uint32_t(x.device.device_type)) << 32 | uint32_t(x.device.device_id));
+  for (int32_t d = 0; d < x.ndim; ++d) {
+    hash = mix(hash, uint64_t(x.shape[d]));
+    if (x.strides != nullptr) hash = mix(hash, uint64_t(x.strides[d]));
   }
-  return contiguous || numel == 0 ? numel : -1;
+  return hash;
 }
 
 class TensorReader {
@@ -87,25 +73,29 @@ class TensorReader {
 
   bool is_available() const { return api_ != nullptr; }
 
-  // Writes the data pointers of `tensors` to `column`, a pointer every `row_bytes`. False, with some of them
-  // written, unless each is contiguous, no subclass, and of the `expected` (numel, dtype code).
-  bool move_pointers(const py::list& tensors, uintptr_t column, int64_t row_bytes, uintptr_t expected) const {
-    const auto* want = reinterpret_cast<const int64_t*>(expected);
+  // Writes the data pointers of `tensors` to `column`, a pointer every `row_bytes`, and their forms to
+  // `forms`. True when every form was there already; with `is_fixed` the pointer is part of the form. None,
+  // with some of it written, when one is of a subclass, or cannot be read.
+  py::object read(const py::list& tensors, uintptr_t column, int64_t row_bytes, uintptr_t forms,
+                  bool is_fixed) const {
+    auto* form = reinterpret_cast<uint64_t*>(forms);
+    bool same = true;
     for (const py::handle object : tensors) {
       const PyTypeObject* type = Py_TYPE(object.ptr());
-      if (type != tensor_ && type != parameter_) return false;
+      if (type != tensor_ && type != parameter_) return py::none();
       DLTensor tensor;
       if (api_->tensor_from_object(object.ptr(), &tensor) != 0) {
-        PyErr_Clear();  // a conjugate or negative view
-        return false;
+        PyErr_Clear();
+        return py::none();
       }
-      if (contiguous_numel(tensor) != want[0] || dtype_code(tensor.dtype) != want[1]) return false;
-      *reinterpret_cast<int64_t*>(column) =
-          int64_t(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
+      const uint64_t data = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+      const uint64_t now = is_fixed ? mix(form_of(tensor), data) : form_of(tensor);
+      same = same && *form == now;
+      *form++ = now;
+      *reinterpret_cast<uint64_t*>(column) = data;
       column += uintptr_t(row_bytes);
-      want += 2;
     }
-    return true;
+    return py::bool_(same);
   }
 
  private:
@@ -154,8 +144,8 @@ void bind_tensors(py::module_& m) {
       .def(py::init<const py::object&, const py::object&>(), py::arg("tensor_class"),
            py::arg("parameter_class"))
       .def_property_readonly("is_available", &TensorReader::is_available)
-      .def("move_pointers", &TensorReader::move_pointers, py::arg("tensors"), py::arg("column"),
-           py::arg("row_bytes"), py::arg("expected"));
+      .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
+           py::arg("forms"), py::arg("is_fixed"));
   m.def("attributes", &attributes, py::arg("objects"), py::arg("name"));
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
   m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));

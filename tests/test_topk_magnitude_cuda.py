@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_kernels import (
+    SANITIZED,
+    compile_kernels,
+    host_library,
+    needs_gpu,
+    needs_memory,
+    run_sanitized,
+    run_under_compute_sanitizer,
+)
 from torch import Tensor
 
 from saft_kernels import ops
 from saft_kernels.ops import TopK, _tables, cuda, reference
 
-ROOT = Path(__file__).resolve().parents[1]
 TILE = 2048  # SAFT_CUDA_TILE_NUMEL of tests/cuda_host/topk_magnitude.cpp
 SAMPLE = 4096  # elements: its 2^9 runs of 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SANITIZED = os.environ.get("SAFT_CUDA_HOST_SANITIZE") == "1"
 
 
 # ---- the inputs that break selectors ----
@@ -193,8 +193,8 @@ class Plan(ctypes.Structure):
 class HostKernels:
     """tests/cuda_host/topk_magnitude.cpp."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self.library.topk_threshold.restype = ctypes.c_double
 
     def __call__(
@@ -240,40 +240,9 @@ class HostKernels:
         return found, int(result[cuda._READS])
 
 
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-
-
 @pytest.fixture(scope="session")
 def host() -> HostKernels:
-    """The library, built anew only when a source changed."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to build the kernels for the CPU")
-    flags = [
-        "-std=c++17",
-        "-O1" if SANITIZED else "-O2",
-        "-g1",
-        "-fPIC",
-        "-shared",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    flags += SANITIZE_FLAGS if SANITIZED else []
-    sources = sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*.cu"), *ROOT.glob("tests/cuda_host/*")])
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    library = Path(tempfile.gettempdir(), f"saft_kernels_cuda_host_{digest.hexdigest()[:16]}.so")
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")
-        source = str(ROOT / "tests/cuda_host/topk_magnitude.cpp")
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_host'}"]
-        build = subprocess.run([compiler, *flags, *includes, source, "-o", str(made)], capture_output=True, text=True)
-        assert build.returncode == 0, build.stderr
-        made.replace(library)
-    return HostKernels(library)
+    return HostKernels(host_library("topk_magnitude"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -347,25 +316,8 @@ def test_host_misleading_sample(host: HostKernels, sampled_are: str, dtype: torc
 
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_host_under_sanitizers() -> None:
-    """The cases again, in a process of its own, with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    runtimes = []
-    for name in ("libasan.so", "libstdc++.so"):
-        found = (
-            subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
-            if shutil.which("g++")
-            else None
-        )
-        if found is None or not Path(found.stdout.strip()).is_absolute():
-            pytest.skip(f"g++ or its {name} is missing")
-        runtimes.append(found.stdout.strip())
-    environment = dict(os.environ, SAFT_CUDA_HOST_SANITIZE="1", LD_PRELOAD=":".join(runtimes))
-    # CPython never frees its globals
-    environment.update(
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0", UBSAN_OPTIONS="print_stacktrace=1"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "host_matches"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    """The cases again, with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    run_sanitized(__file__, "host_matches")
 
 
 # ---- nvcc: registers, spills, shared memory ----
@@ -379,54 +331,17 @@ KERNELS = 12  # six, for 31-bit and for 63-bit keys
 def test_nvcc_compiles_without_spills(
     arch: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc on PATH")
-    command = [
-        nvcc,
-        "-std=c++17",
-        "-O3",
-        f"-gencode=arch=compute_{arch},code=sm_{arch}",
-        "-Xptxas=-v",
-        "-Werror=all-warnings",
-    ]
-    command += [
-        f"-I{ROOT / 'csrc'}",
-        "-c",
-        str(ROOT / "csrc/topk_magnitude_cuda.cu"),
-        "-o",
-        str(tmp_path / "kernels.o"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    report = subprocess.run(["c++filt"], input=run.stderr, capture_output=True, text=True).stdout
-    pattern = (
-        r"topk_cuda::(\w+<[\w ]+>).*?\n.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    )
-    pattern += r".*?Used (\d+) registers.*?(\d+) bytes smem"
-    found = re.findall(pattern, report.split("Compiling entry function", 1)[-1], flags=re.DOTALL)
-    kernels = {name: tuple(map(int, numbers)) for name, *numbers in found}
-    assert len(kernels) == KERNELS, report
-    for name, (stack, stores, loads, registers, shared) in kernels.items():
-        record_property(f"sm_{arch} {name}", f"{registers} registers, {shared} B shared")
-        print(f"sm_{arch} {name}: {registers} registers, {shared} B shared")
-        assert (stack, stores, loads) == (0, 0, 0), f"{name} uses local memory"
-        assert registers <= REGISTERS.get(name, 255), f"{name} needs {registers} registers"
-        assert shared <= 48 << 10
+    kernels = compile_kernels("topk_magnitude_cuda.cu", arch, tmp_path)
+    assert len(kernels) == KERNELS, kernels
+    for name, kernel in kernels.items():
+        record_property(f"sm_{arch} {name}", f"{kernel.registers} registers, {kernel.shared} B shared")
+        print(f"sm_{arch} {name}: {kernel.registers} registers, {kernel.shared} B shared")
+        assert not kernel.local_memory, f"{name} uses local memory"
+        assert kernel.registers <= REGISTERS.get(name, 255), f"{name} needs {kernel.registers} registers"
+        assert kernel.shared <= 48 << 10
 
 
 # ---- gpu ----
-
-WHY_NO_GPU = (
-    "no GPU that torch can use" if not torch.cuda.is_available() else ops.why_unavailable("cuda", device_type="cuda")
-)
-needs_gpu = pytest.mark.skipif(WHY_NO_GPU is not None, reason=f"cuda: {WHY_NO_GPU}")
-
-
-def needs_memory(gigabytes: float) -> None:
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"{gigabytes:.0f} GiB of GPU memory are needed, {free:.0f} are free")
 
 
 @pytest.fixture
@@ -570,9 +485,6 @@ def test_gpu_workspace_is_as_stated() -> None:
 @needs_gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_gpu_under_compute_sanitizer(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
     program = """
 import torch
 from saft_kernels.ops import cuda
@@ -583,11 +495,4 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     for k in (0, 300, 30_000, 308_193 + 6_300):
         assert sum(i.numel() for i in cuda.topk_magnitude(tensors, k).indices) == k
 """
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
-    run = subprocess.run(
-        command, cwd=ROOT, env=dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), capture_output=True, text=True
-    )
-    output = run.stdout + run.stderr
-    if "not supported" in output and "Device" in output:
-        pytest.skip("compute-sanitizer does not support this machine")
-    assert run.returncode == 0, output[-4000:]
+    run_under_compute_sanitizer(tool, program)

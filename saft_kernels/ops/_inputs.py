@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._tables import DTYPE_CODES, Table
+from ._tables import Table
 
 try:
     from saft_kernels import _C
@@ -24,25 +23,35 @@ if _reader is not None and not _reader.is_available:
 
 
 class PointerColumn:
-    """A column of a table that follows the data pointers of contiguous tensors of given sizes and dtypes."""
+    """A column of a table that follows the data pointers of tensors, and tells when anything else has changed.
 
-    def __init__(self, table: Table, column: int, tensors: Sequence[Tensor]) -> None:
+    With `is_fixed`, a pointer that has moved is such a change, too.
+    """
+
+    def __init__(self, table: Table, column: int, is_fixed: bool = False) -> None:
         self._column = table[:, column]
-        self._expected = np.array([(t.numel(), DTYPE_CODES[t.dtype]) for t in tensors], dtype=np.int64).reshape(-1, 2)
+        self._address, self._row_bytes = self._column.ctypes.data, self._column.strides[0]
+        self._forms = np.zeros(len(table), dtype=np.uint64)
+        self._forms_address = self._forms.ctypes.data
+        self._is_fixed = is_fixed
+        self._interpreted: list[tuple[object, ...]] | None = None
 
     def move(self, tensors: list[Tensor]) -> bool:
-        """Writes the pointers. False, and the column is undefined, when a tensor is not what it has to be."""
-        if len(tensors) != len(self._column):
-            return False
+        """Writes the pointers. True when dtype, device, shape and strides are those of the last call."""
+        assert len(tensors) == len(self._column)
         if _reader is not None:
-            address, row_bytes = self._column.ctypes.data, self._column.strides[0]
-            return _reader.move_pointers(tensors, address, row_bytes, self._expected.ctypes.data)
-        if not all(map(Tensor.is_contiguous, tensors)) or self._expected.tolist() != [
-            [t.numel(), DTYPE_CODES.get(t.dtype, -1)] for t in tensors
-        ]:
-            return False
-        self._column[:] = list(map(Tensor.data_ptr, tensors))
-        return True
+            same = _reader.read(tensors, self._address, self._row_bytes, self._forms_address, self._is_fixed)
+            if same is not None:
+                self._interpreted = None
+                return same
+            self._forms[:] = 0
+        pointers = list(map(Tensor.data_ptr, tensors))
+        forms: list[tuple[object, ...]] = [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+        if self._is_fixed:
+            forms = list(zip(forms, pointers, strict=True))
+        self._column[:] = pointers
+        same, self._interpreted = forms == self._interpreted, forms
+        return same
 
 
 def gradients(parameters: list[Tensor]) -> list[Tensor] | None:

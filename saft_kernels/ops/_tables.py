@@ -69,3 +69,24 @@ def sddmm_params(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate
     sizes = (DTYPE_CODES[dy.dtype], dy.shape[0], dy.shape[1], x.shape[1])
     selected = (indices.data_ptr(), indices.itemsize, out.data_ptr(), indices.numel(), accumulate)
     return np.array([*factors[0], *factors[1], *sizes, *selected], dtype=np.int64)
+
+
+def gather_table(
+    layouts: Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> Table:
+    """saft::GatherSegment rows; indices and values are contiguous."""
+    contiguous = (0, 0)
+    rows = [
+        (
+            tensor.data_ptr(),
+            tensor.itemsize,
+            *(contiguous if tensor.is_contiguous() else layouts.columns(layout(tensor))),
+            index.data_ptr(),
+            index.itemsize,
+            value.data_ptr(),
+            index.numel(),
+            tensor.numel(),
+        )
+        for tensor, index, value in zip(tensors, indices, values, strict=True)
+    ]
+    return table(rows, 9)

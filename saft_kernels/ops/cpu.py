@@ -60,27 +60,6 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
 checks_index_ranges = True  # gather and scatter_ do it in the kernel
 
 
-def _gather_table(
-    layouts: _tables.Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
-) -> _tables.Table:
-    """saft::GatherSegment rows."""
-    contiguous = (0, 0)
-    rows = [
-        (
-            tensor.data_ptr(),
-            tensor.itemsize,
-            *(contiguous if tensor.is_contiguous() else layouts.columns(_tables.layout(tensor))),
-            index.data_ptr(),
-            index.itemsize,
-            value.data_ptr(),
-            index.numel(),
-            tensor.numel(),
-        )
-        for tensor, index, value in zip(tensors, indices, values, strict=True)
-    ]
-    return _tables.table(rows, 9)
-
-
 def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Room for that many elements of each tensor."""
     if len({tensor.dtype for tensor in tensors}) == 1:
@@ -93,7 +72,7 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]
     indices = [i.contiguous() for i in indices]
     values = _packed(tensors, [i.numel() for i in indices])
     layouts = _tables.Layouts()
-    table = _gather_table(layouts, tensors, indices, values)
+    table = _tables.gather_table(layouts, tensors, indices, values)
     failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
         raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
@@ -105,7 +84,7 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     indices = [i.contiguous() for i in indices]
     values = [v.contiguous() for v in values]
     layouts = _tables.Layouts()
-    table = _gather_table(layouts, tensors, indices, values)
+    table = _tables.gather_table(layouts, tensors, indices, values)
     failed = _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
         raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
@@ -131,10 +110,9 @@ class Plan:
         self._table = _tables.table((self._row(s) for s in self.segments), self._NUM_COLUMNS)
         self._params = [s.param for s in self.segments]
         self._numels = [p.numel() for p in self._params]
-        # what the parameter and gradient columns were filled for
-        self._seen: list[tuple[object, ...] | None] = [None] * len(self.segments)
-        # for the steady state, in which all tensors are contiguous
-        self._pointers: tuple[PointerColumn, PointerColumn] | None = None
+        self._params_column = PointerColumn(self._table, self._PARAM)
+        self._grads_column = PointerColumn(self._table, self._GRAD)
+        self._is_filled = False  # for tensors of the form that the columns have seen, in place
 
     def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
         state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
@@ -155,7 +133,7 @@ class Plan:
         on_host = [hyper.on_host() for hyper in hypers]
         if any(hyper.found_inf for hyper in on_host):
             return
-        copies = [] if self._move_pointers(grads) else self._refill(grads)
+        copies = self._follow(grads)
         scalars = np.array(
             [
                 (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay)
@@ -168,39 +146,21 @@ class Plan:
         del copies
         torch.autograd.graph.increment_version(self._params)
 
-    def _move_pointers(self, grads: list[Tensor]) -> bool:
-        """The steady state: all tensors are contiguous, as in the last step, and at most their storage moved."""
-        if self._pointers is None:
-            return False
-        self._seen = [None] * len(self._params)  # the table is about to point elsewhere
-        params_column, grads_column = self._pointers
-        return params_column.move(self._params) and grads_column.move(grads)
+    def _follow(self, grads: list[Tensor]) -> list[Tensor]:
+        """Makes the table that of these gradients, and of the parameters as they are now.
 
-    def _refill(self, grads: list[Tensor]) -> list[Tensor]:
-        """Writes what changed; returns gradients laid out anew, which have to live until the kernel is done."""
+        Returns gradients laid out anew, which have to live until the kernel is done.
+        """
+        same = self._params_column.move(self._params) & self._grads_column.move(grads)
+        if same and self._is_filled:
+            return []  # the steady state: at most pointers have moved
+        self._is_filled = False
         copies = []
-        for row, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
-            now = (
-                param.data_ptr(),
-                grad.data_ptr(),
-                param.shape,
-                param.stride(),
-                grad.shape,
-                grad.stride(),
-                grad.dtype,
-            )
-            if now != self._seen[row]:
-                laid_out = self._fill(row, self.segments[row], grad)
-                copied = laid_out is not grad
-                if copied:
-                    copies.append(laid_out)
-                self._seen[row] = None if copied else now
-        self._pointers = None
-        if not copies and all(t.is_contiguous() for t in (*self._params, *grads)):
-            self._pointers = (
-                PointerColumn(self._table, self._PARAM, self._params),
-                PointerColumn(self._table, self._GRAD, grads),
-            )
+        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
+            laid_out = self._fill(row, segment, grad)
+            if laid_out is not grad:
+                copies.append(laid_out)
+        self._is_filled = not copies
         return copies
 
     def _fill(self, row: int, segment: AdamWSegment, grad: Tensor) -> Tensor:

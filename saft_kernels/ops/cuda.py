@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _tables
+from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from ._checks import short
+from ._inputs import PointerColumn
 from ._types import TopK
 
 try:
@@ -143,3 +149,193 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
             workspace.fill_(FILL_WORKSPACE)
         stream = torch.cuda.current_stream(dy.device).cuda_stream
         _C.sddmm_cuda(params.ctypes.data, workspace.data_ptr(), stream, MAX_BLOCKS)
+
+
+@contextlib.contextmanager
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """Makes `device` current; the address of torch's stream on it."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+# ---- gather, scatter_ ----
+
+
+def _copy(
+    kernel: Callable[[int, int, int, int, int], None],
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> None:
+    device = tensors[0].device
+    layouts = _tables.Layouts()
+    rows = _tables.gather_table(layouts, tensors, indices, values)
+    num_bytes = _C.gather_scatter_cuda_table_bytes(rows.ctypes.data, len(rows))
+    with _current_stream(device) as stream:
+        table = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        kernel(rows.ctypes.data, len(rows), table.data_ptr(), stream, MAX_BLOCKS)
+
+
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """See `saft_kernels.ops.gather`. One launch, after one that uploads the table."""
+    indices = [i.contiguous() for i in indices]
+    values = [torch.empty(i.numel(), dtype=t.dtype, device=t.device) for t, i in zip(tensors, indices, strict=True)]
+    _copy(_C.gather_cuda, tensors, indices, values)
+    return values
+
+
+def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.scatter_`. One launch, after one that uploads the table."""
+    _copy(_C.scatter_cuda, tensors, [i.contiguous() for i in indices], [v.contiguous() for v in values])
+    torch.autograd.graph.increment_version(tensors)
+
+
+# ---- sparse_adamw_ ----
+
+
+class Plan:
+    """One launch per step, on torch's current stream of the parameters' device. Nothing waits for the device.
+
+    Everything but the gradients' addresses and the hyperparameters lies in a device table, which is written when the
+    form (dtype, shape, strides) of a parameter or gradient changes, or a parameter moves. Gradients move at every step
+    (`zero_grad(set_to_none=True)`): their addresses are kernel arguments, as are the hyperparameters. Those that are
+    tensors on the device (`lr`, `step`, `grad_scale`, `found_inf`) are read by the kernel; on the CPU, by the host.
+
+    CUDA graphs: a captured step keeps its arguments, and replays read `lr`, `step`, `grad_scale` and `found_inf` from
+    their tensors, so new values need no new capture. Gradients have to be where they were, as `torch.cuda.graph`
+    makes them. A table is never written twice, so steps outside the graph do not disturb replays. Step once before the
+    capture, for then the captured step is one kernel; else the table's writes are captured and replayed with it.
+    The plan, its parameters and its state have to live as long as the graph.
+
+    Streams: steps write the same memory; order streams as for any other writes.
+    """
+
+    # columns of saft::AdamWSegment
+    _PARAM, _PARAM_DTYPE, _PARAM_NDIM = 0, 2, 3
+    _GRAD, _GRAD_DTYPE, _GRAD_NDIM, _COMPACT, _NUM_COLUMNS = 5, 7, 8, 17, 19
+
+    _HYPER = struct.Struct("9d8q")  # saft::AdamWCudaHyper
+
+    def __init__(self, segments: Sequence[AdamWSegment]) -> None:
+        self.segments = list(segments)
+        self._params = [s.param for s in self.segments]
+        self._device = self._params[0].device
+        self._layouts = _tables.Layouts()
+        self._rows = _tables.table((self._row(s) for s in self.segments), self._NUM_COLUMNS)
+        self._rows_address = self._rows.ctypes.data
+        self._params_column = PointerColumn(self._rows, self._PARAM, is_fixed=True)
+        self._grads_column = PointerColumn(self._rows, self._GRAD)
+        self._table: Tensor | None = None
+        self._table_stream = 0
+        self._captured_tables: set[Tensor] = set()
+
+    def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
+        state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
+        indices = segment.indices
+        return (
+            *(0, segment.param.numel(), _tables.DTYPE_CODES[segment.param.dtype], 0, 0),
+            *(0, segment.param.numel(), 0, 0, 0),
+            0 if indices is None else indices.data_ptr(),
+            8 if indices is None else indices.itemsize,
+            *(0 if t is None else t.data_ptr() for t in state),
+            segment.count,
+            0,
+            segment.hyper,
+        )
+
+    def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+        """One step."""
+        with _current_stream(self._device) as stream:
+            found_infs = list({id(h.found_inf): h.found_inf for h in hypers if h.found_inf is not None}.values())
+            on_device = [f for f in found_infs if f.device.type != "cpu" or f.device == self._device]
+            if any(bool(f) for f in found_infs if f.device.type == "cpu" and f.device != self._device):
+                return
+            if len(on_device) > 1:
+                found = torch.stack([f.to(self._device).reshape(()) != 0 for f in on_device])
+                on_device = [found.any().to(torch.float32)]
+            held: list[Tensor] = []  # until the kernel is enqueued
+            found_inf = self._scalar(on_device[0], held)[1:] if on_device else (0, 0)
+            packed = b"".join([self._pack(hyper, found_inf, held) for hyper in hypers])
+            table = self._device_table(grads, stream)
+            _C.sparse_adamw_cuda(self._rows_address, len(self._rows), packed, table.data_ptr(), stream, MAX_BLOCKS)
+        torch.autograd.graph.increment_version(self._params)
+
+    def _scalar(self, value: float | Tensor, held: list[Tensor]) -> tuple[float, int, int]:
+        """A number, the address that replaces it (0: none), and the dtype code there."""
+        if not isinstance(value, Tensor):
+            return float(value), 0, 0
+        if value.device != self._device:
+            if value.device.type == "cpu":
+                return float(value), 0, 0
+            value = value.to(self._device, non_blocking=True)
+        if value.dtype not in _tables.DTYPE_CODES:
+            value = value.to(torch.float64)
+        held.append(value)
+        return 0.0, value.data_ptr(), _tables.DTYPE_CODES[value.dtype]
+
+    def _pack(self, hyper: AdamWHyper, found_inf: tuple[int, int], held: list[Tensor]) -> bytes:
+        lr, lr_address, lr_code = self._scalar(hyper.lr, held)
+        step, step_address, step_code = self._scalar(hyper.step, held)
+        grad_scale, scale_address, scale_code = self._scalar(hyper.grad_scale, held)
+        return self._HYPER.pack(
+            *(lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay),
+            # where `step` is a tensor, the kernel computes these
+            *((1.0, 1.0) if step_address else (1.0 - hyper.beta1**step, math.sqrt(1.0 - hyper.beta2**step))),
+            *(grad_scale, float(hyper.maximize)),
+            *(lr_address, step_address, scale_address, found_inf[0]),
+            *(lr_code, step_code, scale_code, found_inf[1]),
+        )
+
+    def _device_table(self, grads: list[Tensor], stream: int) -> Tensor:
+        """The table for these gradients; their addresses are in `_rows` afterwards."""
+        table, self._table = self._table, None  # whatever is raised, what was seen meanwhile is not in it
+        same = self._params_column.move(self._params) & self._grads_column.move(grads)
+        capturing = _is_capturing()
+        if table is None or not same:
+            self._fill_rows(grads)
+            num_bytes = _C.sparse_adamw_cuda_table_bytes(self._rows_address, len(self._rows))
+            table = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            _C.sparse_adamw_cuda_table(self._rows_address, len(self._rows), table.data_ptr(), stream)
+            if capturing:  # it holds nothing before a replay, and is this capture's alone
+                return table
+            self._table_stream = stream
+        elif capturing:
+            self._captured_tables.add(table)
+        elif stream != self._table_stream:
+            table.record_stream(torch.cuda.current_stream(self._device))
+        self._table = table
+        return table
+
+    def _fill_rows(self, grads: Sequence[Tensor]) -> None:
+        """Writes what depends on the form of parameters and gradients."""
+        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
+            columns = self._rows[row]
+            param, exp_avg = segment.param, segment.exp_avg
+            numel = int(columns[self._PARAM + 1])
+            if param.numel() != numel or _tables.DTYPE_CODES[param.dtype] != columns[self._PARAM_DTYPE]:
+                raise StalePlan(
+                    f"`params[{row}]`: expected {numel} elements of the dtype the step was prepared for, got "
+                    f"{param.numel()} of {short(param.dtype)}; prepare another step"
+                )
+            compact = is_compact(grad, param, segment.count)
+            if segment.indices is None and not exp_avg.is_contiguous():
+                # the walk is over the state's memory: dimensions in that order
+                if not same_memory_order(param, exp_avg):
+                    raise ValueError(
+                        f"`exp_avgs[{row}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
+                        f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
+                    )
+                order = sorted(range(param.dim()), key=param.stride, reverse=True)
+                grad = grad.view(param.shape).permute(order) if compact else grad.permute(order)
+                param, compact = param.permute(order), False
+            columns[self._PARAM_NDIM : self._PARAM_NDIM + 2] = self._layouts.columns(_tables.layout(param))
+            columns[self._GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
+            columns[self._GRAD_NDIM : self._GRAD_NDIM + 2] = self._layouts.columns(_tables.layout(grad))
+            columns[self._COMPACT] = compact
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+prepare_sparse_adamw = Plan

@@ -34,6 +34,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // AddressSanitizer guards static arrays. Without it they are thread-local, so that they lie together in the
 // module's TLS block, which can be filled with garbage.
 #if defined(__SANITIZE_ADDRESS__)
@@ -399,6 +400,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

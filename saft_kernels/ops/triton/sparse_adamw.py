@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _tables
-from .._adamw import AdamWHyper, AdamWSegment, is_compact, same_memory_order
+from .._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from .._inputs import PointerColumn
 from .._tables import DTYPE_CODES, Table
 from . import _sparse_adamw_kernels as kernels
 from ._coordinates import Layouts, align, tiles
@@ -83,18 +83,6 @@ class Mirror:
         return kept[-1]
 
 
-@dataclass(frozen=True)
-class Forms:
-    """What is known of parameters and gradients beyond their addresses: the rows of the table depend on it."""
-
-    contiguous_params: list[bool]
-    contiguous_grads: list[bool]
-    grad_numels: list[int]
-    grad_dtypes: list[torch.dtype]
-    watched: list[int]  # segments for which that does not say everything
-    geometries: list[tuple[object, ...]]  # of those
-
-
 class Plan:
     """The tables of one list of segments. Between steps only what moved is written, and copied, again."""
 
@@ -104,9 +92,11 @@ class Plan:
         self._device = self._params[0].device
         self._numels = [p.numel() for p in self._params]
         self._codes = [DTYPE_CODES[p.dtype] for p in self._params]
-        self._has_16_bit = any(p.itemsize == 2 for p in self._params)  # others have gradients of their own dtype
         self._tiles = self._cut()
-        self._forms: Forms | None = None
+        self._addresses = np.zeros((len(self.segments), 2), dtype=np.int64)  # of parameters and gradients
+        self._params_column = PointerColumn(self._addresses, 0)
+        self._grads_column = PointerColumn(self._addresses, 1)
+        self._is_filled = False  # for tensors of the form that the columns have seen
         # rows, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
         self._fixed = Mirror(np.zeros(0, dtype=np.int64), self._device)
         self._layouts_at = 0
@@ -124,7 +114,7 @@ class Plan:
         is_fp64 = np.array(self._codes)[cut[:, 0]] == _FP64
         return [part for part in (cut[~is_fp64], cut[is_fp64]) if len(part)]
 
-    def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
+    def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step, enqueued on the current stream."""
         for hyper in hypers:
             if hyper.found_inf is not None and not self._is_here(hyper.found_inf) and bool(hyper.found_inf):
@@ -136,21 +126,19 @@ class Plan:
                 self._step(grads, hypers, is_capturing=torch.cuda.is_current_stream_capturing())
         torch.autograd.graph.increment_version(self._params)
 
-    def _step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper], *, is_capturing: bool) -> None:
-        param_addresses = np.fromiter(map(Tensor.data_ptr, self._params), np.int64, len(self._params))
+    def _step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper], *, is_capturing: bool) -> None:
+        same = self._params_column.move(self._params) & self._grads_column.move(grads)
+        if not (same and self._is_filled):
+            self._is_filled = False
+            self._fill_rows(grads)
+            self._is_filled = True
+        if not self._launches:
+            return
         num_rows = 1 << (len(hypers) - 1).bit_length()  # a power of two, for the kernel that computes scalars
         num_words = num_rows * _SCALAR_COLUMNS
         if len(self._moving.words) != num_words + 2 * len(self._params):
             self._moving = Mirror(np.zeros(num_words + 2 * len(self._params), dtype=np.int64), self._device)
-        addresses = self._moving.words[num_words:].reshape(-1, 2)
-        params_moved = not np.array_equal(addresses[:, 0], param_addresses)
-        if not self._same_forms(grads, params_moved=params_moved):
-            self._fill_rows(grads)
-        if not self._launches:
-            return
-        addresses[:, 0] = param_addresses
-        addresses[:, 1] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
-
+        self._moving.words[num_words:] = self._addresses.reshape(-1)
         rows = self._moving.words[:num_words].reshape(-1, _SCALAR_COLUMNS)
         converted: list[Tensor] = []  # alive until the kernels are enqueued
         on_device = any(self._is_here(x) for h in hypers for x in (h.lr, h.step, h.grad_scale, h.found_inf))
@@ -235,35 +223,8 @@ class Plan:
 
     # ---- rows ----
 
-    def _same_forms(self, grads: Sequence[Tensor], *, params_moved: bool) -> bool:
-        """The steady state: at most addresses changed.
-
-        A parameter at its old address is taken for what it was; a gradient, new in every step, is not.
-        """
-        forms = self._forms
-        return (
-            forms is not None
-            and (not params_moved or self._same_params(forms))
-            and list(map(Tensor.is_contiguous, grads)) == forms.contiguous_grads
-            and list(map(Tensor.numel, grads)) == forms.grad_numels
-            and (not self._has_16_bit or [g.dtype for g in grads] == forms.grad_dtypes)
-            and (not forms.watched or self._geometries(forms.watched, grads) == forms.geometries)
-        )
-
-    def _same_params(self, forms: Forms) -> bool:
-        return (
-            list(map(Tensor.is_contiguous, self._params)) == forms.contiguous_params
-            and list(map(Tensor.numel, self._params)) == self._numels
-            and [DTYPE_CODES.get(p.dtype) for p in self._params] == self._codes
-        )
-
-    def _geometries(self, watched: Sequence[int], grads: Sequence[Tensor]) -> list[tuple[object, ...]]:
-        pairs = [(self._params[i], grads[i]) for i in watched]
-        return [(p.shape, p.stride(), g.shape, g.stride()) for p, g in pairs]
-
-    def _fill_rows(self, grads: Sequence[Tensor]) -> None:
+    def _fill_rows(self, grads: list[Tensor]) -> None:
         """Rows, layouts and launches for these forms."""
-        self._forms = None
         layouts = Layouts()
         rows = _tables.table(
             (self._row(i, s, g, layouts) for i, (s, g) in enumerate(zip(self.segments, grads, strict=True))),
@@ -279,22 +240,12 @@ class Plan:
             (int(np.bitwise_or.reduce(1 << kinds[part[:, 0]])), at, len(part))
             for part, at in zip(self._tiles, tiles_at, strict=True)
         ]
-        contiguous_params = list(map(Tensor.is_contiguous, self._params))
-        contiguous_grads = list(map(Tensor.is_contiguous, grads))
-        # where every element has an index, a contiguous gradient may be dense or hold the values in their order
-        watched = [
-            not (p and g) or (s.indices is not None and s.count == n)
-            for p, g, s, n in zip(contiguous_params, contiguous_grads, self.segments, self._numels, strict=True)
-        ]
-        at = list(compress(range(len(watched)), watched))
-        numels, dtypes = [g.numel() for g in grads], [g.dtype for g in grads]
-        self._forms = Forms(contiguous_params, contiguous_grads, numels, dtypes, at, self._geometries(at, grads))
 
     def _row(self, i: int, segment: AdamWSegment, grad: Tensor, layouts: Layouts) -> tuple[int, ...]:
         param, exp_avg, indices = segment.param, segment.exp_avg, segment.indices
         code = self._codes[i]
         if param.numel() != self._numels[i] or DTYPE_CODES.get(param.dtype) != code:
-            raise RuntimeError(
+            raise StalePlan(
                 f"`params[{i}]`: expected {self._numels[i]} elements of the dtype the step was prepared for, "
                 f"got {param.numel()} of {param.dtype}; prepare another step"
             )
