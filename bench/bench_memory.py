@@ -402,7 +402,7 @@ def draw(plt: Any, results: Results) -> Any:
         axis.set(xlabel="peak memory, MiB (lower is better)", title=f"{model}, {rows[0].dtype}, {rows[0].data}")
         axis.invert_yaxis()
         axis.margins(x=0.18)
-        axis.legend(loc="lower right")
+    axes[0, 0].legend(loc="center right")
     return figure
 
 
