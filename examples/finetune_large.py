@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from memory_plan import (
     MARGIN,
+    OVERHEAD,
     TRAINING,
     Peak,
     Plan,
@@ -53,7 +54,7 @@ examples:
   python finetune_large.py
 
   # the same in less memory: gradients are released, the selection streams
-  python finetune_large.py --memory-budget 110MiB
+  python finetune_large.py --memory-budget 150MiB
 
   # your text, a model of the Hugging Face hub or a folder with one (needs transformers)
   python finetune_large.py --model Qwen/Qwen2.5-7B --data notes.txt --memory-budget 24GiB --output runs/notes
@@ -213,7 +214,7 @@ def choose(args: argparse.Namespace, build: Callable[[bool, bool], nn.Module], s
     dense = step("dense", False)
     numel = dense.numel
     say(f"{numel:,} parameters in {args.dtype}, {args.batch} x {args.tokens} tokens, budget {readable(budget)}")
-    say(f"expected, {100 * (MARGIN - 1):.0f} % of margin included: {readable(plan.peak)}")
+    say(f"expected, with a margin of {100 * (MARGIN - 1):.0f} % and {readable(OVERHEAD)}: {readable(plan.peak)}")
     for part, size in plan.parts.items():
         say(f"  {part:26}{readable(size):>12}")
     say(f"{plan}")

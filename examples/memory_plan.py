@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 GIB = 2**30
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 TRAINING = ("dense", "release", "sparse_grad")
-MARGIN = 1.1
-"""What allocators and libraries take beyond the tensors of a step; measured: see docs/memory.md."""
+MARGIN, OVERHEAD = 1.1, 16 * 2**20
+"""What allocators and libraries take beyond the tensors of a step: a factor, and bytes. See docs/memory.md."""
 
 
 def parse_bytes(text: str) -> int:
@@ -156,7 +156,7 @@ def plan_training(mode: str, step: Step, k: int, itemsize: int) -> tuple[int, di
     parts = {"weights": step.weights, "gradients": gradients, "optimizer state": state}
     # where the peak is, not all activations are there any more
     parts["activations, temporaries"] = max(0, step.peak - step.weights - gradients)
-    return round(MARGIN * sum(parts.values())), parts
+    return round(MARGIN * sum(parts.values())) + OVERHEAD, parts
 
 
 def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, itemsize: int, device: str) -> int:
@@ -164,7 +164,7 @@ def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, i
     per_element = max(4, itemsize) + (2 if itemsize == 2 else 0)  # sums; 16-bit gradients beside them
     sums = per_element * released.numel
     more = {False: sums, "blocks": sums // blocks, True: 36 * k, "host": sums if device == "cpu" else 0}
-    return round(MARGIN * (released.peak + more[streaming]))
+    return round(MARGIN * (released.peak + more[streaming])) + OVERHEAD
 
 
 def plans(steps: Callable[[str, bool], Step], density: float, itemsize: int, device: str) -> Iterator[Plan]:
