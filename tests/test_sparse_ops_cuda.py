@@ -106,7 +106,7 @@ def backend(host: Backend) -> Backend:
     return host
 
 
-def tests_of_the_ops() -> dict[str, Callable[..., None]]:
+def ops_tests() -> dict[str, Callable[..., None]]:
     """The ops' tests that take a backend, under names that say where they run."""
     found = {}
     for module, op in ((test_sparse_adamw, "adamw"), (test_gather_scatter, "gather")):
@@ -116,7 +116,7 @@ def tests_of_the_ops() -> dict[str, Callable[..., None]]:
     return found
 
 
-globals().update(tests_of_the_ops())
+globals().update(ops_tests())
 
 
 def same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str = "") -> None:
