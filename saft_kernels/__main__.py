@@ -10,6 +10,17 @@ import torch
 
 from . import __version__, ops
 
+_CONTRACT = """\
+what you can rely on
+  selection      exactly k elements, those a stable sort by (descending |g|, tensor, flat index) puts first; the same
+                 bits on every backend, run and thread count; a gradient that is not finite raises, and names the tensor
+  SparseAdamW    AdamW on the selected elements, in fp32, rounded once; every other element of every parameter keeps its
+                 bits, whatever the weight decay; density=1.0 is torch.optim.AdamW, its state keys and checkpoints
+  state          12 B per selected element (16 B with amsgrad; 4 B more for bf16 and fp16 parameters), none per other
+  checkpoints    a resumed run has the bits of one that was not interrupted; a state that does not fit raises first
+  errors         name the argument, what was expected, what came and the remedy, before anything is changed
+  README.md      says the rest: dtypes, budgets, scores, and the differences from torch.optim.AdamW"""
+
 _PACKAGES = ("numpy", "triton", "safetensors", "open_clip_torch", "timm")
 
 
@@ -37,6 +48,7 @@ def report() -> str:
         reason = ops.why_unavailable(name, device_type=device_type)
         state = f"available{ops.describe(name)}" if reason is None else f"not available: {reason}"
         lines.append(f"  {name:14} {state}")
+    lines += ["", _CONTRACT]
     return "\n".join(lines)
 
 
