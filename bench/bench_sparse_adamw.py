@@ -100,10 +100,11 @@ def installed_peers(params: list[nn.Parameter]) -> dict[str, Callable[[], Callab
         import bitsandbytes
 
         peers["bitsandbytes AdamW8bit"] = lambda: bitsandbytes.optim.AdamW8bit(params).step
-    with contextlib.suppress(ImportError):
-        import torchao.optim
+    if params[0].is_cuda:  # on a CPU, torchao's step is compiled and run for minutes
+        with contextlib.suppress(ImportError):
+            import torchao.optim
 
-        peers["torchao AdamW8bit"] = lambda: torchao.optim.AdamW8bit(params).step
+            peers["torchao AdamW8bit"] = lambda: torchao.optim.AdamW8bit(params).step
     return peers
 
 
