@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -89,18 +90,19 @@ def compile_cuda(nvcc: str, directory: Path) -> list[str]:
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     directory.mkdir(parents=True, exist_ok=True)
-    objects = []
-    for source in CUDA_SOURCES:
+
+    def compile_one(source: str) -> str:
         target = directory / Path(source).with_suffix(".o").name
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc"]
         if source in UNFUSED_SOURCES:
             command.append("-fmad=false")
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-        command += ["-c", source, "-o", str(target)]
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-c", source, "-o", str(target)]
         print(" ".join(command))
         subprocess.run(command, check=True)
-        objects.append(str(target))
-    return objects
+        return str(target)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(compile_one, CUDA_SOURCES))
 
 
 class BuildExt(build_ext):
