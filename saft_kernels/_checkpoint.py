@@ -43,6 +43,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
     members = dict(zip(ids, places(optimizer.param_groups), strict=True))
     states: dict[Any, Any] = {}
     loaded: dict[Position, dict[str, Any]] = {}
+    has_sums = False
     for key, values in state_dict["state"].items():
         states[key] = values
         if key in members and values:
@@ -52,6 +53,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
                     f"`state_dict`: grad_sum of {name!r}: expected shape {tuple(parameter.shape)}, got "
                     f"{tuple(values['grad_sum'].shape)}: the state of another model; nothing was loaded"
                 )
+            has_sums |= "grad_sum" in values
             if not values.keys() <= {*_SUMS}:
                 _check_state(name, parameter, values, groups[position[0]].get("amsgrad", False))
                 loaded[position] = values
@@ -74,7 +76,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
     for saved, group in zip(groups, optimizer.param_groups, strict=True):
         # budgets are the optimizer's own; what has been selected goes with the state
         own = {key: group[key] for key in _OUR_GROUP_KEYS}
-        if loaded:
+        if loaded or has_sums:
             own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
         new_groups.append({**saved, **own, "differentiable": False})
     return {**state_dict, "state": states, "param_groups": new_groups}

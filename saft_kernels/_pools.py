@@ -103,7 +103,11 @@ class Selection:
             if parameter.requires_grad and parameter.grad is not None:
                 check_dense(names[position], parameter.grad)
                 scores[position] = parameter.grad
-        accumulating = self.num_sums > 0 or (self.steps > 1 and any_nonzero(scores.values()))
+        accumulating = self.num_sums > 0 or self.steps > 1
+        if accumulating and not any_nonzero(scores.values()):
+            if self.num_sums:
+                return None  # gradients of zeros are no step
+            accumulating = False
         if accumulating:
             self._add_to_sums(names, scores, grad_scale)
             if self.num_sums < self.steps:

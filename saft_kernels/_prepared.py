@@ -43,12 +43,15 @@ class PreparedStep:
         self._check_gradients()
         for name, parameter, state in zip(self.names, self.params, self.states, strict=True):
             _check_state(name, parameter, state)
+        _check_positions(self.names, self.params, self.states)
         self.parts: list[_Part] = []
         for device in dict.fromkeys(p.device for p in self.params):
             rows = [row for row, p in enumerate(self.params) if p.device == device]
             segments = [(trained[row][0], self.params[row], self.states[row]) for row in rows]
             self.parts += [_Part(device, rows, segments, groups, flag, backend) for flag in (False, True)]
         self.parts = [part for part in self.parts if part.rows]
+        # a plan that finds out after another has stepped would come too late
+        self.forms = self._forms()
         self.steps = [state["step"] for state in self.states]
         # the step counts are the device's: a step need not wait to know whether it counts
         self.runs_on_device = all(part.capturable for part in self.parts)
@@ -68,12 +71,17 @@ class PreparedStep:
             and _inputs.same_items(self.states, "step", self.steps)
             and all(part.has_its_steps() for part in self.parts)
             and all(p.grad is None for p in self.waiting)
+            and self.forms == self._forms()
         ):
             return None
         if not self.releases:
             return _inputs.gradients(self.params)
         gradients = self.current_gradients()
         return gradients if len(gradients) == len(self.params) else None
+
+    def _forms(self) -> list[tuple[torch.dtype, int]]:
+        """What a plan calls stale, where there are several plans."""
+        return [(p.dtype, p.numel()) for p in self.params] if len(self.parts) > 1 else []
 
     def current_gradients(self) -> list[Tensor]:
         """Dense or compact; shorter than `params` where some have none."""
@@ -91,7 +99,7 @@ class PreparedStep:
         try:
             for part in self.parts:
                 part.run(gradients, param_groups, grad_scale, found_inf)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             self._check_gradients()
             raise
 
@@ -116,7 +124,6 @@ class _Part:
     ) -> None:
         mine = [at for at, (i, _, _) in enumerate(segments) if bool(groups[i]["capturable"]) == capturable]
         self.rows = [rows[at] for at in mine]
-        self.is_all = len(self.rows) == len(segments)
         self.device, self.capturable = device, capturable
         if not mine:
             return
@@ -162,12 +169,15 @@ class _Part:
         grad_scale: float | Tensor,
         found_inf: Tensor | None,
     ) -> None:
-        if not self.is_all:
+        if len(self.rows) != len(gradients):
             gradients = [gradients[row] for row in self.rows]
         if self.capturable:
-            self.steps += 1
+            # what the host reads has to be there
+            non_blocking = self.device.type != "cpu"
             if found_inf is not None:
-                found_inf = found_inf.to(self.device, non_blocking=True)
+                found_inf = found_inf.to(self.device, non_blocking=non_blocking)
+            if isinstance(grad_scale, Tensor):
+                grad_scale = grad_scale.to(self.device, non_blocking=non_blocking)
         hypers = []
         for (i, step), count in zip(self.hypers, self.counts, strict=True):
             group = groups[i]
@@ -185,6 +195,8 @@ class _Part:
                     found_inf,
                 )
             )
+        if self.capturable:
+            self.steps += 1
         try:
             self.plan.step(gradients, hypers)
         except Exception:
@@ -196,12 +208,27 @@ class _Part:
             self.steps += 1
             self.counts = [count + 1 for count in self.counts]
         elif found_inf is not None:
-            self.steps -= found_inf
+            self.steps -= (found_inf != 0).float()  # GradScaler adds up those of several devices
         self.version = self.steps._version
 
 
 def _flags(groups: list[dict[str, Any]]) -> list[tuple[bool, bool]]:
     return [(group["amsgrad"], group["capturable"]) for group in groups]
+
+
+def _check_positions(names: list[str], parameters: list[Tensor], states: list[State]) -> None:
+    """Of ascending indices the last one tells. One wait per device."""
+    last: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    for name, parameter, state in zip(names, parameters, states, strict=True):
+        if (indices := state.get("indices")) is not None and indices.numel() and not indices.is_meta:
+            last.setdefault(indices.device, []).append((name, parameter, indices[-1].long()))
+    for members in last.values():
+        for (name, parameter, _), at in zip(members, torch.stack([at for _, _, at in members]).tolist(), strict=True):
+            if at >= parameter.numel():
+                raise ValueError(
+                    f"state of {name!r}: expected indices below {parameter.numel()}, its number of elements, got {at}; "
+                    "the parameter's shape has changed: build another optimizer"
+                )
 
 
 def _check_state(name: str, parameter: Tensor, state: State) -> None:

@@ -295,7 +295,12 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        if torch.is_inference_mode_enabled():
+            # the state would be inference tensors, which nothing else may write
+            with torch.inference_mode(False), torch.no_grad():
+                self._update()
+        else:
+            self._update()
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -305,8 +310,11 @@ class SparseAdamW(Optimizer):
         prepared = self._prepared
         gradients = prepared.gradients(self) if prepared is not None and not self._awaits_selection() else None
         if prepared is not None and gradients is not None and prepared.runs_on_device:
-            prepared.run(gradients, self.param_groups, 1.0 if scale is None else scale, found_inf)
-            return
+            try:
+                prepared.run(gradients, self.param_groups, 1.0 if scale is None else scale, found_inf)
+                return
+            except StalePlan:
+                self._prepared = prepared = gradients = None
         is_cuda = (
             any(p.is_cuda for g in self.param_groups for p in g["params"]) if prepared is None else prepared.is_cuda
         )

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ._pools import places
-from ._release import GradientBuffer
+from ._release import GradientBuffer, _pauses
 from ._sparse_linear import sparse_linear
 from .ops._adamw import opmath_dtype
 from .optim import SparseAdamW
@@ -280,7 +280,7 @@ class _Forward:
         self._weights = [weights[weight] for weight in mine if weight in weights]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or self._buffer() is None:
+        if _pauses or not torch.is_grad_enabled() or self._buffer() is None:
             return self._plain(*args, **kwargs)
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(f"sparse_grad: expected a plain module, got one inside {_DDP}")

@@ -46,6 +46,9 @@ class PointerColumn:
                 return same
             self._forms[:] = 0
         pointers = list(map(Tensor.data_ptr, tensors))
+        for tensor, pointer in zip(tensors, pointers, strict=True):
+            if not pointer and tensor.numel():
+                raise TypeError(f"expected tensors with memory, got a {type(tensor).__name__}; pass the values it wraps")
         forms: list[tuple[object, ...]] = [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
         if self._is_fixed:
             forms = list(zip(forms, pointers, strict=True))
