@@ -103,14 +103,21 @@ class TensorReader {
   const PyTypeObject *tensor_, *parameter_;  // torch keeps them alive
 };
 
-// [getattr(object, name) for object in objects]; None when one of them is None
-py::object attributes(const py::list& objects, const py::str& name) {
-  py::list values(objects.size());
-  for (size_t i = 0; i < objects.size(); ++i) {
-    PyObject* value = PyObject_GetAttr(PyList_GET_ITEM(objects.ptr(), Py_ssize_t(i)), name.ptr());
-    if (value == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(values.ptr(), Py_ssize_t(i), value);
-    if (value == Py_None) return py::none();
+// [p.grad for p in parameters], lazily negated ones made so; None when one of them has none.
+py::object gradients(const py::list& parameters) {
+  static const py::str& grad = *new py::str("grad");
+  static const py::str& is_neg = *new py::str("is_neg");
+  py::list values(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    auto value = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i)), grad.ptr()));
+    if (!value) throw py::error_already_set();
+    if (value.is_none()) return value;
+    const auto negated =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value.ptr(), is_neg.ptr()));
+    if (!negated) throw py::error_already_set();
+    if (negated.is(py::bool_(true))) value = value.attr("resolve_neg")();
+    PyList_SET_ITEM(values.ptr(), Py_ssize_t(i), value.release().ptr());
   }
   return std::move(values);
 }
@@ -146,7 +153,7 @@ void bind_tensors(py::module_& m) {
       .def_property_readonly("is_available", &TensorReader::is_available)
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
            py::arg("forms"), py::arg("is_fixed"));
-  m.def("attributes", &attributes, py::arg("objects"), py::arg("name"));
+  m.def("gradients", &gradients, py::arg("parameters"));
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
   m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));
 }

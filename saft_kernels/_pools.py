@@ -102,7 +102,7 @@ class Selection:
         for position, parameter in (member for pool in pools if not pool.is_dense for member in pool.members.items()):
             if parameter.requires_grad and parameter.grad is not None:
                 check_dense(names[position], parameter.grad)
-                scores[position] = parameter.grad
+                scores[position] = parameter.grad.resolve_neg()
         accumulating = self.num_sums > 0 or self.steps > 1
         if accumulating and not any_nonzero(scores.values()):
             if self.num_sums:

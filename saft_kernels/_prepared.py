@@ -128,12 +128,22 @@ class _Part:
         if not mine:
             return
         states = [segments[at][2] for at in mine]
-        # one buffer of step counts, to be incremented at once; the states hold views of it
-        counts = torch.stack([state["step"].float() for state in states]).tolist()
-        self.steps = torch.tensor(counts, dtype=torch.float32, device=device if capturable else "cpu")
-        for state, step in zip(states, self.steps.unbind(), strict=True):
-            state["step"] = step
-        self.version = self.steps._version
+        steps = [state["step"] for state in states]
+        if len({step.device for step in steps}) == 1:
+            counts = torch.stack([step.float() for step in steps]).tolist()
+        else:  # capturable was switched on or off
+            counts = [float(step) for step in steps]
+        if capturable:
+            # a captured graph counts in the tensors it found, so they stay
+            for state in states:
+                state["step"] = state["step"].to(device, torch.float32)
+            self.steps = [state["step"] for state in states]
+        else:
+            # one buffer, to be incremented at once; the states hold views of it
+            self.steps = [torch.tensor(counts, dtype=torch.float32)]
+            for state, step in zip(states, self.steps[0].unbind(), strict=True):
+                state["step"] = step
+        self.versions = self._versions()
 
         hyper_rows: dict[tuple[int, float], int] = {}
         self.hypers: list[tuple[int, Tensor]] = []  # a group, and its count in `steps`
@@ -160,7 +170,10 @@ class _Part:
 
     def has_its_steps(self) -> bool:
         """Whether nobody else wrote the step counts."""
-        return self.steps._version == self.version
+        return self._versions() == self.versions
+
+    def _versions(self) -> list[int]:
+        return [step._version for step in self.steps]
 
     def run(
         self,
@@ -196,20 +209,21 @@ class _Part:
                 )
             )
         if self.capturable:
-            self.steps += 1
+            torch._foreach_add_(self.steps, 1.0)
         try:
             self.plan.step(gradients, hypers)
         except Exception:
             if self.capturable:
-                self.steps -= 1
-                self.version = self.steps._version
+                torch._foreach_add_(self.steps, -1.0)
+                self.versions = self._versions()
             raise
         if not self.capturable:
-            self.steps += 1
+            self.steps[0] += 1
             self.counts = [count + 1 for count in self.counts]
         elif found_inf is not None:
-            self.steps -= (found_inf != 0).float()  # GradScaler adds up those of several devices
-        self.version = self.steps._version
+            # GradScaler adds up those of several devices
+            torch._foreach_add_(self.steps, (found_inf != 0).reshape(()).float(), alpha=-1.0)
+        self.versions = self._versions()
 
 
 def _flags(groups: list[dict[str, Any]]) -> list[tuple[bool, bool]]:

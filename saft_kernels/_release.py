@@ -120,7 +120,7 @@ def step_gradient(name: str, gradient: Tensor, state: State) -> Tensor:
         ValueError: They were gathered for another selection.
     """
     if type(gradient) is not SelectedGrad:
-        return gradient
+        return gradient.resolve_neg()
     if gradient.selected.index is not state.get("indices"):
         raise ValueError(
             f"gradient of {name!r}: expected the values that are selected now, got those of another selection or "

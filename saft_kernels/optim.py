@@ -129,6 +129,7 @@ class SparseAdamW(Optimizer):
         self.release_grads = bool(release_grads)
         self._selection = Selection(density, k, scope, selection_steps)
         self._prepared: PreparedStep | None = None
+        self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
         super().__init__(params, defaults)
         # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
@@ -311,6 +312,8 @@ class SparseAdamW(Optimizer):
         gradients = prepared.gradients(self) if prepared is not None and not self._awaits_selection() else None
         if prepared is not None and gradients is not None and prepared.runs_on_device:
             try:
+                if prepared.is_cuda and torch.cuda.is_current_stream_capturing():
+                    self._captured.append(prepared)  # the graph reads its tables
                 prepared.run(gradients, self.param_groups, 1.0 if scale is None else scale, found_inf)
                 return
             except StalePlan:
@@ -473,6 +476,7 @@ class SparseAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepared = None
+        self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
             self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
@@ -496,7 +500,8 @@ def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
 def _check_mask_alone(mask: SparseMask, density: float, k: int | None, scope: str) -> None:
     if not isinstance(mask, SparseMask):
         raise TypeError(
-            f"`mask`: expected a SparseMask, got {type(mask).__name__}; SparseMask.from_dense takes bool tensors"
+            f"`mask`: expected a SparseMask, got {type(mask).__name__}; SparseMask.load reads a file, "
+            "SparseMask.from_dense takes bool tensors"
         )
     if density != DEFAULT_DENSITY or k is not None or scope != "global":
         raise ValueError(

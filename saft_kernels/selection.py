@@ -268,7 +268,7 @@ def _safetensors(name: str) -> Callable[..., Any]:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("mask and delta files need safetensors; pip install saft_kernels[io]") from error
+        raise ImportError("mask and delta files need safetensors; pip install 'saft_kernels[io]'") from error
     return getattr(safetensors, name, None) or getattr(safetensors.torch, name)  # type: ignore[no-any-return]
 
 
@@ -397,6 +397,11 @@ def _check_score(score: str, batches: object, loss_fn: object) -> Score:
             raise TypeError(
                 f"`{name}`: expected one for score={score!r}, got None; only 'weight' and 'random' need none"
             )
+        if scoring.needs_gradients and name == "loss_fn" and not callable(value):
+            raise TypeError(
+                f"`loss_fn`: expected a function of model and batch, got {type(value).__name__}; the order is "
+                "select(model, batches, loss_fn)"
+            )
         if not scoring.needs_gradients and value is not None:
             raise TypeError(f"`{name}`: expected None for score={score!r}, got {type(value).__name__}; drop it")
     return scoring
@@ -495,7 +500,7 @@ def _accumulate(
             parameter.grad = None
     for name, parameter in candidates.items():
         if parameter.grad is not None:
-            sums[name] = parameter.grad.detach()
+            sums[name] = parameter.grad.detach().resolve_neg()
         elif name not in sums:
             sums[name] = torch.zeros_like(parameter)  # the loss does not reach it
     return {name: sums[name] for name in candidates}

@@ -212,6 +212,7 @@ def test_random_score() -> None:
     [
         ({"loss_fn": loss_fn}, "`batches`: expected one for score='fisher', got None"),
         ({"batches": []}, "`loss_fn`: expected one for score='fisher', got None"),
+        ({"batches": loss_fn, "loss_fn": []}, "`loss_fn`: expected a function of model and batch, got list"),
         ({"batches": [], "score": "weight"}, "`batches`: expected None for score='weight', got list"),
     ],
 )

@@ -48,7 +48,9 @@ class PointerColumn:
         pointers = list(map(Tensor.data_ptr, tensors))
         for tensor, pointer in zip(tensors, pointers, strict=True):
             if not pointer and tensor.numel():
-                raise TypeError(f"expected tensors with memory, got a {type(tensor).__name__}; pass the values it wraps")
+                raise TypeError(
+                    f"expected tensors with memory, got a {type(tensor).__name__}; pass the values it wraps"
+                )
         forms: list[tuple[object, ...]] = [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
         if self._is_fixed:
             forms = list(zip(forms, pointers, strict=True))
@@ -58,10 +60,10 @@ class PointerColumn:
 
 
 def gradients(parameters: list[Tensor]) -> list[Tensor] | None:
-    """`p.grad` of each; None when one of them has none."""
+    """`p.grad` of each, with its values in memory (autograd may negate lazily); None when one of them has none."""
     if _C is not None:
-        return _C.attributes(parameters, "grad")
-    grads = [grad for p in parameters if (grad := p.grad) is not None]
+        return _C.gradients(parameters)
+    grads = [grad.resolve_neg() for p in parameters if (grad := p.grad) is not None]
     return grads if len(grads) == len(parameters) else None
 
 

@@ -151,10 +151,11 @@ class Plan:
 
         Returns gradients laid out anew, which have to live until the kernel is done.
         """
+        was_filled, self._is_filled = self._is_filled, False
         same = self._params_column.move(self._params) & self._grads_column.move(grads)
-        if same and self._is_filled:
+        if same and was_filled:
+            self._is_filled = True
             return []  # the steady state: at most pointers have moved
-        self._is_filled = False
         copies = []
         for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
             laid_out = self._fill(row, segment, grad)

@@ -127,11 +127,11 @@ class Plan:
         torch.autograd.graph.increment_version(self._params)
 
     def _step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper], *, is_capturing: bool) -> None:
+        was_filled, self._is_filled = self._is_filled, False
         same = self._params_column.move(self._params) & self._grads_column.move(grads)
-        if not (same and self._is_filled):
-            self._is_filled = False
+        if not (same and was_filled):
             self._fill_rows(grads)
-            self._is_filled = True
+        self._is_filled = True
         if not self._launches:
             return
         num_rows = 1 << (len(hypers) - 1).bit_length()  # a power of two, for the kernel that computes scalars
