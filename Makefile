@@ -21,7 +21,7 @@ $(SETUP): $(BUILD_INPUTS)
 	$(BIN)/python -m saft_kernels
 	touch $@
 
-demo: build  ## fine-tune a CLIP on real digits, SAFT beside full fine-tuning (about 5 minutes on 2 cores)
+demo: build  ## fine-tune a CLIP on real digits, SAFT beside full fine-tuning (about 2 minutes on 2 cores, the first time)
 	$(BIN)/python examples/finetune_clip.py
 
 test: build  ## every backend against the reference (PYTEST_ARGS='-k topk' for a part)

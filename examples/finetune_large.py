@@ -5,7 +5,7 @@ in what else is there:
 
     dense        p.grad of every parameter, as in any training
     release      SparseAdamW(..., release_grads=True): the selected values of each gradient, as backward makes it
-    sparse_grad  linear layers compute the selected entries of their gradient alone (where this version has it)
+    sparse_grad  linear layers compute the selected entries of their gradient alone
 
 Choosing the parameters is a step of its own, select(..., streaming=...): from a gradient sum per element, from the sums
 of one block of parameters per pass, or from one batch without any sums.
@@ -194,19 +194,17 @@ def choose(args: argparse.Namespace, build: Callable[[bool, bool], nn.Module], s
 
         return dry_run(lambda: build(checkpointing, False), make_batch, loss_fn, mode)
 
-    has_sparse_grad = hasattr(saft_kernels, "sparse_grad")
     least: Plan | None = None
     budget = args.memory_budget
     for plan in plans(step, args.density, itemsize, torch.device(args.device).type):
-        if args.mode not in ("auto", plan.mode) or (plan.mode == "sparse_grad" and not has_sparse_grad):
+        if args.mode not in ("auto", plan.mode):
             continue
         if least is None or plan.peak < least.peak:
             least = plan
         if plan.peak <= budget:
             break
     else:
-        if least is None:
-            raise InputError("--mode sparse_grad: this version of saft_kernels has no sparse_grad; take release")
+        assert least is not None
         raise InputError(
             f"--memory-budget: expected at least {readable(least.peak)} ({least}), got {readable(budget)}; lower "
             "--batch or --tokens, take --dtype bfloat16, or a smaller model"
@@ -215,6 +213,7 @@ def choose(args: argparse.Namespace, build: Callable[[bool, bool], nn.Module], s
     numel = dense.numel
     say(f"{numel:,} parameters in {args.dtype}, {args.batch} x {args.tokens} tokens, budget {readable(budget)}")
     say(f"expected, with a margin of {100 * (MARGIN - 1):.0f} % and {readable(OVERHEAD)}: {readable(plan.peak)}")
+    say("of it in training, without the margin:")
     for part, size in plan.parts.items():
         say(f"  {part:26}{readable(size):>12}")
     say(f"{plan}")

@@ -87,8 +87,8 @@ def check_same_kind(argument: str, name: str, tensor: Tensor, shape: tuple[int, 
     """Raises ValueError for a tensor of another shape or dtype."""
     if tensor.shape != shape:
         raise ValueError(
-            f"`{argument}`: expected shape {shape} for {name!r}, got {tuple(tensor.shape)}: another model; load the "
-            "architecture that the delta was made on"
+            f"`{argument}`: expected shape {shape} for {name!r}, got {tuple(tensor.shape)}: another model; load "
+            "one of the same architecture"
         )
     if tensor.dtype != dtype:
         raise ValueError(

@@ -33,8 +33,9 @@ examples:
   saft-kernels compare mask_a.safetensors mask_b.safetensors
 
 Checkpoints are .safetensors, .pt, .pth, .bin or .ckpt files (read without running their code). The state dict may be
-nested under state_dict or model, and its names may start with "module.". The output has the format and nesting of
-MODEL. Existing outputs are replaced, once the new file is whole. Exit status: 0, 1 for an error, 2 for wrong usage."""
+nested under state_dict, model, model_state_dict or module, and its names may start with "module.". The output has the
+format and nesting of MODEL. Existing outputs are replaced, once the new file is whole. Exit status: 0, 1 for an error,
+2 for wrong usage."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -210,13 +210,14 @@ def test_report_lists_versions_and_backends() -> None:
     start = lines.index("backends, in order of preference")
     assert lines[0].split() == ["saft_kernels", saft_kernels.__version__]
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines[:start])
-    listed = [line.split(maxsplit=1) for line in lines[start + 1 :]]
+    listed = [line.split(maxsplit=1) for line in lines[start + 1 : lines.index("", start)]]
     assert [name for name, _ in listed] == list(ops.BACKENDS)
     for name, state in listed:
         device = "cuda" if name in ("cuda", "triton") else None
         reason = ops.why_unavailable(name, device_type=device)
         assert state == f"not available: {reason}" if reason else state.startswith("available")
     assert listed[-1] == ["reference", "available"]
+    assert "what you can rely on" in lines
 
 
 @cpu_compiled

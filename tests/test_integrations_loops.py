@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from training import Batch, TwoTowers, batches, loss_fn, two_towers
 
 import saft_kernels
-from saft_kernels import SparseAdamW, SparseMask
+from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.integrations import select_into
 from saft_kernels.integrations._selection import use_mask
 
@@ -154,6 +154,14 @@ def test_select_into_again_keeps_the_moments_of_what_stays() -> None:
     new = dict(zip(second["text.weight"].tolist(), optimizer.state[weight]["exp_avg"].tolist(), strict=True))
     assert 0 < len(old.keys() & new.keys()) < len(old)
     assert all(new[i] == old.get(i, 0.0) for i in new)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_select_into_takes_the_optimizers_scope(scope: Any) -> None:
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), density=0.1, scope=scope)
+    mask = select_into(optimizer, model, batches(2), loss_fn, progress=False)
+    assert mask == select(model, batches(2), loss_fn, density=0.1, scope=scope, progress=False)
 
 
 def test_select_into_errors_change_nothing() -> None:

@@ -87,7 +87,7 @@ def _pick(
             loss_fn,
             density=DEFAULT_DENSITY if pool.density is None else pool.density,
             k=pool.k,
-            scope="tensor" if optimizer._selection.scope == "tensor" and pool.k is None else "global",
+            scope=optimizer._selection.scope if pool.k is None else "global",  # type: ignore[arg-type]
             include=None if of_model == set(mine) else [glob.escape(name) for name in mine],
             **{"backend": optimizer.backend, **options},
         )

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     options = parser.add_argument_group("SparseAdamW, beside the arguments of open_clip_train")
     options.add_argument("--density", type=float, help="selected share of the parameters (default: 1e-3)")
     options.add_argument("--k", type=int, help="number of selected parameters, in place of --density")
-    options.add_argument("--scope", choices=["global", "tensor"], help="one budget over all tensors, or one for each")
+    options.add_argument("--scope", choices=["global", "tensor", "row"], help="one budget over all, or one for each")
     options.add_argument(
         "--selection-steps", type=int, help="select from the mean gradient of that many steps, which do not update"
     )

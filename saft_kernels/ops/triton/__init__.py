@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 
+import torch
+
 # the module of each op, by its name in ops/reference.py
 _OPS = {
     "topk_magnitude": "topk_magnitude",
@@ -36,6 +38,8 @@ def why_unavailable(device_type: str | None) -> str | None:
         return "it runs on CUDA and ROCm tensors, got cpu; TRITON_INTERPRET=1 was set after triton was imported"
     if device_type == "cuda" and INTERPRETED:
         return "TRITON_INTERPRET=1 is set: the interpreter reads CPU tensors only"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
     return None
 
 
