@@ -35,6 +35,11 @@ stage() {
   return $rc
 }
 
+# has_packages NAME...: whether they import; says so when they do not
+has_packages() {
+  "$python" -c "import $(IFS=,; echo "$*")" 2> /dev/null || { echo "=== not measured, for want of: $*"; return 1; }
+}
+
 machine() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory --format=csv
   nvcc --version | tail -2
@@ -85,7 +90,11 @@ run() {
   stage tests-of-the-step 60 "$python" -m pytest -q -p no:cacheprovider tests/test_sparse_adamw.py \
     tests/test_gather_scatter.py -k "cuda or triton" --junitxml "$results/tests_op_step.xml"
 
+  stage tests-sddmm 40 "$python" -m pytest -q -p no:cacheprovider tests/test_sddmm.py tests/test_sddmm_cuda.py \
+    tests/test_sddmm_triton.py -k "gpu or cuda or triton" --junitxml "$results/tests_sddmm.xml"
+
   stage bench-step 60 "$python" bench/bench_sparse_adamw.py --device cuda --output "$results"
+  stage bench-sddmm 20 "$python" bench/bench_sddmm.py --device cuda --output "$results"
 
   local bench=("$python" bench/bench_topk_magnitude.py --device cuda --output "$results")
   stage kernels 40 "$python" bench/profile_topk_magnitude.py --output "$results/topk_magnitude_kernels.csv"
@@ -94,6 +103,13 @@ run() {
     --name topk_magnitude_cuda_data
   stage bench-large 60 "${bench[@]}" --numel 4e9 8e9 --share 1e-3 1e-2 --dtype bfloat16 float32 --no-peers \
     --data gaussian --name topk_magnitude_cuda_large
+  if has_packages transformers; then
+    stage bench-memory 60 "$python" bench/bench_memory.py --device cuda --models decoder \
+      --methods 'torch AdamW|SparseAdamW|LoRA' --output "$results"
+  fi
+  if has_packages open_clip; then
+    stage bench-train-step 60 "$python" bench/bench_train_step.py --device cuda --output "$results"
+  fi
   if command -v ncu > /dev/null; then
     # the second call's ten kernels
     stage ncu 60 ncu --clock-control none --kernel-name 'regex:(filter|sample|refine|select|count|emit)_kernel' \
