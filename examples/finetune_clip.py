@@ -80,7 +80,7 @@ examples:
 written to --output:
   results.json, results.png       accuracy, sizes and times of every run; where the selected parameters are
   mask.safetensors                which parameters SAFT trains
-  saft.safetensors                their new values: NAME.indices (flat positions) and NAME.values
+  saft.safetensors                the fine-tune as a SparseDelta: what changed, for the command saft-kernels, too
   full.safetensors                every parameter
   METHOD.checkpoint.pt            for --resume; written after every epoch
   With several seeds the last four are in a folder per seed. A file is written whole or not at all.
@@ -412,9 +412,11 @@ class FineTuning:
         self.loader = task.loader(files, self.args.batch_size, train=True)
         lr, decay = self.args.lr[method], self.args.weight_decay
         if self.mask is not None:
-            self.optimizer: torch.optim.Optimizer = saft_kernels.SparseAdamW(
+            optimizer = saft_kernels.SparseAdamW(
                 task.model.named_parameters(), lr=lr, weight_decay=decay, mask=self.mask
             )
+            self.optimizer: torch.optim.Optimizer = optimizer
+            self.originals = saft_kernels.Originals(optimizer)
         else:
             self.optimizer = torch.optim.AdamW(task.model.named_parameters(), lr=lr, weight_decay=decay)
         total = self.args.epochs * len(self.loader)
@@ -443,8 +445,11 @@ class FineTuning:
             while self.epoch < self.args.epochs:
                 self._train_epoch(bar)
                 self._save_checkpoint()
-        with replacing(self.values_file) as file:
-            save_file(self.values(), file)
+        if isinstance(self.optimizer, saft_kernels.SparseAdamW):
+            saft_kernels.SparseDelta.from_optimizer(self.optimizer, self.originals).save(self.values_file)
+        else:
+            with replacing(self.values_file) as file:
+                save_file(self.values(), file)
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
         step_ms, optimizer_ms = zip(*self.times, strict=True)
         return Run(

@@ -64,7 +64,7 @@ examples:
 
 written to --output:
   mask.safetensors     which elements were trained
-  tuned.safetensors    their new values: NAME.indices (flat positions) and NAME.values
+  tuned.safetensors    the fine-tune as a SparseDelta: what changed, for the command saft-kernels, too
 """
 
 
@@ -243,6 +243,7 @@ def train(
     optimizer = saft_kernels.SparseAdamW(
         model.named_parameters(), lr=args.lr, weight_decay=0.0, mask=mask, release_grads=plan.mode != "dense"
     )
+    originals = saft_kernels.Originals(optimizer)
     if plan.mode == "sparse_grad":
         saft_kernels.sparse_grad(model, optimizer)
     start = time.perf_counter()
@@ -268,7 +269,9 @@ def train(
     if over:
         say("the budget was exceeded; please report this with the lines above")
     if args.output is not None:
-        save(args.output, model, mask)
+        args.output.mkdir(parents=True, exist_ok=True)
+        mask.save(args.output / "mask.safetensors")
+        saft_kernels.SparseDelta.from_optimizer(optimizer, originals).save(args.output / "tuned.safetensors")
         say(f"mask and values: {args.output}")
     return 1 if over else 0
 
@@ -279,19 +282,6 @@ def warm_up(args: argparse.Namespace) -> None:
     optimizer = saft_kernels.SparseAdamW(layer.parameters())
     layer(torch.ones(2, 8, device=args.device, dtype=DTYPES[args.dtype])).sum().backward()
     optimizer.step()
-
-
-def save(folder: Path, model: nn.Module, mask: saft_kernels.SparseMask) -> None:
-    """The mask, and what it selects of the weights."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    mask.save(folder / "mask.safetensors")
-    named = {name: p for name, p in model.named_parameters() if mask[name].numel()}
-    indices = [mask[name].to(p.device) for name, p in named.items()]
-    values = saft_kernels.gather(list(named.values()), indices)
-    tensors = {f"{name}.values": value.cpu() for name, value in zip(named, values, strict=True)}
-    save_file(tensors | {f"{name}.indices": mask[name] for name in named}, folder / "tuned.safetensors")
 
 
 # ---- arguments ----
