@@ -19,18 +19,17 @@ class Score:
     Tensors come in opmath and are not mutated.
     """
 
-    formula: str
     of_batch: Callable[[Tensor], Tensor] | None = None
     of_mean: Callable[[Tensor, Tensor], Tensor] | None = None
     needs_gradients: bool = True
 
 
 SCORES = {
-    "mean_grad": Score("|mean g|"),
-    "mean_abs_grad": Score("mean |g|", of_batch=lambda g: g.abs()),
-    "fisher": Score("mean g^2", of_batch=lambda g: g.square()),
-    "relative_grad": Score("|mean g| / (|w| + 1e-8)", of_mean=lambda g, w: g / (w.abs() + EPS)),
-    "grad_times_weight": Score("|mean g * w|", of_mean=lambda g, w: g * w),
-    "weight": Score("|w|", of_mean=lambda _, w: w, needs_gradients=False),
-    "random": Score("uniform", of_mean=lambda _, w: torch.rand_like(w), needs_gradients=False),
+    "mean_grad": Score(),
+    "mean_abs_grad": Score(of_batch=lambda g: g.abs()),
+    "fisher": Score(of_batch=lambda g: g.square()),
+    "relative_grad": Score(of_mean=lambda g, w: g / (w.abs() + EPS)),
+    "grad_times_weight": Score(of_mean=lambda g, w: g * w),
+    "weight": Score(of_mean=lambda _, w: w, needs_gradients=False),
+    "random": Score(of_mean=lambda _, w: torch.rand_like(w), needs_gradients=False),
 }

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ._adamw import AdamWSegment
+
 Table = npt.NDArray[np.int64]
 
 # saft::ScalarType
@@ -90,3 +92,32 @@ def gather_table(
         for tensor, index, value in zip(tensors, indices, values, strict=True)
     ]
     return table(rows, 9)
+
+
+class AdamWColumn:
+    """Columns of saft::AdamWSegment."""
+
+    PARAM, PARAM_DTYPE, PARAM_NDIM = 0, 2, 3
+    GRAD, GRAD_DTYPE, GRAD_NDIM = 5, 7, 8
+    COMPACT = 17
+    COUNT = 19  # of columns
+
+
+def adamw_table(segments: Iterable[AdamWSegment]) -> Table:
+    """saft::AdamWSegment rows. What depends on where and how parameter and gradient lie is the plan's to fill in."""
+
+    def row(segment: AdamWSegment) -> tuple[int, ...]:
+        state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
+        indices = segment.indices
+        return (
+            *(0, segment.param.numel(), DTYPE_CODES[segment.param.dtype], 0, 0),
+            *(0, segment.param.numel(), 0, 0, 0),
+            0 if indices is None else indices.data_ptr(),
+            8 if indices is None else indices.itemsize,
+            *(0 if t is None else t.data_ptr() for t in state),
+            segment.count,
+            0,
+            segment.hyper,
+        )
+
+    return table(map(row, segments), AdamWColumn.COUNT)

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks, _tables
 from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from ._inputs import PointerColumn
+from ._tables import AdamWColumn
 from ._types import TopK
 
 try:
@@ -100,33 +101,15 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
 class Plan:
     """The segment table. Between steps only pointers that moved are written again."""
 
-    # columns of saft::AdamWSegment
-    _PARAM, _PARAM_DTYPE, _PARAM_NDIM = 0, 2, 3
-    _GRAD, _GRAD_DTYPE, _GRAD_NDIM, _COMPACT, _NUM_COLUMNS = 5, 7, 8, 17, 19
-
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
         self._layouts = _tables.Layouts()
-        self._table = _tables.table((self._row(s) for s in self.segments), self._NUM_COLUMNS)
+        self._table = _tables.adamw_table(self.segments)
         self._params = [s.param for s in self.segments]
         self._numels = [p.numel() for p in self._params]
-        self._params_column = PointerColumn(self._table, self._PARAM)
-        self._grads_column = PointerColumn(self._table, self._GRAD)
+        self._params_column = PointerColumn(self._table, AdamWColumn.PARAM)
+        self._grads_column = PointerColumn(self._table, AdamWColumn.GRAD)
         self._is_filled = False  # for tensors of the form that the columns have seen, in place
-
-    def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
-        state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
-        indices = segment.indices
-        return (
-            *(0, segment.param.numel(), _tables.DTYPE_CODES[segment.param.dtype], 0, 0),
-            *(0, segment.param.numel(), 0, 0, 0),
-            0 if indices is None else indices.data_ptr(),
-            8 if indices is None else indices.itemsize,
-            *(0 if t is None else t.data_ptr() for t in state),
-            segment.count,
-            0,
-            segment.hyper,
-        )
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
@@ -168,7 +151,7 @@ class Plan:
         """Writes one row's parameter and gradient columns; returns the gradient it points to."""
         columns = self._table[row]
         param, exp_avg = segment.param, segment.exp_avg
-        if param.numel() != self._numels[row] or _tables.DTYPE_CODES[param.dtype] != columns[self._PARAM_DTYPE]:
+        if param.numel() != self._numels[row] or _tables.DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
             raise StalePlan(
                 f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
                 f"got {param.numel()} of {param.dtype}; prepare another step"
@@ -187,12 +170,12 @@ class Plan:
                 grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad.view(param.shape) if compact else grad)
         in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, grad)
         layouts = ((), ()) if in_memory_order else (_tables.layout(param), _tables.layout(grad))
-        columns[self._PARAM] = param.data_ptr()
-        columns[self._PARAM_NDIM : self._PARAM_NDIM + 2] = self._layouts.columns(layouts[0])
-        columns[self._GRAD] = grad.data_ptr()
-        columns[self._GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
-        columns[self._GRAD_NDIM : self._GRAD_NDIM + 2] = self._layouts.columns(layouts[1])
-        columns[self._COMPACT] = compact
+        columns[AdamWColumn.PARAM] = param.data_ptr()
+        columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(layouts[0])
+        columns[AdamWColumn.GRAD] = grad.data_ptr()
+        columns[AdamWColumn.GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
+        columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(layouts[1])
+        columns[AdamWColumn.COMPACT] = compact
         return grad
 
 

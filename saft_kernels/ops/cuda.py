@@ -16,6 +16,7 @@ from . import _tables
 from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from ._checks import short
 from ._inputs import PointerColumn
+from ._tables import AdamWColumn
 from ._types import TopK
 
 try:
@@ -210,10 +211,6 @@ class Plan:
     Streams: steps write the same memory; order streams as for any other writes.
     """
 
-    # columns of saft::AdamWSegment
-    _PARAM, _PARAM_DTYPE, _PARAM_NDIM = 0, 2, 3
-    _GRAD, _GRAD_DTYPE, _GRAD_NDIM, _COMPACT, _NUM_COLUMNS = 5, 7, 8, 17, 19
-
     _HYPER = struct.Struct("9d8q")  # saft::AdamWCudaHyper
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
@@ -221,27 +218,13 @@ class Plan:
         self._params = [s.param for s in self.segments]
         self._device = self._params[0].device
         self._layouts = _tables.Layouts()
-        self._rows = _tables.table((self._row(s) for s in self.segments), self._NUM_COLUMNS)
+        self._rows = _tables.adamw_table(self.segments)
         self._rows_address = self._rows.ctypes.data
-        self._params_column = PointerColumn(self._rows, self._PARAM, is_fixed=True)
-        self._grads_column = PointerColumn(self._rows, self._GRAD)
+        self._params_column = PointerColumn(self._rows, AdamWColumn.PARAM, is_fixed=True)
+        self._grads_column = PointerColumn(self._rows, AdamWColumn.GRAD)
         self._table: Tensor | None = None
         self._table_stream = 0
         self._captured_tables: set[Tensor] = set()
-
-    def _row(self, segment: AdamWSegment) -> tuple[int, ...]:
-        state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
-        indices = segment.indices
-        return (
-            *(0, segment.param.numel(), _tables.DTYPE_CODES[segment.param.dtype], 0, 0),
-            *(0, segment.param.numel(), 0, 0, 0),
-            0 if indices is None else indices.data_ptr(),
-            8 if indices is None else indices.itemsize,
-            *(0 if t is None else t.data_ptr() for t in state),
-            segment.count,
-            0,
-            segment.hyper,
-        )
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
@@ -311,8 +294,8 @@ class Plan:
         for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
             columns = self._rows[row]
             param, exp_avg = segment.param, segment.exp_avg
-            numel = int(columns[self._PARAM + 1])
-            if param.numel() != numel or _tables.DTYPE_CODES[param.dtype] != columns[self._PARAM_DTYPE]:
+            numel = int(columns[AdamWColumn.PARAM + 1])
+            if param.numel() != numel or _tables.DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
                 raise StalePlan(
                     f"`params[{row}]`: expected {numel} elements of the dtype the step was prepared for, got "
                     f"{param.numel()} of {short(param.dtype)}; prepare another step"
@@ -328,10 +311,10 @@ class Plan:
                 order = sorted(range(param.dim()), key=param.stride, reverse=True)
                 grad = grad.view(param.shape).permute(order) if compact else grad.permute(order)
                 param, compact = param.permute(order), False
-            columns[self._PARAM_NDIM : self._PARAM_NDIM + 2] = self._layouts.columns(_tables.layout(param))
-            columns[self._GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
-            columns[self._GRAD_NDIM : self._GRAD_NDIM + 2] = self._layouts.columns(_tables.layout(grad))
-            columns[self._COMPACT] = compact
+            columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(_tables.layout(param))
+            columns[AdamWColumn.GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
+            columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(_tables.layout(grad))
+            columns[AdamWColumn.COMPACT] = compact
 
 
 def _is_capturing() -> bool:
