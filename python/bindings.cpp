@@ -5,7 +5,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -41,9 +43,12 @@ std::tuple<double, int64_t> topk_magnitude(uintptr_t tensors, int64_t num_tensor
   return {result.threshold, result.num_nonfinite};
 }
 
-void sparse_adamw(uintptr_t segments, int64_t num_segments, uintptr_t hypers, int num_threads, int isa) {
-  saft::sparse_adamw_cpu(pointer<const saft::AdamWSegment>(segments), num_segments,
-                         pointer<const saft::AdamWHyper>(hypers), num_threads, isa);
+void sparse_adamw(uintptr_t segments, int64_t num_segments, std::string_view hypers, int num_threads,
+                  int isa) {
+  std::vector<saft::AdamWHyper> rows(hypers.size() / sizeof(saft::AdamWHyper));
+  std::memcpy(rows.data(), hypers.data(), rows.size() * sizeof(saft::AdamWHyper));
+  saft::sparse_adamw_cpu(pointer<const saft::AdamWSegment>(segments), num_segments, rows.data(), num_threads,
+                         isa);
 }
 
 int64_t gather(uintptr_t segments, int64_t num_segments, int num_threads) {

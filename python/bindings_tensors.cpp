@@ -69,7 +69,9 @@ class TensorReader {
   TensorReader(const py::object& tensor_class, const py::object& parameter_class)
       : api_(exchange_api(tensor_class)),
         tensor_(reinterpret_cast<PyTypeObject*>(tensor_class.ptr())),
-        parameter_(reinterpret_cast<PyTypeObject*>(parameter_class.ptr())) {}
+        parameter_(reinterpret_cast<PyTypeObject*>(parameter_class.ptr())),
+        grad_(tensor_class.attr("grad")),
+        is_neg_(tensor_class.attr("is_neg")) {}
 
   bool is_available() const { return api_ != nullptr; }
 
@@ -82,7 +84,7 @@ class TensorReader {
     bool same = true;
     for (const py::handle object : tensors) {
       const PyTypeObject* type = Py_TYPE(object.ptr());
-      if (type != tensor_ && type != parameter_) return py::none();
+      if (!is_known(type)) return py::none();
       DLTensor tensor;
       if (api_->tensor_from_object(object.ptr(), &tensor) != 0) {
         PyErr_Clear();
@@ -98,29 +100,54 @@ class TensorReader {
     return py::bool_(same);
   }
 
+  // [p.grad for p in parameters], lazily negated ones made so; None when one of them has none.
+  py::object gradients(const py::list& parameters) const {
+    const size_t count = parameters.size();
+    py::list values(count);
+    for (size_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) prefetch(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i + kAhead)));
+      py::object value = gradient(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i)));
+      if (value.is_none()) return value;
+      if (is_negated(value)) value = value.attr("resolve_neg")();
+      PyList_SET_ITEM(values.ptr(), Py_ssize_t(i), value.release().ptr());
+    }
+    return std::move(values);
+  }
+
  private:
+  static constexpr size_t kAhead = 8;  // tensors
+
+  bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
+
+  // What a tensor object points to: between two steps it has left the cache. Nothing is read through the
+  // word.
+  static void prefetch(const PyObject* object) {
+    const char* word = *reinterpret_cast<const char* const*>(object + 1);
+    for (size_t line = 0; line < 4; ++line) __builtin_prefetch(word + 64 * line);
+  }
+
+  // `object.grad`. The descriptors of torch.Tensor spare a search of its base classes.
+  py::object gradient(PyObject* object) const {
+    PyTypeObject* type = Py_TYPE(object);
+    PyObject* grad = grad_.ptr();
+    const descrgetfunc get = Py_TYPE(grad)->tp_descr_get;
+    PyObject* value = is_known(type) && get != nullptr ? get(grad, object, reinterpret_cast<PyObject*>(type))
+                                                       : PyObject_GetAttrString(object, "grad");
+    if (value == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(value);
+  }
+
+  bool is_negated(const py::object& tensor) const {
+    if (!is_known(Py_TYPE(tensor.ptr()))) return tensor.attr("is_neg")().cast<bool>();
+    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
+    if (!result) throw py::error_already_set();
+    return result.ptr() == Py_True;
+  }
+
   const DLPackExchangeAPI* api_;
   const PyTypeObject *tensor_, *parameter_;  // torch keeps them alive
+  py::object grad_, is_neg_;
 };
-
-// [p.grad for p in parameters], lazily negated ones made so; None when one of them has none.
-py::object gradients(const py::list& parameters) {
-  static const py::str& grad = *new py::str("grad");
-  static const py::str& is_neg = *new py::str("is_neg");
-  py::list values(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    auto value = py::reinterpret_steal<py::object>(
-        PyObject_GetAttr(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i)), grad.ptr()));
-    if (!value) throw py::error_already_set();
-    if (value.is_none()) return value;
-    const auto negated =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(value.ptr(), is_neg.ptr()));
-    if (!negated) throw py::error_already_set();
-    if (negated.is(py::bool_(true))) value = value.attr("resolve_neg")();
-    PyList_SET_ITEM(values.ptr(), Py_ssize_t(i), value.release().ptr());
-  }
-  return std::move(values);
-}
 
 // Whether both hold the same objects.
 bool same_objects(const py::list& now, const py::list& then) {
@@ -152,8 +179,8 @@ void bind_tensors(py::module_& m) {
            py::arg("parameter_class"))
       .def_property_readonly("is_available", &TensorReader::is_available)
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
-           py::arg("forms"), py::arg("is_fixed"));
-  m.def("gradients", &gradients, py::arg("parameters"));
+           py::arg("forms"), py::arg("is_fixed"))
+      .def("gradients", &TensorReader::gradients, py::arg("parameters"));
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
   m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));
 }

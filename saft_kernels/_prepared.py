@@ -143,6 +143,8 @@ class _Part:
             self.steps = [torch.tensor(counts, dtype=torch.float32)]
             for state, step in zip(states, self.steps[0].unbind(), strict=True):
                 state["step"] = step
+            # the same memory; torch counts no version of it, so one that goes up is somebody else's doing
+            self.step_values = self.steps[0].numpy()
         self.versions = self._versions()
 
         hyper_rows: dict[tuple[int, float], int] = {}
@@ -218,9 +220,10 @@ class _Part:
                 self.versions = self._versions()
             raise
         if not self.capturable:
-            self.steps[0] += 1
+            self.step_values += 1
             self.counts = [count + 1 for count in self.counts]
-        elif found_inf is not None:
+            return
+        if found_inf is not None:
             # GradScaler adds up those of several devices
             torch._foreach_add_(self.steps, (found_inf != 0).reshape(()).float(), alpha=-1.0)
         self.versions = self._versions()

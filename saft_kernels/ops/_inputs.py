@@ -61,8 +61,8 @@ class PointerColumn:
 
 def gradients(parameters: list[Tensor]) -> list[Tensor] | None:
     """`p.grad` of each, with its values in memory (autograd may negate lazily); None when one of them has none."""
-    if _C is not None:
-        return _C.gradients(parameters)
+    if _reader is not None:
+        return _reader.gradients(parameters)
     grads = [grad.resolve_neg() for p in parameters if (grad := p.grad) is not None]
     return grads if len(grads) == len(parameters) else None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import _checks, _tables
-from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from ._adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
 from ._inputs import PointerColumn
 from ._tables import AdamWColumn
 from ._types import TopK
@@ -101,10 +101,13 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
 class Plan:
     """The segment table. Between steps only pointers that moved are written again."""
 
+    _HYPER = struct.Struct("9d")  # saft::AdamWHyper
+
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
         self._layouts = _tables.Layouts()
         self._table = _tables.adamw_table(self.segments)
+        self._address = self._table.ctypes.data
         self._params = [s.param for s in self.segments]
         self._numels = [p.numel() for p in self._params]
         self._params_column = PointerColumn(self._table, AdamWColumn.PARAM)
@@ -116,18 +119,18 @@ class Plan:
         on_host = [hyper.on_host() for hyper in hypers]
         if any(hyper.found_inf for hyper in on_host):
             return
+        packed = b"".join([self._pack(hyper) for hyper in on_host])
         copies = self._follow(grads)
-        scalars = np.array(
-            [
-                (h.lr, h.beta1, h.beta2, h.eps, h.weight_decay)
-                + (h.bias_correction1, h.bias_correction2_sqrt, h.grad_scale, h.maximize)
-                for h in on_host
-            ],
-            dtype=np.float64,
-        )
-        _C.sparse_adamw(self._table.ctypes.data, len(self._table), scalars.ctypes.data, torch.get_num_threads(), ISA)
-        del copies
+        # before the kernel: after it, what torch holds of a parameter is out of the cache
         torch.autograd.graph.increment_version(self._params)
+        _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
+        del copies
+
+    def _pack(self, h: HostHyper) -> bytes:
+        return self._HYPER.pack(
+            *(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay),
+            *(h.bias_correction1, h.bias_correction2_sqrt, h.grad_scale, h.maximize),
+        )
 
     def _follow(self, grads: list[Tensor]) -> list[Tensor]:
         """Makes the table that of these gradients, and of the parameters as they are now.
