@@ -16,6 +16,7 @@ from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
 from ._release import GradientBuffer, check_not_released, selected_values
 from ._state import State, carry_over, count, index_dtype, new_states
+from .ops import _backends
 from .ops._adamw import StalePlan
 from .selection import SparseMask
 
@@ -125,6 +126,9 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
         if mask is not None:
             _check_mask_alone(mask, density, k, scope)
+        _backends.forced(
+            backend
+        )  # whether it runs on the parameters' device shows at the first step: they may move until then
         self.backend = backend
         self.release_grads = bool(release_grads)
         self._selection = Selection(density, k, scope, selection_steps)

@@ -23,6 +23,7 @@ from ._release import releasing_paused
 from ._scores import SCORES, Score
 from ._state import index_dtype
 from ._streaming import Candidates, Streaming, check_streaming
+from .ops import _backends
 from .ops._adamw import opmath_dtype
 from .ops._checks import FLOAT_DTYPES, INDEX_DTYPES, short
 
@@ -346,6 +347,8 @@ def select(
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
+    for device_type in {"cpu"} if streaming == "host" else {p.device.type for p in candidates.values()}:
+        _backends.choose("topk_magnitude", device_type, backend)  # an error now, not after all batches
 
     def pick(scores: dict[str, Tensor]) -> dict[str, Tensor]:
         indices = select_indices(list(scores), list(scores.values()), density, k, scope, backend)

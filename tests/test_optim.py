@@ -306,6 +306,11 @@ BAD_ARGUMENTS = {
         "`k`: expected at most 16, the number of elements of param_groups[1], got 99",
     ),
     "mask_type": (lambda p: (p, {"mask": {"a": torch.ones(3)}}), TypeError, "`mask`: expected a SparseMask, got dict;"),
+    "backend": (
+        lambda p: (p, {"backend": "gpu"}),
+        ValueError,
+        "`backend`: expected one of cuda, triton, cpu, reference, got 'gpu'",
+    ),
     "lr": (lambda p: (p, {"lr": -1.0}), ValueError, "Invalid learning rate: -1.0"),
     "complex": (
         lambda p: ([nn.Parameter(torch.ones(2, dtype=torch.complex64))], {}),

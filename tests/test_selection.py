@@ -397,6 +397,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "k_per_tensor": ({"k": 3, "scope": "tensor"}, "`k`: expected None with scope='tensor', got 3;"),
     "k_per_row": ({"k": 3, "scope": "row"}, "`k`: expected None with scope='row', got 3;"),
     "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, row, got 'layer'"),
+    "backend": ({"backend": "gpu"}, "`backend`: expected one of cuda, triton, cpu, reference, got 'gpu'"),
     "score": ({"score": "hessian"}, "`score`: expected one of mean_grad, mean_abs_grad, fisher,"),
     "no_candidates": ({"include": "text.*", "exclude": "*"}, "got none of 11;"),
 }
@@ -436,6 +437,14 @@ BAD_LOSSES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = 
         "gradient of 'text.weight' at selection: expected finite values, got 1 inf or NaN",
     ),
 }
+
+
+def test_a_backend_that_cannot_run_here_is_found_out_before_any_batch() -> None:
+    def never(model: nn.Module, batch: Batch) -> Tensor:
+        raise AssertionError("arguments are checked before any work")
+
+    with pytest.raises(RuntimeError, match="`backend`: backend 'cuda' cannot run topk_magnitude here"):
+        select(two_towers(), batches(1), never, progress=False, backend="cuda")
 
 
 @pytest.mark.parametrize("case", BAD_LOSSES)

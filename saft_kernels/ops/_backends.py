@@ -41,15 +41,21 @@ def describe(name: str) -> str:
     return f" ({description()})" if description else ""
 
 
-def choose(op: str, device_type: str, backend: str | None) -> ModuleType:
-    """The module that implements `op` for tensors on `device_type`."""
+def forced(backend: str | None) -> tuple[str | None, str]:
+    """The backend that is asked for, by argument or environment variable, and which of them did; None: neither."""
     source = "`backend`"
     if backend is None:
         backend = os.environ.get(_ENVIRONMENT_VARIABLE) or None
         source = f"the environment variable {_ENVIRONMENT_VARIABLE}"
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend, source
+
+
+def choose(op: str, device_type: str, backend: str | None) -> ModuleType:
+    """The module that implements `op` for tensors on `device_type`."""
+    backend, source = forced(backend)
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = why_unavailable(backend, op, device_type)
         if reason is not None:
             raise RuntimeError(
