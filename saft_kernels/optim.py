@@ -152,8 +152,9 @@ class SparseAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, before or after selection.
 
-        Before, it shares the global budget unless it has its own "density" or "k". After, its parameters are a pool
-        of their own, selected at the next step() by the group's or the optimizer's density.
+        Before, it shares the global budget unless it has its own "density" or "k"; amid `selection_steps` the mean
+        starts anew, so that it is over the same steps for all. After, its parameters are a pool of their own, selected
+        at the next step() by the group's or the optimizer's density.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -164,6 +165,7 @@ class SparseAdamW(Optimizer):
             raise
         # of how many elements the budget was taken; None: not selected yet
         group["num_candidates"] = None
+        self._selection.restart()
         position = len(self.param_groups) - 1
         self._selection.indices = {at: index for at, index in self._selection.indices.items() if at[0] < position}
         self._update_released()

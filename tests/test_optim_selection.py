@@ -193,6 +193,22 @@ def test_reselect_starts_the_mean_anew() -> None:
     assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
 
 
+def test_a_group_amid_selection_steps_starts_the_mean_anew() -> None:
+    """Else its sums, of fewer steps, would rank below those of the others."""
+    params = parameters()
+    optimizer = SparseAdamW(params[:3], density=0.1, selection_steps=3)
+    first_steps(params[:3], optimizer, 2)
+    optimizer.add_param_group({"params": params[3:]})
+    sums = [torch.zeros(p.shape) for p in params]
+    for step in range(2, 5):
+        assert optimizer.mask is None
+        first_steps(params, optimizer, 1, start=step)
+        for total, parameter in zip(sums, params, strict=True):
+            total += parameter.grad
+    k = round(0.1 * sum(p.numel() for p in params))
+    assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
+
+
 def test_reselect_keeps_the_moments_of_what_stays() -> None:
     params = parameters(dtype=torch.bfloat16)
     optimizer = SparseAdamW(params, density=0.3, amsgrad=True)
