@@ -12,7 +12,7 @@ from typing import Any
 
 import harness
 import torch
-from bench_sparse_adamw import interleave, make_model, uniform_mask
+from bench_sparse_adamw import make_model, uniform_mask
 from torch import Tensor
 
 import saft_kernels
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> harness.Results:
         tensors, indices = [t for t, i in members if i.numel()], [i for _, i in members if i.numel()]
         roof = harness.read_roof(tensors)
         for op, ways in (("gather", gathers(tensors, indices)), ("scatter_", scatters(tensors, indices))):
-            timings = interleave(ways, args.device, args.rounds)
+            timings = harness.interleave(ways, args.device, args.rounds)
             for name, timing in timings.items():
                 results.add(
                     timing,
@@ -74,10 +74,7 @@ def run(args: argparse.Namespace) -> harness.Results:
 def report(results: harness.Results) -> None:
     harness.table(
         ["op", "dtype", "way", "ms p20", "ms p50", "ms p80", "note"],
-        (
-            (row.op, row.dtype, row.backend, *(f"{v:.3f}" for v in (row.p20_ms, row.p50_ms, row.p80_ms)), row.note)
-            for row in results.rows
-        ),
+        ((row.op, row.dtype, row.backend, *harness.times(row, 3), row.note) for row in results.rows),
         title=f"{results.rows[0].k:,} of {results.rows[0].numel:,} elements in {results.rows[0].num_tensors} tensors, "
         f"{results.rows[0].device}",
     )
@@ -86,13 +83,9 @@ def report(results: harness.Results) -> None:
 def draw(plt: Any, results: harness.Results) -> Any:
     """Time per op and way."""
     rows = [row for row in results.rows if row.dtype == "float32"]
-    figure, axis = plt.subplots(figsize=(8, 4))
-    axis.barh([f"{row.op}: {row.backend}" for row in rows], [row.p50_ms for row in rows])
-    axis.bar_label(axis.containers[0], fmt="%.2f ms", padding=3)
-    axis.set(xlabel="ms (lower is better)", title=f"fp32, {rows[0].k:,} elements, {rows[0].device}")
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    return figure
+    labels = [f"{row.op}: {row.backend}" for row in rows]
+    title = f"fp32, {rows[0].k:,} elements, {rows[0].device}"
+    return harness.bars(plt, labels, rows, [f"{row.p50_ms:.2f} ms" for row in rows], title=title)
 
 
 def main() -> None:
@@ -100,11 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip model name (default ViT-B-16)")
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    args.name = args.name or f"gather_scatter_{args.device}"
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "gather_scatter", run, report, draw)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ other. On a GPU it is torch.cuda.max_memory_allocated. The rows called select ar
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import functools
 import gc
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -300,25 +299,6 @@ class Row:
     day: str
 
 
-@dataclass
-class Results:
-    """What harness.conclude takes."""
-
-    name: str
-    directory: Path
-    rows: list[Row] = field(default_factory=list)
-
-    def write(self) -> Path:
-        """Writes <directory>/<name>.csv."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"{self.name}.csv"
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
-        return path
-
-
 def why_not(method: str) -> str | None:
     """Why a method cannot run here."""
     if method.endswith("sparse_grad"):
@@ -332,8 +312,8 @@ def why_not(method: str) -> str | None:
     return None
 
 
-def run(args: argparse.Namespace) -> Results:
-    results = Results(args.name, args.output)
+def run(args: argparse.Namespace) -> harness.Results:
+    results = harness.Results(args.name, args.output)
     methods = [method for method in (*METHODS, *SELECTIONS) if re.search(args.methods, method)]
     cases = [(model, method) for model in WORKLOADS if re.search(args.models, model) for method in methods]
     for model, method in harness.progress(cases, "memory"):
@@ -368,7 +348,7 @@ def run(args: argparse.Namespace) -> Results:
     return results
 
 
-def report(results: Results) -> None:
+def report(results: harness.Results) -> None:
     for model in dict.fromkeys(row.model for row in results.rows):
         rows = [row for row in results.rows if row.model == model]
         harness.table(
@@ -388,7 +368,7 @@ def report(results: Results) -> None:
         )
 
 
-def draw(plt: Any, results: Results) -> Any:
+def draw(plt: Any, results: harness.Results) -> Any:
     """Peak per method, the weights in another colour."""
     models = list(dict.fromkeys(row.model for row in results.rows))
     figure, axes = plt.subplots(len(models), 1, figsize=(9, 4.2 * len(models)), squeeze=False)
@@ -418,13 +398,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="width of the decoder")
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.name = args.name or f"memory_{args.device}"
     if args.worker:
         print(json.dumps(work(args)))
-        return
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)  # type: ignore[arg-type]
+    else:
+        harness.main(parser, "memory", run, report, draw)
 
 
 if __name__ == "__main__":

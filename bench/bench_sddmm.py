@@ -81,13 +81,9 @@ def run(args: argparse.Namespace) -> harness.Results:
         indices = {"uniform": uniform, "heavy": heavy_tailed}[data](dy.shape[1], x.shape[1], count).to(args.device)
         used = (indices // x.shape[1]).unique().numel() + (indices % x.shape[1]).unique().numel()
         ways = candidates(dy, x, indices, args.device)
-        samples: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(args.rounds):
-            for name, way in ways.items():
-                samples[name].append(harness.measure(way, args.device, repeats=3, warmup=1).p50)
-        dense = harness.Timing.of(samples["dense product"]).p50
-        for name, seconds in samples.items():
-            timing = harness.Timing.of(seconds)
+        timings = harness.interleave(ways, args.device, args.rounds)
+        dense = timings["dense product"].p50
+        for name, timing in timings.items():
             results.add(
                 timing,
                 roof,
@@ -108,11 +104,7 @@ def run(args: argparse.Namespace) -> harness.Results:
 def report(results: harness.Results) -> None:
     harness.table(
         ["layer, entries", "way", "k / N", "ms p20", "ms p50", "ms p80", "note"],
-        (
-            (row.data, row.backend, f"{row.k / row.numel:.0e}", f"{row.p20_ms:.3f}", f"{row.p50_ms:.3f}")
-            + (f"{row.p80_ms:.3f}", row.note)
-            for row in results.rows
-        ),
+        ((row.data, row.backend, f"{row.k / row.numel:.0e}", *harness.times(row, 3), row.note) for row in results.rows),
         title=f"selected entries of dY^T X, {results.rows[0].dtype}, {results.rows[0].device}",
     )
 
@@ -136,11 +128,7 @@ def main() -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
-    args.name = args.name or f"sddmm_{args.device}"
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "sddmm", run, report, draw)
 
 
 if __name__ == "__main__":

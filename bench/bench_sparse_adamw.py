@@ -57,6 +57,15 @@ def uniform_mask(model: nn.Module, density: float) -> saft_kernels.SparseMask:
     return saft_kernels.SparseMask(indices, {name: p.shape for name, p in named.items()})
 
 
+def masks(model: nn.Module, density: float) -> list[tuple[str, saft_kernels.SparseMask]]:
+    """A uniformly random one, and the one that p.grad selects."""
+    named = dict(model.named_parameters())
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in named.values()]
+    top = saft_kernels.topk_magnitude(grads, round(density * sum(g.numel() for g in grads))).indices
+    selected = saft_kernels.SparseMask(dict(zip(named, top, strict=True)), {n: p.shape for n, p in named.items()})
+    return [("uniform", uniform_mask(model, density)), ("clip", selected)]
+
+
 def masked_dense(params: list[nn.Parameter], mask: saft_kernels.SparseMask) -> Callable[[], object]:
     """The usual way: mask the gradients, step densely, put the frozen values back."""
     dense = [m.to(params[0].device) for m in mask.to_dense().values()]
@@ -124,21 +133,19 @@ def candidates(model: nn.Module, mask: saft_kernels.SparseMask) -> dict[str, Cal
 
 
 def run(args: argparse.Namespace) -> harness.Results:
+    return run_cuda(args) if args.device == "cuda" else run_cpu(args)
+
+
+def run_cpu(args: argparse.Namespace) -> harness.Results:
     results = harness.Results(args.name, args.output)
     model = make_model(args.model, args.device)
     clip_gradient(model)
     named = dict(model.named_parameters())
-    grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named.items()}
     numel = sum(p.numel() for p in named.values())
-    top = saft_kernels.topk_magnitude(list(grads.values()), round(args.density * numel)).indices
-    masks = {
-        "uniform": uniform_mask(model, args.density),
-        "clip": saft_kernels.SparseMask(dict(zip(named, top, strict=True)), {n: p.shape for n, p in named.items()}),
-    }
-    roof = harness.read_roof(list(grads.values()))
-    for data, mask in harness.progress(list(masks.items()), "sparse_adamw"):
+    roof = harness.read_roof([p.detach() for p in named.values()])
+    for data, mask in harness.progress(masks(model, args.density), "sparse_adamw"):
         steps = {name: build() for name, build in candidates(model, mask).items()}
-        timings = interleave(steps, args.device, args.rounds)
+        timings = harness.interleave(steps, args.device, args.rounds)
         fused = timings["torch.AdamW fused"].p50
         for name, timing in timings.items():
             state = ""
@@ -303,15 +310,6 @@ def run_cuda(args: argparse.Namespace) -> harness.Results:
     return results
 
 
-def interleave(steps: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, harness.Timing]:
-    """One timed step each per round, after a warm one: drift hits all alike, caches hold the step's own data."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            samples[name].append(harness.measure(step, device, repeats=3, warmup=1).p50)
-    return {name: harness.Timing.of(values) for name, values in samples.items()}
-
-
 def state_bytes(step: Callable[[], object]) -> int:
     """Storage behind the optimizer's state, each once."""
     optimizer = step.__self__  # type: ignore[attr-defined]
@@ -326,10 +324,7 @@ def state_bytes(step: Callable[[], object]) -> int:
 def report(results: harness.Results) -> None:
     harness.table(
         ["data", "optimizer", "k", "ms p20", "ms p50", "ms p80", "note"],
-        (
-            (row.data, row.backend, f"{row.k:,}", *(f"{v:.3f}" for v in (row.p20_ms, row.p50_ms, row.p80_ms)), row.note)
-            for row in results.rows
-        ),
+        ((row.data, row.backend, f"{row.k:,}", *harness.times(row, 3), row.note) for row in results.rows),
         title=f"optimizer.step(), {results.rows[0].numel:,} parameters in {results.rows[0].num_tensors} tensors, "
         f"{results.rows[0].device}",
     )
@@ -337,14 +332,10 @@ def report(results: harness.Results) -> None:
 
 def draw(plt: Any, results: harness.Results) -> Any:
     """Step time per optimizer, logarithmic."""
-    figure, axis = plt.subplots(figsize=(8, 4))
     rows = [row for row in results.rows if row.data in ("clip", "graph")]
-    axis.barh([row.backend for row in rows], [row.p50_ms for row in rows])
-    axis.bar_label(axis.containers[0], fmt="%.2f ms", padding=3)
-    axis.set(xscale="log", xlabel="ms per step (lower is better)", title=f"optimizer.step(), {rows[0].device}")
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    return figure
+    labels, values = [row.backend for row in rows], [f"{row.p50_ms:.2f} ms" for row in rows]
+    title = f"optimizer.step(), {rows[0].data}, {rows[0].device}"
+    return harness.bars(plt, labels, rows, values, title=title, xscale="log")
 
 
 def main() -> None:
@@ -352,11 +343,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip model name (default ViT-B-16)")
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    args.name = args.name or f"sparse_adamw_{args.device}"
-    results = run_cuda(args) if args.device == "cuda" else run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "sparse_adamw", run, report, draw)
 
 
 if __name__ == "__main__":

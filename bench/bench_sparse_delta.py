@@ -17,10 +17,9 @@ from typing import Any
 import harness
 import safetensors.torch
 import torch
-from bench_sparse_adamw import clip_gradient, interleave, make_model, uniform_mask
+from bench_sparse_adamw import clip_gradient, make_model, masks
 from torch import nn
 
-import saft_kernels
 from saft_kernels import SparseDelta, SparseMask
 
 
@@ -84,22 +83,17 @@ def run(args: argparse.Namespace) -> harness.Results:
     model = make_model(args.model, args.device)
     clip_gradient(model)
     named = dict(model.named_parameters())
-    grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named.items()}
     numel = sum(p.numel() for p in named.values())
-    top = saft_kernels.topk_magnitude(list(grads.values()), round(args.density * numel)).indices
-    masks = {
-        "uniform": uniform_mask(model, args.density),
-        "clip": SparseMask(dict(zip(named, top, strict=True)), {n: p.shape for n, p in named.items()}),
-    }
+    both = masks(model, args.density)
     model.zero_grad()
     roof = harness.read_roof([p.detach() for p in named.values()])
-    for data, mask in harness.progress(list(masks.items()), "sparse_delta"):
+    for data, mask in harness.progress(both, "sparse_delta"):
         others = [fine_tuned(model, mask, seed) for seed in (1, 2)]
         deltas = [SparseDelta.diff(model, other) for other in others]
         k = deltas[0].k
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            timings = interleave(candidates(model, deltas, others, folder), args.device, args.rounds)
+            timings = harness.interleave(candidates(model, deltas, others, folder), args.device, args.rounds)
             notes = {"save": f"{(folder / 'delta').stat().st_size / k:.2f} B per value"}
             deltas[0].save(folder / "delta", include_original=True)
             notes["save"] += f", {(folder / 'delta').stat().st_size / k:.2f} with originals"
@@ -124,10 +118,7 @@ def run(args: argparse.Namespace) -> harness.Results:
 def report(results: harness.Results) -> None:
     harness.table(
         ["data", "what", "k", "ms p20", "ms p50", "ms p80", "note"],
-        (
-            (row.data, row.backend, f"{row.k:,}", *(f"{v:.2f}" for v in (row.p20_ms, row.p50_ms, row.p80_ms)), row.note)
-            for row in results.rows
-        ),
+        ((row.data, row.backend, f"{row.k:,}", *harness.times(row, 2), row.note) for row in results.rows),
         title=f"SparseDelta, {results.rows[0].numel:,} parameters in {results.rows[0].num_tensors} tensors, "
         f"{results.rows[0].device}",
     )
@@ -135,14 +126,9 @@ def report(results: harness.Results) -> None:
 
 def draw(plt: Any, results: harness.Results) -> Any:
     """Time of each, logarithmic."""
-    figure, axis = plt.subplots(figsize=(8, 4))
     rows = [row for row in results.rows if row.data == "clip"]
-    axis.barh([row.backend for row in rows], [row.p50_ms for row in rows])
-    axis.bar_label(axis.containers[0], fmt="%.1f ms", padding=3)
-    axis.set(xscale="log", xlabel="ms (lower is better)", title=f"SparseDelta, k = {rows[0].k:,}")
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    return figure
+    labels, values = [row.backend for row in rows], [f"{row.p50_ms:.1f} ms" for row in rows]
+    return harness.bars(plt, labels, rows, values, title=f"SparseDelta, k = {rows[0].k:,}", xscale="log")
 
 
 def main() -> None:
@@ -150,11 +136,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32", help="an open_clip model name (default ViT-B-32)")
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    args.name = args.name or f"sparse_delta_{args.device}"
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "sparse_delta", run, report, draw)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,12 @@ def peak_extra_bytes(fn: Callable[[], object], device: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> harness.Results:
+    args.numel = args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [10**9])
+    args.backend = args.backend or [
+        name
+        for name in ops.BACKENDS
+        if name != "reference" and ops.why_unavailable(name, "topk_magnitude", args.device) is None
+    ]
     results = harness.Results(args.name, args.output)
     device = args.device
     common = {"op": "topk_magnitude", "device": harness.device_name(device)}
@@ -263,17 +269,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["structured"], choices=DATA)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    args = parser.parse_args()
-    args.name = args.name or f"topk_magnitude_{args.device}"
-    args.numel = args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [10**9])
-    args.backend = args.backend or [
-        name
-        for name in ops.BACKENDS
-        if name != "reference" and ops.why_unavailable(name, "topk_magnitude", args.device) is None
-    ]
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "topk_magnitude", run, report, draw)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def report(results: harness.Results) -> None:
         ["way", "mask", "trained", "ms p20", "ms p50", "ms p80", "note"],
         (
             (row.backend, row.data.split(", ")[-1] if "mask" in row.data else "", f"{row.k:,}")
-            + (*(f"{v:.0f}" for v in (row.p20_ms, row.p50_ms, row.p80_ms)), row.note)
+            + (*harness.times(row, 0), row.note)
             for row in results.rows
         ),
         title=f"a whole training step, {results.rows[0].data}, {results.rows[0].device}",
@@ -169,17 +169,10 @@ def report(results: harness.Results) -> None:
 
 def draw(plt: Any, results: harness.Results) -> Any:
     """Time per step of each way."""
-    figure, axis = plt.subplots(figsize=(9, 4))
     rows = results.rows
     labels = [row.backend + (f" ({row.data.split(', ')[-1]})" if "mask" in row.data else "") for row in rows]
-    axis.barh(labels, [row.p50_ms for row in rows])
-    labels = [f"{row.p50_ms:.0f} ms, {row.p50_ms / rows[0].p50_ms:.2f}x" for row in rows]
-    axis.bar_label(axis.containers[0], labels=labels, padding=3, fontsize=8)
-    axis.set(xlabel="ms per training step (lower is better)")
-    axis.set_title(f"{rows[0].data}, {rows[0].device}", fontsize=9)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    return figure
+    values = [f"{row.p50_ms:.0f} ms, {row.p50_ms / rows[0].p50_ms:.2f}x" for row in rows]
+    return harness.bars(plt, labels, rows, values, title=f"a training step, {rows[0].data}, {rows[0].device}")
 
 
 def main() -> None:
@@ -188,11 +181,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    args.name = args.name or f"train_step_{args.device}"
-    results = run(args)
-    report(results)
-    harness.conclude(results, draw)
+    harness.main(parser, "train_step", run, report, draw)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,15 @@ def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], ob
     return Timing.of(seconds)
 
 
+def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
+    """Three timed calls each per round, after a warm one: drift hits all alike, caches hold the way's own data."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            samples[name].append(measure(way, device, repeats=3, warmup=1).p50)
+    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+
+
 def read_roof(tensors: Sequence[Tensor], repeats: int = 9) -> float:
     """Bytes per second of one read of the tensors' memory, as fast as torch sums it: the roof."""
     # the same bytes as fp32: 16-bit sums are bound by conversion. Small tensors would time the calls
@@ -193,7 +202,7 @@ class Results:
 
     name: str
     directory: Path = RESULTS
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)  # Row, or another dataclass
 
     def add(self, timing: Timing, roof: float, bytes_moved: int, **columns: object) -> Row:
         """Appends a row. `roof` in bytes per second."""
@@ -218,10 +227,15 @@ class Results:
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"{self.name}.csv"
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+            writer = csv.DictWriter(file, [f.name for f in fields(self.rows[0])], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
         return path
+
+
+def times(row: Row, digits: int) -> tuple[str, ...]:
+    """Cells under "ms p20", "ms p50", "ms p80"."""
+    return tuple(f"{ms:.{digits}f}" for ms in (row.p20_ms, row.p50_ms, row.p80_ms))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -253,8 +267,35 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def conclude(results: Results, draw: Callable[[Any, Results], Any]) -> None:
-    """Writes the rows, and the figure that `draw(matplotlib.pyplot, results)` makes, where matplotlib is installed."""
+def bars(plt: Any, labels: Sequence[str], rows: Sequence[Row], values: Sequence[str], **axes: Any) -> Any:
+    """A figure of one bar per row, its p50; `values` stand beside them, `axes` are those of Axes.set."""
+    figure, axis = plt.subplots(figsize=(9, 4))
+    axis.barh(labels, [row.p50_ms for row in rows])
+    axis.bar_label(axis.containers[0], labels=values, padding=3, fontsize=9)
+    axis.set_title(axes.pop("title"), fontsize=9)
+    axis.set(xlabel="ms (lower is better)", **axes)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    return figure
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    op: str,
+    run: Callable[[argparse.Namespace], Results],
+    report: Callable[[Results], None],
+    draw: Callable[[Any, Results], Any],
+) -> None:
+    """A bench from its command line to its files: the rows that `run` returns as a table, a CSV and a figure.
+
+    `draw(matplotlib.pyplot, results)` makes the figure, where matplotlib is installed.
+    """
+    args = parser.parse_args()
+    args.name = args.name or f"{op}_{args.device}"
+    results = run(args)
+    if not results.rows:
+        parser.error("nothing was measured: expected options that leave at least one case, got none; see --help")
+    report(results)
     print(f"rows: {results.write()}")
     try:
         import matplotlib
