@@ -275,7 +275,7 @@ def bars(plt: Any, labels: Sequence[str], rows: Sequence[Row], values: Sequence[
     axis.set_title(axes.pop("title"), fontsize=9)
     axis.set(xlabel="ms (lower is better)", **axes)
     axis.invert_yaxis()
-    axis.margins(x=0.2)
+    axis.margins(x=0.25)
     return figure
 
 
