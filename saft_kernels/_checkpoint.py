@@ -39,6 +39,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
             f"`state_dict`: expected {len(expected)} parameter groups of sizes {expected}, got {len(got)} of sizes "
             f"{got}: the state of another model or grouping; nothing was loaded"
         )
+    _check_shapes(optimizer, groups)
     ids = [key for group in groups for key in group["params"]]
     members = dict(zip(ids, places(optimizer.param_groups), strict=True))
     states: dict[Any, Any] = {}
@@ -79,7 +80,20 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
         if loaded or has_sums:
             own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
         new_groups.append({**saved, **own, "differentiable": False})
+        new_groups[-1].pop("param_shapes", None)
     return {**state_dict, "state": states, "param_groups": new_groups}
+
+
+def _check_shapes(optimizer: SparseAdamW, groups: list[dict[str, Any]]) -> None:
+    """Indices of a smaller model fit into a larger one, and would train a corner of it."""
+    for (i, j), name, parameter in places(optimizer.param_groups):
+        # torch.optim.AdamW does not save them
+        shapes = groups[i].get("param_shapes")
+        if shapes is not None and tuple(shapes[j]) != tuple(parameter.shape):
+            raise ValueError(
+                f"`state_dict`: {name!r}: expected shape {tuple(parameter.shape)}, got {tuple(shapes[j])}: the state "
+                "of another model; nothing was loaded"
+            )
 
 
 def _check_state(name: str, parameter: Tensor, values: dict[str, Any], amsgrad: bool) -> None:
@@ -127,6 +141,14 @@ def _check_pool(
         if position in loaded
     }
     if pool.is_dense or (scope != "global" and pool.k is None):
+        for i in () if pool.is_dense else pool.groups:
+            covered = sum(pool.members[position].numel() for position in counts if position[0] == i)
+            expected = _num_candidates(pool, i, saved_groups[i], counts)
+            if covered < expected:
+                raise ValueError(
+                    f"`state_dict`: param_groups[{i}]: expected the state of all {expected} elements that were "
+                    f"selected from, got that of {covered}: an incomplete state; nothing was loaded"
+                )
         for position, got in counts.items():
             numel = pool.members[position].numel()
             if pool.is_dense:

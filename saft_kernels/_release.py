@@ -76,27 +76,53 @@ class SelectedGrad(Tensor):
         first = args[0]
         if op in ("detach", "alias") and isinstance(first, SelectedGrad):
             return SelectedGrad(first, first.selected)
-        plain = [_plain(first, None), *(_plain(arg, first) for arg in args[1:])]
-        if op not in _IN_PLACE | _REDUCTIONS or any(arg is NotImplemented for arg in plain):
+        try:
+            if op not in _IN_PLACE | _REDUCTIONS or (op in _REDUCTIONS and _is_partial(func, args, kwargs or {})):
+                raise _UnsupportedError
+            # a result that is written to something plain would be k_p numbers in the place of a whole gradient
+            operands = [_values(first), *(_plain(arg, first) for arg in args[1:])]
+        except _UnsupportedError:
             # not a TypeError: in p.grad + x, Python would replace it by one that says nothing
             raise RuntimeError(
                 f"gradient under release_grads=True: expected an operation on its selected values, got {op}; use "
                 "optimizer.selected_grad(p), a plain tensor of them"
-            )
-        result = func(*plain, **(kwargs or {}))
+            ) from None
+        result = func(*operands, **(kwargs or {}))
         return first if isinstance(result, Tensor) and op in _IN_PLACE else result
 
 
+class _UnsupportedError(Exception):
+    pass
+
+
+def _is_partial(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a reduction is along a dimension: the selected values have but one."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("dim") not in (None, []) or bool(given.get("keepdim"))
+
+
+def _values(first: Any) -> Any:
+    """Of what is operated on: a gradient, or a list of gradients, where dense ones may be among them."""
+    if isinstance(first, SelectedGrad):
+        return first.selected.values
+    if isinstance(first, (list, tuple)):
+        return [item.selected.values if isinstance(item, SelectedGrad) else item for item in first]
+    raise _UnsupportedError
+
+
 def _plain(arg: Any, first: Any) -> Any:
-    """Selected values in place of whole tensors; NotImplemented where `first`, the tensor operated on, has no such."""
-    if isinstance(arg, SelectedGrad):
-        if isinstance(first, SelectedGrad) and first.selected.index is not arg.selected.index:
-            return NotImplemented
-        return arg.selected.values
+    """An operand for the selected values of `first`: of a whole tensor, the values at their places."""
     if isinstance(arg, (list, tuple)) and any(isinstance(item, Tensor) for item in arg):
-        return [_plain(item, first) for item in arg]
+        return [_plain(item, other) for item, other in zip(arg, first, strict=True)]
+    if isinstance(arg, SelectedGrad):
+        if isinstance(first, SelectedGrad) and first.selected.index is arg.selected.index:
+            return arg.selected.values
+        raise _UnsupportedError
     if isinstance(arg, Tensor) and isinstance(first, SelectedGrad) and arg.numel() != 1:
-        return first.selected.take(arg) if arg.shape == first.shape else NotImplemented
+        if arg.shape == first.shape:
+            return first.selected.take(arg)
+        raise _UnsupportedError
     return arg
 
 

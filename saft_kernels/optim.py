@@ -441,8 +441,13 @@ class SparseAdamW(Optimizer):
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's. While `selection_steps` gathers gradients their sums are in it, as `grad_sum`."""
+        """As torch.optim.Optimizer's, with `param_shapes` in each group.
+
+        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`.
+        """
         state_dict = super().state_dict()
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, (position, _, _) in zip(ids, places(self.param_groups), strict=True):
             if position in self._selection.sums:

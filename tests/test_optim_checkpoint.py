@@ -566,7 +566,14 @@ MISFITS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "dense": (lambda: state_of(two_towers(), density=1.0), "expected 293 of 2932"),
     "adamw": (adamw_state, "expected 293 of 2932"),
     "other_optimizer": (sgd_state, "expected step, exp_avg, exp_avg_sq, got momentum_buffer"),
-    "wider_model": (lambda: state_of(TwoTowers(width=24), density=0.1), "`state_dict`: "),
+    "wider_model": (
+        lambda: state_of(TwoTowers(width=24), density=0.1),
+        "'visual.0.weight': expected shape (16, 3, 4, 4), got (24, 3, 4, 4): the state of another model",
+    ),
+    "narrower_model": (
+        lambda: state_of(TwoTowers(width=8), density=0.1),
+        "'visual.0.weight': expected shape (16, 3, 4, 4), got (8, 3, 4, 4)",
+    ),
     "fewer_parameters": (
         lambda: SparseAdamW(parameters()).state_dict(),
         "expected 1 parameter groups of sizes [11], got 1 of sizes [8]",
@@ -635,6 +642,24 @@ def test_other_budgets_are_named(saved: dict[str, Any], target: dict[str, Any], 
     state = state_of(model, **saved)
     with pytest.raises(ValueError, match=message):
         SparseAdamW(model.named_parameters(), **target).load_state_dict(state)
+
+
+def test_transposed_parameters_are_another_shape() -> None:
+    """Their indices fit, and mean other elements."""
+    tall, wide = (nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6)))
+    optimizer = SparseAdamW([("weight", tall)], k=5)
+    tall.grad = torch.randn(6, 4)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"'weight': expected shape \(4, 6\), got \(6, 4\)"):
+        SparseAdamW([("weight", wide)], k=5).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_a_tensor_without_its_state_is_not_frozen_in_silence(scope: str) -> None:
+    saved = state_of(two_towers(), density=0.1, scope=scope)
+    del saved["state"][TEXT_WEIGHT]
+    with pytest.raises(ValueError, match=r"expected the state of all 2932 elements .* got that of 2676"):
+        SparseAdamW(two_towers().named_parameters(), density=0.1, scope=scope).load_state_dict(saved)
 
 
 def test_budgets_of_groups_are_compared_apart() -> None:

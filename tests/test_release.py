@@ -586,6 +586,16 @@ def test_selected_grad_is_a_tensor_of_the_parameters_kind() -> None:
         lambda grad: grad.mean(),
         lambda grad: grad.flatten(),
         lambda grad: torch.zeros_like(grad).mul_(grad),
+        lambda grad: torch.ones(grad.shape).mul_(grad),
+        lambda grad: torch.zeros(grad.shape).add_(grad, alpha=-0.1),
+        lambda grad: torch.zeros(grad.shape).copy_(grad),
+        lambda grad: torch._foreach_mul_([torch.ones(grad.shape), grad], [grad, torch.ones(grad.shape)]),
+        lambda grad: grad.sum(0),
+        lambda grad: grad.sum(dim=(0, 1), keepdim=True),
+        lambda grad: grad.norm(p=2, dim=1),
+        lambda grad: torch.linalg.vector_norm(grad, dim=1),
+        lambda grad: grad.any(dim=0),
+        lambda grad: grad.count_nonzero(dim=0),
         lambda grad: grad.mul_(torch.ones(grad.shape[-1])),
     ],
 )
@@ -598,6 +608,24 @@ def test_unknown_operations_raise(operation: Callable[[Tensor], object]) -> None
         operation(model.text.weight.grad)
     assert_message(error, ["selected_grad(p)"])
     assert optimizer.selected_grad(model.text.weight).isfinite().all()
+
+
+def test_one_selected_value_does_not_spread_over_a_plain_tensor() -> None:
+    """It would broadcast: all elements of a parameter, moved by the gradient of one."""
+    parameter = nn.Parameter(torch.zeros(4, 3))
+    mask = SparseMask({"p": torch.tensor([5])}, {"p": (4, 3)})
+    optimizer = SparseAdamW([("p", parameter)], LR, mask=mask, release_grads=True)
+    (parameter * torch.arange(12.0).view(4, 3)).sum().backward()
+    for write in (
+        lambda: parameter.detach().add_(parameter.grad, alpha=-0.1),
+        lambda: torch._foreach_add_([parameter.detach()], [parameter.grad]),
+        lambda: parameter.detach().copy_(parameter.grad),
+    ):
+        with pytest.raises(RuntimeError, match="release_grads=True"):
+            write()
+    assert not parameter.any()
+    assert optimizer.selected_grad(parameter).tolist() == [5.0]
+    assert [float(f(parameter.grad)) for f in (torch.sum, torch.norm, torch.any, torch.count_nonzero)] == [5, 5, 1, 1]
 
 
 def test_errors_name_the_parameter() -> None:
