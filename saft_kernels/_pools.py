@@ -94,7 +94,8 @@ class Selection:
     ) -> dict[Position, Tensor | None] | None:
         """Picks for the pending pools that have gradients; None while `steps` wants more of them.
 
-        The picks are not yet `indices`, but their groups are no longer pending. When it raises, nothing has changed.
+        The picks are not yet `indices`, but their groups are no longer pending, and the sums are the caller's to
+        restart. When it raises, nothing has changed but the sums, to which another call does not add.
         """
         pools = self.pools(param_groups, pending=True)
         names = {position: name for position, name, _ in places(param_groups)}
@@ -109,7 +110,8 @@ class Selection:
                 return None  # gradients of zeros are no step
             accumulating = False
         if accumulating:
-            self._add_to_sums(names, scores, grad_scale)
+            if self.num_sums < self.steps:
+                self._add_to_sums(names, scores, grad_scale)
             if self.num_sums < self.steps:
                 return None
             scores = self.sums
@@ -130,8 +132,6 @@ class Selection:
                 num_candidates[i] = sum(p.numel() for position, p in candidates.items() if position[0] == i)
         for i, numel in num_candidates.items():
             param_groups[i]["num_candidates"] = numel
-        if accumulating:
-            self.restart()
         return picked
 
     def _add_to_sums(self, names: dict[Position, str], gradients: dict[Position, Tensor], grad_scale: float) -> None:

@@ -175,6 +175,8 @@ class GradientBuffer:
         self._selected: dict[Tensor, Selected] = {}
         self._gradients: dict[Tensor, SelectedGrad] = {}  # made once
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        self.saw_nonzero = False  # in a gradient, selected or not, since zero gradients do not make a first step
+        self._awaits_first_step = True
         self.observers: list[Callable[[], None]] = []  # called when the selection may have changed
         weakref.finalize(self, _remove, self._hooks)
 
@@ -186,6 +188,7 @@ class GradientBuffer:
 
     def update(self, optimizer: SparseAdamW) -> None:
         """Follows the optimizer: its parameters, and what is selected of them. Keeps what stays the same."""
+        self._awaits_first_step = not any(optimizer.state.values())
         before, self._selected = self._selected, {}
         fresh: list[tuple[Tensor, Tensor]] = []
         for position, _, parameter in places(optimizer.param_groups):
@@ -232,6 +235,8 @@ class GradientBuffer:
         selected, gradient = self._selected.get(parameter), parameter.grad
         if selected is None or gradient is None or type(gradient) is SelectedGrad or gradient.layout != torch.strided:
             return
+        if self._awaits_first_step and not self.saw_nonzero:
+            self.saw_nonzero = bool(gradient.any())
         values = selected.take(gradient) if selected.index.numel() else None
         del gradient
         parameter.grad = None

@@ -368,7 +368,11 @@ class SparseAdamW(Optimizer):
         return self._prepared
 
     def _select(self, grad_scale: float) -> bool:
-        """Selects for what is pending; False when that takes more steps. When it raises, nothing has changed."""
+        """Selects for what is pending; False when that takes more steps.
+
+        When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
+        selects from the sums as they are.
+        """
         for position, name, parameter in places(self.param_groups):
             if self.param_groups[position[0]]["num_candidates"] is None:
                 check_not_released(name, parameter.grad)
@@ -378,6 +382,7 @@ class SparseAdamW(Optimizer):
                 picked = self._selection.select(self.param_groups, grad_scale, self.backend)
                 if picked is not None:
                     self._adopt(picked)
+                    self._selection.restart()
         except Exception:
             for group, num_candidates in zip(self.param_groups, before, strict=True):
                 group["num_candidates"] = num_candidates
@@ -386,6 +391,8 @@ class SparseAdamW(Optimizer):
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
+        if self._released is not None and self._released.saw_nonzero:
+            return True
         gradients = [(name, p.grad) for _, name, p in places(self.param_groups) if p.grad is not None]
         for name, gradient in gradients:
             check_dense(name, gradient)
@@ -527,7 +534,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     """The checks of torch.optim.AdamW, in its words; and what SparseAdamW does not support."""
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
-        if group["foreach"]:
+        if group["foreach"] and not group["capturable"]:
             raise ValueError(
                 "lr as a Tensor is not supported for capturable=False and foreach=True; leave `foreach` unset"
             )
@@ -537,7 +544,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     if kinds not in ({float}, {Tensor}):
         raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor) and group["foreach"]:
+        if isinstance(beta, Tensor) and group["foreach"] and not group["capturable"]:
             raise ValueError(
                 f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True; leave `foreach` unset"
             )

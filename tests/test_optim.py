@@ -325,6 +325,16 @@ BAD_ARGUMENTS = {
 }
 
 
+def test_tensor_hyperparameters_with_foreach_take_capturable() -> None:
+    """As in torch.optim.AdamW."""
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    for kind in (torch.optim.AdamW, SparseAdamW):
+        kind(parameters(), lr=torch.tensor(1e-3), betas=betas, foreach=True, capturable=True)
+        for kwargs in ({"lr": torch.tensor(1e-3)}, {"betas": betas}):
+            with pytest.raises(ValueError, match="as a Tensor is not supported for capturable=False and foreach=True"):
+                kind(parameters(), foreach=True, **kwargs)
+
+
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments(case: str) -> None:
     arguments, kind, message = BAD_ARGUMENTS[case]

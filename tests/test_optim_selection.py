@@ -25,7 +25,7 @@ from training import (
     two_towers,
 )
 
-from saft_kernels import SparseAdamW, select
+from saft_kernels import SparseAdamW, _pools, select
 from saft_kernels._state import new_states
 
 # ---- what is selected ----
@@ -207,6 +207,32 @@ def test_a_group_amid_selection_steps_starts_the_mean_anew() -> None:
             total += parameter.grad
     k = round(0.1 * sum(p.numel() for p in params))
     assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
+
+
+@pytest.mark.parametrize("where", ["select_indices", "_adopt"])
+def test_a_selection_that_failed_is_taken_up_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the call that failed counts once, and those before it are not lost."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("no memory")
+
+    params = parameters()
+    optimizer = SparseAdamW(params, density=0.1, selection_steps=2)
+    sums = [torch.zeros(p.shape) for p in params]
+    for step in range(2):
+        set_gradients(params, step)
+        for total, parameter in zip(sums, params, strict=True):
+            total += parameter.grad
+        with monkeypatch.context() as patch:
+            if step == 1:
+                patch.setattr(*((_pools, where) if where == "select_indices" else (optimizer, where)), fail)
+                with pytest.raises(RuntimeError, match="no memory"):
+                    optimizer.step()
+        assert optimizer.mask is None
+        optimizer.step()
+    k = round(0.1 * sum(p.numel() for p in params))
+    assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
+    assert not optimizer._selection.sums
 
 
 def test_reselect_keeps_the_moments_of_what_stays() -> None:

@@ -100,6 +100,33 @@ def test_selection_by_the_first_steps() -> None:
     assert_same_models(*runs)
 
 
+def test_the_first_step_counts_whatever_is_selected_of_it() -> None:
+    """Zero gradients make no first step; zeros at the selected places alone do."""
+    indices = torch.tensor([20, 21, 23])
+    runs = []
+    for release_grads in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        mask = SparseMask({"0.weight": indices, **{n: torch.tensor([]).long() for n in list(shapes)[1:]}}, shapes)
+        optimizer = SparseAdamW(model.named_parameters(), LR, mask=mask, release_grads=release_grads)
+        for tokens in ([1, 2], [5, 2], [1, 3]):
+            model(torch.tensor(tokens)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((model, float(optimizer.state[model[0].weight]["step"])))
+    assert [step for _, step in runs] == [3.0, 3.0]
+    assert_same_models(runs[0][0], runs[1][0])
+
+
+def test_zero_gradients_make_no_first_step() -> None:
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), LR, mask=make_mask(model), release_grads=True)
+    (0.0 * loss_fn(model, batches(1)[0])).backward()
+    optimizer.step()
+    assert not any(optimizer.state.values())
+
+
 def test_parameters_of_every_layout() -> None:
     def losses(params: Sequence[Tensor], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
