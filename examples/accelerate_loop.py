@@ -3,6 +3,7 @@
 python examples/accelerate_loop.py       # seconds on a CPU; a second run goes on from the saved state
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -53,5 +54,6 @@ def train(accelerator: Accelerator, epochs: int = EPOCHS) -> tuple[nn.Module, li
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model, losses = train(Accelerator(gradient_accumulation_steps=2))
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else f"{EPOCHS} epochs were done; remove {STATE}")

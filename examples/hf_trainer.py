@@ -3,6 +3,8 @@
 python examples/hf_trainer.py            # seconds on a CPU; a second run goes on from the last checkpoint
 """
 
+import argparse
+
 import torch
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,11 +25,10 @@ def tiny_clip() -> CLIPModel:
 
 def pairs(count: int = 64) -> list[dict[str, torch.Tensor]]:
     """The third token says how bright the image is."""
-    data = []
-    for i in range(count):
-        tokens = torch.tensor([0, 5, 10 + i % 16, 1])
-        data.append({"input_ids": tokens, "pixel_values": torch.full((3, 16, 16), i % 16 / 8 - 1)})
-    return data
+    images = [torch.full((3, 16, 16), i % 16 / 8 - 1) for i in range(count)]
+    return [
+        {"input_ids": torch.tensor([0, 5, 10 + i % 16, 1]), "pixel_values": image} for i, image in enumerate(images)
+    ]
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict:
@@ -37,6 +38,7 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     arguments = TrainingArguments(
         OUTPUT,

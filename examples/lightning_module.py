@@ -3,6 +3,8 @@
 python examples/lightning_module.py      # seconds on a CPU
 """
 
+import argparse
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -36,6 +38,7 @@ def loader() -> DataLoader:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pl.seed_everything(0)
     selection = SelectionCallback()
     trainer = pl.Trainer(

@@ -3,6 +3,7 @@
 python examples/timm_train.py            # a tiny ViT, seconds on a CPU; a second run goes on from the checkpoint
 """
 
+import argparse
 from pathlib import Path
 
 import timm
@@ -51,5 +52,6 @@ def train(epochs: int = EPOCHS) -> tuple[nn.Module, list[float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     _, losses = train()
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else f"{EPOCHS} epochs were done; remove {OUTPUT}")

@@ -3,6 +3,7 @@
 python examples/wise_ft_loop.py          # a tiny CLIP on made-up data, seconds on a CPU
 """
 
+import argparse
 import copy
 
 import open_clip
@@ -11,11 +12,8 @@ from torch import nn
 
 import saft_kernels
 
-TOWERS = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 6, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2},
-}
+VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 6, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
 
 
 def batches(count: int, size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -43,8 +41,9 @@ def interpolated(zeroshot: nn.Module, finetuned: nn.Module, alpha: float) -> nn.
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
-    model, data = open_clip.CLIP(**TOWERS), batches(8)
+    model, data = open_clip.CLIP(32, VISION, TEXT), batches(8)
     zeroshot = copy.deepcopy(model)
     mask = saft_kernels.select(model, data, flyp_loss, density=0.02)  # new
     model = nn.DataParallel(model)

@@ -172,6 +172,11 @@ class SparseAdamW(Optimizer):
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
         _check_hyperparameters(group)
+        if own := [key for key in ("scope", "selection_steps", "mask", "release_grads") if key in group]:
+            raise ValueError(
+                f"{where}: expected 'density' or 'k' as its own, got {own[0]!r}, which holds for all groups; pass it "
+                "to SparseAdamW"
+            )
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(
                 f"{where}['params']: expected distinct parameters, got one twice; it would be updated twice in a step"
@@ -359,12 +364,12 @@ class SparseAdamW(Optimizer):
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states()
             self._update_released()
-        selected = []
-        for position, name, parameter in places(self.param_groups):
-            index = self._index(position, parameter)
-            if index is None or index.numel():
-                selected.append((position[0], name, parameter))
-        self._prepared = PreparedStep(self, selected, self.backend)
+            selected = []
+            for position, name, parameter in places(self.param_groups):
+                index = self._index(position, parameter)
+                if index is None or index.numel():
+                    selected.append((position[0], name, parameter))
+            self._prepared = PreparedStep(self, selected, self.backend)
         return self._prepared
 
     def _select(self, grad_scale: float) -> bool:

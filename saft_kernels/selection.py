@@ -422,20 +422,18 @@ def _candidates(
     def matches(name: str, globs: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
-    wanted, unwanted = (
-        [globs] if isinstance(globs, str) else list(globs or [])
-        for globs in ("*" if include is None else include, exclude)
-    )
-    for glob in wanted:
-        if not fnmatch.filter(named, glob) and include is not None:
-            raise ValueError(
-                f"`include`: expected globs over parameter names, got {glob!r}, which matches none of {len(named)}; "
-                f"they are called {listing(list(named))}"
-            )
+    wanted, unwanted = ([globs] if isinstance(globs, str) else list(globs or []) for globs in (include, exclude))
+    for argument, globs in (("include", wanted), ("exclude", unwanted)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in named):
+                raise ValueError(
+                    f"`{argument}`: expected globs over parameter names, got {glob!r}, which matches none of "
+                    f"{len(named)}; they are called {listing(list(named))}"
+                )
     candidates = {
         name: parameter
         for name, parameter in named.items()
-        if parameter.requires_grad and matches(name, wanted) and not matches(name, unwanted)
+        if parameter.requires_grad and (include is None or matches(name, wanted)) and not matches(name, unwanted)
     }
     if not candidates:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,10 @@ def load_example(name: str) -> ModuleType:
 
 def run_example(name: str) -> dict[str, Any]:
     """`python examples/name.py`, in this process: what it leaves in its namespace."""
-    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    path = str(EXAMPLES / f"{name}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path])
+        return runpy.run_path(path, run_name="__main__")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

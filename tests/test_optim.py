@@ -300,6 +300,11 @@ BAD_ARGUMENTS = {
         ValueError,
         "param_groups[0]: expected 'density' or 'k', got both: 0.5 and 3; drop one",
     ),
+    "group_scope": (
+        lambda p: ([{"params": p, "scope": "row"}], {}),
+        ValueError,
+        "param_groups[0]: expected 'density' or 'k' as its own, got 'scope', which holds for all groups; pass it",
+    ),
     "group_k": (
         lambda p: ([{"params": p[:1]}, {"params": p[1:2], "k": 99}], {}),
         ValueError,

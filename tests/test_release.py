@@ -186,6 +186,20 @@ def test_tied_reused_and_checkpointed(use_reentrant: bool | None) -> None:
 # ---- what loops do to gradients ----
 
 
+@pytest.mark.parametrize("how", ["autocast", "compiled"])
+def test_autocast_and_compiled_models_are_bit_equal(how: str) -> None:
+    (dense, dense_optimizer), (sparse, sparse_optimizer) = pair()
+    for model, optimizer in ((dense, dense_optimizer), (sparse, sparse_optimizer)):
+        called = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+        for batch in batches(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                loss = loss_fn(called, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_models(dense, sparse)
+
+
 def test_accumulation_in_fp32_is_bit_equal() -> None:
     (dense, a), (model, b) = pair()
     data = batches(6)

@@ -397,6 +397,10 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "k_per_tensor": ({"k": 3, "scope": "tensor"}, "`k`: expected None with scope='tensor', got 3;"),
     "k_per_row": ({"k": 3, "scope": "row"}, "`k`: expected None with scope='row', got 3;"),
     "scope": ({"scope": "layer"}, "`scope`: expected one of global, tensor, row, got 'layer'"),
+    "exclude": (
+        {"exclude": "visaul.*"},
+        "`exclude`: expected globs over parameter names, got 'visaul.*', which",
+    ),
     "backend": ({"backend": "gpu"}, "`backend`: expected one of cuda, triton, cpu, reference, got 'gpu'"),
     "score": ({"score": "hessian"}, "`score`: expected one of mean_grad, mean_abs_grad, fisher,"),
     "no_candidates": ({"include": "text.*", "exclude": "*"}, "got none of 11;"),
