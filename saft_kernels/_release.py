@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ._pools import places
-from ._state import State
+from ._state import State, same_index
 from .ops._adamw import opmath_dtype
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class GradientBuffer:
             if index is None or optimizer.param_groups[position[0]]["num_candidates"] is None:
                 continue
             selected = before.get(parameter)
-            if selected is not None and _same_index(selected.index, index):
+            if selected is not None and same_index(selected.index, index):
                 selected.index = index
                 self._selected[parameter] = selected
             else:
@@ -295,7 +295,3 @@ def releasing_paused() -> Iterator[None]:
 def _remove(hooks: dict[Tensor, RemovableHandle]) -> None:
     for handle in hooks.values():
         handle.remove()
-
-
-def _same_index(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.numel() == b.numel() and bool((a.to(b.device) == b).all()))

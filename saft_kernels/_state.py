@@ -25,6 +25,13 @@ def count(parameter: Tensor, index: Tensor | None) -> int:
     return parameter.numel() if index is None else index.numel()
 
 
+def same_index(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both select the same elements, on whatever device."""
+    if a is None or b is None or a is b:
+        return a is b
+    return a.numel() == b.numel() and bool((a.to(b.device) == b).all())
+
+
 def new_states(parameters: Sequence[Tensor], indices: Sequence[Tensor | None], group: Mapping[str, Any]) -> list[State]:
     """State before the first step: views of one buffer per kind of value, dtype and device."""
     states: list[State] = [{"step": step} for step in torch.zeros(len(parameters), dtype=torch.float32).unbind()]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _checkpoint, ops
+from . import _checkpoint
+from ._arguments import check_group, check_hyperparameters, check_mask_alone
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
 from ._memory import out_of_memory_says
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
 from ._release import GradientBuffer, check_not_released, selected_values
-from ._state import State, carry_over, count, index_dtype, new_states
+from ._state import State, carry_over, count, index_dtype, new_states, same_index
 from .ops import _backends
 from .ops._adamw import StalePlan
 from .selection import SparseMask
@@ -119,13 +120,13 @@ class SparseAdamW(Optimizer):
             "density": None,
             "k": None,
         }
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         defaults["betas"] = tuple(float(beta) for beta in betas)
         check_budget(density, k, scope)
         if not isinstance(selection_steps, int) or selection_steps < 1:
             raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
         if mask is not None:
-            _check_mask_alone(mask, density, k, scope)
+            check_mask_alone(mask, density, k, scope)
         _backends.forced(
             backend
         )  # whether it runs on the parameters' device shows at the first step: they may move until then
@@ -171,36 +172,9 @@ class SparseAdamW(Optimizer):
         self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
-        _check_hyperparameters(group)
-        if own := [key for key in ("scope", "selection_steps", "mask", "release_grads") if key in group]:
-            raise ValueError(
-                f"{where}: expected 'density' or 'k' as its own, got {own[0]!r}, which holds for all groups; pass it "
-                "to SparseAdamW"
-            )
-        if len(set(group["params"])) < len(group["params"]):
-            raise ValueError(
-                f"{where}['params']: expected distinct parameters, got one twice; it would be updated twice in a step"
-            )
-        for i, parameter in enumerate(group["params"]):
-            if parameter.dtype not in ops._checks.FLOAT_DTYPES:
-                remedy = "give it to another optimizer" if parameter.is_complex() else "freeze it or cast it"
-                raise TypeError(
-                    f"{where}['params'][{i}]: expected float32, bfloat16, float16 or float64, got "
-                    f"{ops._checks.short(parameter.dtype)}; {remedy}"
-                )
-            if parameter.layout != torch.strided:
-                raise TypeError(
-                    f"{where}['params'][{i}]: expected a strided parameter, got {parameter.layout}; call .to_dense()"
-                )
-        density, k = group["density"], group["k"]
-        if density is not None and k is not None:
-            raise ValueError(f"{where}: expected 'density' or 'k', got both: {density!r} and {k!r}; drop one")
-        if density is not None or k is not None:
-            check_budget(density, k)
-            budget(density, k, sum(p.numel() for p in group["params"]), where)
-            # numpy's numbers do not pass torch.load(weights_only=True)
-            group["density"], group["k"] = density and float(density), k and int(k)
-        elif self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups):
+        check_group(where, group)
+        is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
+        if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
                 f"{where}: expected its own 'density' or 'k', got neither; the optimizer's k, {self._selection.k}, "
                 "is spent on the groups before"
@@ -259,7 +233,7 @@ class SparseAdamW(Optimizer):
             for j, parameter in enumerate(group["params"]):
                 if (i, j) in picked and self.state.get(parameter):
                     old, new = self._index((i, j), parameter), picked[i, j]
-                    if not _same_index(old, new):
+                    if not same_index(old, new):
                         moved.append((parameter, old, new))
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
@@ -514,56 +488,3 @@ class SparseAdamW(Optimizer):
             group["decoupled_weight_decay"] = True
         _checkpoint.unshield(self)
         self._update_released()
-
-
-def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else a.numel() == b.numel() and bool((a.to(b.device) == b).all())
-
-
-def _check_mask_alone(mask: SparseMask, density: float, k: int | None, scope: str) -> None:
-    if not isinstance(mask, SparseMask):
-        raise TypeError(
-            f"`mask`: expected a SparseMask, got {type(mask).__name__}; SparseMask.load reads a file, "
-            "SparseMask.from_dense takes bool tensors"
-        )
-    if density != DEFAULT_DENSITY or k is not None or scope != "global":
-        raise ValueError(
-            f"expected `mask` alone, got density={density!r}, k={k!r}, scope={scope!r} beside it; drop them: the mask "
-            f"selects {mask.k}"
-        )
-    if not mask.k:
-        raise ValueError("`mask`: expected selected elements, got none; nothing would be trained")
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """The checks of torch.optim.AdamW, in its words; and what SparseAdamW does not support."""
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        if group["foreach"] and not group["capturable"]:
-            raise ValueError(
-                "lr as a Tensor is not supported for capturable=False and foreach=True; leave `foreach` unset"
-            )
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}; one group has one lr")
-    kinds = {Tensor if isinstance(beta, Tensor) else type(beta) for beta in betas}
-    if kinds not in ({float}, {Tensor}):
-        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
-    for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor) and group["foreach"] and not group["capturable"]:
-            raise ValueError(
-                f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True; leave `foreach` unset"
-            )
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{i}] must be 1-element, got shape {tuple(beta.shape)}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; expected [0, 1)")
-    for name, value in (("learning rate", lr), ("epsilon", group["eps"]), ("weight_decay", group["weight_decay"])):
-        if not 0.0 <= value:
-            what = name if name == "learning rate" else f"{name} value"
-            raise ValueError(f"Invalid {what}: {value}; expected 0 or more")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together; drop one")
-    if group["differentiable"]:
-        raise ValueError(
-            f"`differentiable`: expected False, got {group['differentiable']!r}; SparseAdamW does not support it"
-        )
