@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,17 @@ from memory_plan import (
     plans,
     readable,
     return_freed_blocks,
+    with_margin,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import saft_kernels
+from saft_kernels._memory import is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VOCABULARY = 256  # bytes
+LESS = "lower --batch or --tokens, take --dtype bfloat16, or a smaller model"
 
 EPILOG = """\
 examples:
@@ -101,7 +105,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         self.embedding, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)  # of 64 channels or more
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -183,43 +188,50 @@ def batch_source(args: argparse.Namespace) -> list[Tensor]:
 # ---- before it starts ----
 
 
-def choose(args: argparse.Namespace, build: Callable[[bool, bool], nn.Module], say: Callable[[str], None]) -> Plan:
-    """The first plan that fits. Raises InputError when none does."""
-    itemsize = DTYPES[args.dtype].itemsize
+def choose(
+    args: argparse.Namespace, build: Callable[[bool, bool], nn.Module], say: Callable[[str], None]
+) -> tuple[Plan, Iterator[Plan]]:
+    """The first plan that fits, and those after it. Raises InputError when none does."""
+    budget, itemsize = args.memory_budget, DTYPES[args.dtype].itemsize
 
     @functools.cache
     def step(mode: str, checkpointing: bool) -> Step:
         def make_batch() -> Tensor:
             return torch.zeros(args.batch, args.tokens, dtype=torch.long, device=args.device)
 
-        return dry_run(lambda: build(checkpointing, False), make_batch, loss_fn, mode)
+        return dry_run(lambda: build(checkpointing, False), make_batch, loss_fn, mode, args.density)
 
-    least: Plan | None = None
-    budget = args.memory_budget
-    for plan in plans(step, args.density, itemsize, torch.device(args.device).type):
-        if args.mode not in ("auto", plan.mode):
-            continue
-        if least is None or plan.peak < least.peak:
-            least = plan
-        if plan.peak <= budget:
+    seen: list[Plan] = []
+    others: list[Plan] = []  # of modes that were not asked for
+    rest = plans(step, args.density, itemsize, torch.device(args.device).type)
+    for plan in rest:
+        asked = args.mode in ("auto", plan.mode)
+        (seen if asked else others).append(plan)
+        if asked and plan.peak <= budget:
             break
     else:
-        assert least is not None
+        least = min(seen, key=lambda plan: plan.peak)
+        fit = dict.fromkeys(plan.mode for plan in others if plan.peak <= budget)
+        remedy = f"pass --mode {' or '.join(fit)}, which fits, or {LESS}" if fit else LESS
         raise InputError(
-            f"--memory-budget: expected at least {readable(least.peak)} ({least}), got {readable(budget)}; lower "
-            "--batch or --tokens, take --dtype bfloat16, or a smaller model"
+            f"--memory-budget: expected at least {readable(least.peak)} ({least}), got {readable(budget)}; {remedy}"
         )
-    dense = step("dense", False)
-    numel = dense.numel
+    numel = step("dense", False).numel
     say(f"{numel:,} parameters in {args.dtype}, {args.batch} x {args.tokens} tokens, budget {readable(budget)}")
-    say(f"expected, with a margin of {100 * (MARGIN - 1):.0f} % and {readable(OVERHEAD)}: {readable(plan.peak)}")
-    say("of it in training, without the margin:")
-    for part, size in plan.parts.items():
-        say(f"  {part:26}{readable(size):>12}")
     say(f"{plan}")
-    full = round(MARGIN * (dense.peak + 2 * numel * max(4, itemsize)))
+    first = seen[0]
+    why = "" if plan is first else f": {first} would take {readable(first.peak)}, in {first.larger}"
+    say(f"this is the fastest way{'' if args.mode == 'auto' else f' of --mode {args.mode}'} that fits{why}")
+    say(f"{'expected at the peak of':28}{'selection':>12}{'training':>12}")
+    for part in dict.fromkeys([*plan.selection_parts, *plan.training_parts]):
+        sizes = plan.selection_parts.get(part, 0), plan.training_parts.get(part, 0)
+        if any(sizes):
+            say(f"  {part:26}" + "".join(f"{readable(size) if size else '':>12}" for size in sizes))
+    more = f"with {100 * (MARGIN - 1):.0f} % and {readable(OVERHEAD)} more"
+    say(f"{more:28}{readable(plan.selection):>12}{readable(plan.training):>12}")
+    full = with_margin(step("dense", False).peak + 2 * numel * max(4, itemsize))
     say(f"(full fine-tuning with fp32 moments would take {readable(full)})")
-    return plan
+    return plan, rest
 
 
 # ---- training ----
@@ -229,6 +241,8 @@ def train(
     args: argparse.Namespace, plan: Plan, build: Callable[[bool, bool], nn.Module], say: Callable[[str], None]
 ) -> int:
     """Selects, trains, and says what it took."""
+    if args.output is not None:  # not after hours of training
+        check_output(args.output)
     batches = [batch.to(args.device) for batch in batch_source(args)]
     warm_up(args)
     peak = Peak(torch.device(args.device))
@@ -269,11 +283,35 @@ def train(
     if over:
         say("the budget was exceeded; please report this with the lines above")
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         mask.save(args.output / "mask.safetensors")
         saft_kernels.SparseDelta.from_optimizer(optimizer, originals).save(args.output / "tuned.safetensors")
         say(f"mask and values: {args.output}")
     return 1 if over else 0
+
+
+def check_output(folder: Path) -> None:
+    """Makes it. Raises InputError where nothing can be written."""
+    try:
+        import safetensors  # noqa: F401
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except ImportError as error:
+        raise InputError("--output needs safetensors; pip install 'saft_kernels[io]'") from error
+    except OSError as error:
+        raise InputError(
+            f"--output: expected a folder to write to, got {folder}: {error.strerror}; name another"
+        ) from error
+
+
+def out_of_memory(error: BaseException, plan: Plan, rest: Iterator[Plan]) -> str:
+    """What to say: where it happened, and the next plan that takes less there."""
+    stage = "selection" if str(error).startswith("select()") else "training"
+    expected = getattr(plan, stage)
+    less = next((other for other in rest if getattr(other, stage) < expected and other.peak <= plan.peak), None)
+    remedy = LESS if less is None else f"pass --mode {less.mode} --memory-budget {-(-less.peak // 2**20)}MiB ({less})"
+    got = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+    return f"out of memory in {stage} ({plan}): expected {readable(expected)} to do, got: {got}; {remedy}"
 
 
 def warm_up(args: argparse.Namespace) -> None:
@@ -299,7 +337,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _positive(kind: Callable[[str], Any], most: float = float("inf")) -> Callable[[str], Any]:
+def _positive(kind: Callable[[str], Any], most: float = float("inf"), least: int = 0) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -307,6 +345,8 @@ def _positive(kind: Callable[[str], Any], most: float = float("inf")) -> Callabl
             value = 0
         if not 0 < value <= most:
             raise argparse.ArgumentTypeError(f"expected a number above 0{'' if most > 1 else ' up to 1'}, got {text!r}")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text!r}")
         return value
 
     return parse
@@ -324,7 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive(int), default=30, help="(default 30)")
     add("--selection-batches", type=_positive(int), default=4, help="to select from (default 4; one if it must stream)")
     add("--batch", type=_positive(int), default=4, help="sequences per step (default 4)")
-    add("--tokens", type=_positive(int), default=64, help="per sequence (default 64)")
+    add("--tokens", type=_positive(int, least=2), default=64, help="per sequence, the next to predict (default 64)")
     add("--lr", type=_positive(float), default=1e-3, help="(default 0.001)")
     add("--dtype", choices=tuple(DTYPES), help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
     add(
@@ -347,20 +387,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --device: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.memory_budget = args.memory_budget or free_bytes(device)
+    plan: Plan | None = None
+    rest: Iterator[Plan] = iter(())
     try:
+        args.memory_budget = args.memory_budget or free_bytes(device)
+        if args.memory_budget is None:
+            raise InputError(
+                "--memory-budget: expected one where the system does not say what is free; pass 16GiB, say"
+            )
         build = model_builder(args)
-        plan = choose(args, build, print)
+        plan, rest = choose(args, build, print)
         return 0 if args.dry_run else train(args, plan, build, print)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: more was needed than expected ({str(error).splitlines()[0]}); pass a smaller --memory-budget than "
-            "there is, so that a mode is chosen that takes less",
-            file=sys.stderr,
-        )
+    except (RuntimeError, MemoryError) as error:
+        if plan is None or not is_out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory(error, plan, rest)}", file=sys.stderr)
         return 1
 
 

@@ -6,7 +6,7 @@ import gc
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,17 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saft_kernels.sparse_grad import DENSE_SHARE
+
 GIB = 2**30
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 TRAINING = ("dense", "release", "sparse_grad")
 MARGIN, OVERHEAD = 1.1, 16 * 2**20
 """What allocators and libraries take beyond the tensors of a step: a factor, and bytes. See docs/memory.md."""
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+Parts = dict[str, int]
+"""What the bytes at a peak are for, without the margin."""
 
 
 def parse_bytes(text: str) -> int:
@@ -41,12 +47,18 @@ def readable(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
 
 
-def free_bytes(device: torch.device) -> int:
-    """What the device, or the machine, has free now."""
+def free_bytes(device: torch.device) -> int | None:
+    """What the device, or the machine or its container (cgroup v2), has free now; None where neither says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else 0
+    found = []
+    if MEMINFO.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())):
+        found.append(int(match[1]) * 1024)
+    limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        files = re.search(r"^inactive_file (\d+)", stat.read_text(), re.MULTILINE)  # given up when memory is short
+        found.append(int(most) - int(used.read_text()) + (int(files[1]) if files else 0))
+    return max(1, min(found)) if found else None
 
 
 # ---- a step without memory ----
@@ -84,17 +96,26 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of the weights, of the dense gradients and the largest of them, and at the peak of forward and backward."""
+    """Elements per parameter; bytes of the weights, the dense gradients, the largest of them, and at the peak."""
 
-    numel: int
+    numels: tuple[int, ...]
     weights: int
     gradients: int
     largest_gradient: int
     peak: int
 
+    @property
+    def numel(self) -> int:
+        """Of all parameters."""
+        return sum(self.numels)
+
 
 def dry_run(
-    build: Callable[[], nn.Module], make_batch: Callable[[], Any], loss_fn: Callable[..., Tensor], mode: str
+    build: Callable[[], nn.Module],
+    make_batch: Callable[[], Any],
+    loss_fn: Callable[..., Tensor],
+    mode: str,
+    density: float,
 ) -> Step:
     """Runs forward and backward on fake tensors, with gradients kept ("dense") or freed as they come."""
     linear: set[int] = set()
@@ -107,37 +128,57 @@ def dry_run(
         model = build()
         gc.collect()
         weights = tracker.peak = tracker.live
-        gradients = [p.numel() * p.itemsize for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        numels, gradients = [p.numel() for p in parameters], [p.nbytes for p in parameters]
         if mode != "dense":
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         loss = loss_fn(model, make_batch())
-        linear.update(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        modules = (module for module in model.modules() if isinstance(module, nn.Linear))
+        # of a smaller one so much may be selected that its gradient is computed densely
+        linear.update(n for n in (m.weight.numel() for m in modules) if DENSE_SHARE * n >= density * sum(numels))
         loss.backward()
-        numel = sum(p.numel() for p in model.parameters())
-    return Step(numel, weights, sum(gradients), max(gradients), tracker.peak)
+    return Step(tuple(numels), weights, sum(gradients), max(gradients), tracker.peak)
 
 
 # ---- plans ----
 
 
+def with_margin(size: float) -> int:
+    """What to expect in place of that many bytes of tensors."""
+    return round(MARGIN * size) + OVERHEAD
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How to train and select, and the bytes expected for each. `parts` add up to `training`."""
+    """How to train and select, and the bytes at the peak of each."""
 
     mode: str
     checkpointing: bool
     streaming: bool | str
     blocks: int
-    training: int
-    selection: int
-    parts: dict[str, int]
+    training_parts: Parts
+    selection_parts: Parts
+
+    @property
+    def training(self) -> int:
+        """Bytes expected."""
+        return with_margin(sum(self.training_parts.values()))
+
+    @property
+    def selection(self) -> int:
+        """Bytes expected."""
+        return with_margin(sum(self.selection_parts.values()))
 
     @property
     def peak(self) -> int:
         """Of the whole run."""
         return max(self.training, self.selection)
+
+    @property
+    def larger(self) -> str:
+        """The one that takes more."""
+        return "selection" if self.selection > self.training else "training"
 
     def __str__(self) -> str:
         how = {False: "at once", True: "streaming, one batch", "host": "sums in host memory"}
@@ -146,39 +187,67 @@ class Plan:
         return f"training: {self.mode}, activations {activations}; selection: {select}"
 
 
-def plan_training(mode: str, step: Step, k: int, itemsize: int) -> tuple[int, dict[str, int]]:
-    """Bytes at the peak, and what they are for."""
+def plan_training(mode: str, step: Step, k: int, itemsize: int, device: str) -> Parts:
+    """What is there at the peak of a training step, on the device."""
     state = k * (12 + 4 * (itemsize == 2))  # indices, two moments, masters of 16-bit parameters
     gradients = step.gradients
     if mode != "dense":
         gradients = min(step.largest_gradient, step.peak - step.weights)
         state += 4 * k  # the buffer
-    parts = {"weights": step.weights, "gradients": gradients, "optimizer state": state}
+    if mode == "sparse_grad":
+        state += 16 * min(k, int(DENSE_SHARE * max(step.numels)))  # entries, sums and values of one layer
+    parts = {"weights": step.weights, "gradients": gradients, "indices, optimizer state": state}
+    if device == "cpu":
+        parts["values before training"] = (8 + itemsize) * k  # Originals, with int64 indices; in host memory
     # where the peak is, not all activations are there any more
-    parts["activations, temporaries"] = max(0, step.peak - step.weights - gradients)
-    return round(MARGIN * sum(parts.values())) + OVERHEAD, parts
+    return {**parts, "activations, temporaries": max(0, step.peak - step.weights - gradients)}
 
 
-def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, itemsize: int, device: str) -> int:
-    """Bytes at the peak of select(), on the device."""
+def largest_block(numels: Sequence[int], blocks: int) -> int:
+    """Elements of the largest of the blocks into which select(..., streaming="blocks") splits parameters."""
+    sizes, done = [0] * blocks, 0
+    for numel in numels:
+        sizes[min(blocks - 1, int((done + numel / 2) * blocks / sum(numels)))] += numel
+        done += numel
+    return max(sizes)
+
+
+def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, itemsize: int, device: str) -> Parts:
+    """What is there at the peak of select(), on the device: in a backward pass, or where it takes the top-k."""
     per_element = max(4, itemsize) + (2 if itemsize == 2 else 0)  # sums; 16-bit gradients beside them
-    sums = per_element * released.numel
-    more = {False: sums, "blocks": sums // blocks, True: 36 * k, "host": sums if device == "cpu" else 0}
-    return round(MARGIN * (released.peak + more[streaming])) + OVERHEAD
+    numel, quota = released.numel, min(k, max(released.numels))
+    # int64 indices of the top-k, and the mask's int32 ones in host memory
+    summed, held, picked = numel, 0, (12 if device == "cpu" else 8) * k
+    if streaming == "host" and device != "cpu":
+        summed = picked = 0
+    if streaming in (True, "blocks"):
+        summed = largest_block(released.numels, blocks) if streaming == "blocks" else 0
+        # candidates, 8 bytes each: at most 2 k, and those of one parameter more until the next top-k
+        held, picked = 8 * min(2 * k, numel), 8 * min(2 * k + quota, numel) + 8 * k + 16 * quota
+    parts = {"weights": released.weights, "gradient sums": per_element * summed}
+    gradient = min(released.largest_gradient, released.peak - released.weights)
+    passes = {
+        **parts,
+        "top-k": picked if streaming is True else held,
+        "gradients": gradient,
+        "activations, temporaries": released.peak - released.weights - gradient,
+    }
+    return max(passes, {**parts, "top-k": picked}, key=lambda parts: sum(parts.values()))
 
 
 def plans(steps: Callable[[str, bool], Step], density: float, itemsize: int, device: str) -> Iterator[Plan]:
     """What could be done, the fastest and most exact first."""
     for checkpointing in (False, True):
         for mode in TRAINING:
-            step, released = steps(mode, checkpointing), steps("release", checkpointing)
+            gradients = mode if density < 1 else "dense"  # of wholly selected parameters they stay
+            step, released = steps(gradients, checkpointing), steps("release", checkpointing)
             k = round(density * step.numel)
-            training, parts = plan_training(mode, step, k, itemsize)
+            training = plan_training(gradients, step, k, itemsize, device)
             ways: list[tuple[bool | str, int]] = [(False, 1)] + [("host", 1)] * (device != "cpu")
             ways += [("blocks", blocks) for blocks in (2, 4, 8)] + [(True, 1)]
             for streaming, blocks in ways:
                 selection = plan_selection(streaming, blocks, released, k, itemsize, device)
-                yield Plan(mode, checkpointing, streaming, blocks, training, selection, parts)
+                yield Plan(mode, checkpointing, streaming, blocks, training, selection)
 
 
 # ---- what it took ----
