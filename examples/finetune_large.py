@@ -203,7 +203,7 @@ def choose(
 
     seen: list[Plan] = []
     others: list[Plan] = []  # of modes that were not asked for
-    rest = plans(step, args.density, itemsize, torch.device(args.device).type)
+    rest = plans(step, args.density, itemsize, torch.device(args.device).type, args.output is not None)
     for plan in rest:
         asked = args.mode in ("auto", plan.mode)
         (seen if asked else others).append(plan)
@@ -272,6 +272,10 @@ def train(
         del loss
         if number % max(1, len(batches) // 5) == 0:
             say(f"step {number}/{len(batches)}  loss {losses[-1]:.3f}")
+    if args.output is not None:
+        mask.save(args.output / "mask.safetensors")
+        saft_kernels.SparseDelta.from_optimizer(optimizer, originals).save(args.output / "tuned.safetensors")
+        say(f"mask and values: {args.output}")
     took["training"] = (plan.training, peak.bytes(), time.perf_counter() - start)
 
     say(f"{'':12}{'expected':>12}{'measured':>12}{'seconds':>10}")
@@ -282,10 +286,6 @@ def train(
         over |= measured is not None and measured > args.memory_budget
     if over:
         say("the budget was exceeded; please report this with the lines above")
-    if args.output is not None:
-        mask.save(args.output / "mask.safetensors")
-        saft_kernels.SparseDelta.from_optimizer(optimizer, originals).save(args.output / "tuned.safetensors")
-        say(f"mask and values: {args.output}")
     return 1 if over else 0
 
 

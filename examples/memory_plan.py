@@ -163,12 +163,12 @@ class Plan:
     @property
     def training(self) -> int:
         """Bytes expected."""
-        return with_margin(sum(self.training_parts.values()))
+        return with_margin(total(self.training_parts))
 
     @property
     def selection(self) -> int:
         """Bytes expected."""
-        return with_margin(sum(self.selection_parts.values()))
+        return with_margin(total(self.selection_parts))
 
     @property
     def peak(self) -> int:
@@ -187,8 +187,13 @@ class Plan:
         return f"training: {self.mode}, activations {activations}; selection: {select}"
 
 
-def plan_training(mode: str, step: Step, k: int, itemsize: int, device: str) -> Parts:
-    """What is there at the peak of a training step, on the device."""
+def total(parts: Parts) -> int:
+    """Bytes without the margin."""
+    return sum(parts.values())
+
+
+def plan_training(mode: str, step: Step, k: int, itemsize: int, device: str, writes: bool) -> Parts:
+    """What is there at the peak of a training step or, if it `writes` the fine-tune, after it; on the device."""
     state = k * (12 + 4 * (itemsize == 2))  # indices, two moments, masters of 16-bit parameters
     gradients = step.gradients
     if mode != "dense":
@@ -200,7 +205,9 @@ def plan_training(mode: str, step: Step, k: int, itemsize: int, device: str) -> 
     if device == "cpu":
         parts["values before training"] = (8 + itemsize) * k  # Originals, with int64 indices; in host memory
     # where the peak is, not all activations are there any more
-    return {**parts, "activations, temporaries": max(0, step.peak - step.weights - gradients)}
+    training = {**parts, "activations, temporaries": max(0, step.peak - step.weights - gradients)}
+    writing = {**parts, "gradients": 0, "writing the fine-tune": 80 * k if writes and device == "cpu" else 0}
+    return max(training, writing, key=total)
 
 
 def largest_block(numels: Sequence[int], blocks: int) -> int:
@@ -232,17 +239,19 @@ def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, i
         "gradients": gradient,
         "activations, temporaries": released.peak - released.weights - gradient,
     }
-    return max(passes, {**parts, "top-k": picked}, key=lambda parts: sum(parts.values()))
+    return max(passes, {**parts, "top-k": picked}, key=total)
 
 
-def plans(steps: Callable[[str, bool], Step], density: float, itemsize: int, device: str) -> Iterator[Plan]:
+def plans(
+    steps: Callable[[str, bool], Step], density: float, itemsize: int, device: str, writes: bool = False
+) -> Iterator[Plan]:
     """What could be done, the fastest and most exact first."""
     for checkpointing in (False, True):
         for mode in TRAINING:
             gradients = mode if density < 1 else "dense"  # of wholly selected parameters they stay
             step, released = steps(gradients, checkpointing), steps("release", checkpointing)
             k = round(density * step.numel)
-            training = plan_training(gradients, step, k, itemsize, device)
+            training = plan_training(gradients, step, k, itemsize, device, writes)
             ways: list[tuple[bool | str, int]] = [(False, 1)] + [("host", 1)] * (device != "cpu")
             ways += [("blocks", blocks) for blocks in (2, 4, 8)] + [(True, 1)]
             for streaming, blocks in ways:

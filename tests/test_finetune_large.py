@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -200,17 +201,18 @@ sys.exit(finetune_large.main())
     ("vocabulary", "arguments"),
     [
         ("256", "--width 256 --layers 4 --batch 2 --tokens 16 --memory-budget 1GiB --density 0.6 --mode release"),
+        ("256", "--width 128 --layers 4 --batch 2 --tokens 16 --memory-budget 1GiB --density 1 --output OUTPUT"),
         # two parameters of half the model each: 8 blocks of them have the sums of 2
         ("400000", "--width 64 --layers 1 --batch 1 --tokens 4 --memory-budget 376MiB"),
     ],
-    ids=["large k", "large embedding"],
+    ids=["large k", "large k, written", "large embedding"],
 )
-def test_expected_is_not_exceeded(vocabulary: str, arguments: str) -> None:
+def test_expected_is_not_exceeded(vocabulary: str, arguments: str, tmp_path: Path) -> None:
     """In a process of its own: what other tests have freed would count as free."""
-    arguments += " --device cpu --dtype float32 --steps 2"
+    arguments = arguments.replace("OUTPUT", str(tmp_path)) + " --device cpu --dtype float32 --steps 2"
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, vocabulary, *arguments.split()],
-        cwd=Path(finetune_large.__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
