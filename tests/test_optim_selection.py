@@ -178,11 +178,8 @@ def test_selection_steps(dtype: torch.dtype) -> None:
     assert not optimizer._selection.sums  # their memory is given back
 
 
-def test_reselect_starts_the_mean_anew() -> None:
-    params = parameters()
-    optimizer = SparseAdamW(params, density=0.1, selection_steps=3)
-    first_steps(params, optimizer, 2)
-    optimizer.reselect()
+def assert_the_next_three_steps_select(params: list[nn.Parameter], optimizer: SparseAdamW) -> None:
+    """By their mean gradient, at density 0.1; not before."""
     sums = [torch.zeros(p.shape) for p in params]
     for step in range(2, 5):
         assert optimizer.mask is None
@@ -191,6 +188,14 @@ def test_reselect_starts_the_mean_anew() -> None:
             total += parameter.grad
     k = round(0.1 * sum(p.numel() for p in params))
     assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
+
+
+def test_reselect_starts_the_mean_anew() -> None:
+    params = parameters()
+    optimizer = SparseAdamW(params, density=0.1, selection_steps=3)
+    first_steps(params, optimizer, 2)
+    optimizer.reselect()
+    assert_the_next_three_steps_select(params, optimizer)
 
 
 def test_a_group_amid_selection_steps_starts_the_mean_anew() -> None:
@@ -199,14 +204,7 @@ def test_a_group_amid_selection_steps_starts_the_mean_anew() -> None:
     optimizer = SparseAdamW(params[:3], density=0.1, selection_steps=3)
     first_steps(params[:3], optimizer, 2)
     optimizer.add_param_group({"params": params[3:]})
-    sums = [torch.zeros(p.shape) for p in params]
-    for step in range(2, 5):
-        assert optimizer.mask is None
-        first_steps(params, optimizer, 1, start=step)
-        for total, parameter in zip(sums, params, strict=True):
-            total += parameter.grad
-    k = round(0.1 * sum(p.numel() for p in params))
-    assert [i.tolist() for i in optimizer.mask.values()] == [i.tolist() for i in largest(sums, k)]
+    assert_the_next_three_steps_select(params, optimizer)
 
 
 @pytest.mark.parametrize("where", ["select_indices", "_adopt"])
