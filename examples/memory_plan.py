@@ -273,7 +273,10 @@ def return_freed_blocks() -> None:
 
 
 class Peak:
-    """Bytes in use at the most since `restart()`, above what was in use when it was made."""
+    """Bytes in use at the most since `restart()`, above what was in use when it was made.
+
+    On a CPU, without the pages of files: the code of libraries, which the system maps, drops and rereads as it likes.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -298,5 +301,5 @@ class Peak:
             used = torch.cuda.max_memory_allocated if key == "VmHWM" else torch.cuda.memory_allocated
             return used(self.device)
         status = Path("/proc/self/status")
-        match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(match[1]) * 1024 if match else None
+        sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", status.read_text())) if status.exists() else {}
+        return (int(sizes[key]) - int(sizes["RssFile"])) * 1024 if {key, "RssFile"} <= sizes.keys() else None
