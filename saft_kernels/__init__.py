@@ -4,9 +4,10 @@ from ._originals import Originals
 from ._version import __version__
 from .delta import SparseDelta
 from .integrations.timm import register_timm
+from .mask import SparseMask
 from .ops import TopK, gather, scatter_, sddmm, sparse_adamw_, topk_magnitude
 from .optim import SparseAdamW
-from .selection import SparseMask, select
+from .selection import select
 from .sparse_grad import SparseGrad, sparse_grad
 
 __all__ = [

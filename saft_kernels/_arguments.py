@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ._budget import DEFAULT_DENSITY, budget, check_budget
+from .mask import SparseMask
 from .ops._checks import FLOAT_DTYPES, short
-from .selection import SparseMask
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:

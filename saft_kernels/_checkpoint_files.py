@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _files
-from .selection import _safetensors
+from ._files import safetensors_function
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # where training scripts put the model's state dict
@@ -53,7 +53,7 @@ class Checkpoint:
         self.check_output(path)
         with _files.replacing(path) as temporary:
             if self.path.suffix == ".safetensors":
-                _safetensors("save_file")(self._content, temporary, self._metadata)
+                safetensors_function("save_file")(self._content, temporary, self._metadata)
             else:
                 torch.save(self._content, temporary)
 
@@ -69,7 +69,7 @@ class Checkpoint:
             raise FileNotFoundError(f"{os.fspath(path)}: expected an existing folder; make {Path(path).parent} first")
 
     def _read_safetensors(self) -> dict[str, Tensor]:
-        safe_open = _safetensors("safe_open")
+        safe_open = safetensors_function("safe_open")
         try:
             with safe_open(self.path, "pt") as file:
                 self._metadata = file.metadata()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ._named import listing
+from .mask import SparseMask
 from .ops.reference import as_bits
-from .selection import SparseMask
 
 if TYPE_CHECKING:
     from .delta import SparseDelta

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _files
-from .selection import _safetensors
+from ._files import safetensors_function
 
 FORMAT = "saft_kernels.SparseDelta"
 VERSION = "1"
@@ -129,7 +129,7 @@ def _file_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -
 
 def write(path: str | os.PathLike[str], content: Content) -> None:
     """Whole or not at all."""
-    save_file = _safetensors("save_file")
+    save_file = safetensors_function("save_file")
     table: dict[str, list[Any]] = {}
     blobs: dict[str, list[Tensor]] = {}
     for name, value in content.values.items():
@@ -156,7 +156,7 @@ def write(path: str | os.PathLike[str], content: Content) -> None:
 
 def read(path: str | os.PathLike[str]) -> Content:
     """Raises ValueError for another file, or for one of which any byte that counts has changed."""
-    safe_open = _safetensors("safe_open")
+    safe_open = safetensors_function("safe_open")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,3 +29,13 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def safetensors_function(name: str) -> Callable[..., Any]:
+    """Of safetensors or safetensors.torch, by name."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("mask and delta files need safetensors; pip install 'saft_kernels[io]'") from error
+    return getattr(safetensors, name, None) or getattr(safetensors.torch, name)  # type: ignore[no-any-return]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import _delta_file
 from ._checkpoint_files import TORCH_SUFFIXES, Checkpoint, find_state_dict, read_torch
+from ._files import safetensors_function
 from ._named import listing, plain_names
 from ._summary import Row, grouped, natural, print_table, save_figure
 from ._targets import same_bits
 from .delta import SparseDelta
-from .selection import SparseMask, _safetensors
+from .mask import SparseMask
 
 _DESCRIPTION = """\
 Fine-tunes as small files: what changed, its new values, and a check that they meet the right model.
@@ -282,7 +283,7 @@ def _load(path: Path) -> SparseMask | SparseDelta:
             )
         return SparseMask.from_dense({plain: masks[name] for plain, name in plain_names(masks).items()})
     try:
-        with _safetensors("safe_open")(path, "pt") as file:
+        with safetensors_function("safe_open")(path, "pt") as file:
             kind = (file.metadata() or {}).get("format")
     except (OSError, ImportError):
         raise

@@ -17,10 +17,10 @@ from ._named import Model, check_same_kind, listing, named_tensors, tied_names
 from ._originals import Originals, optimizer_parameters
 from ._targets import Copies, Targets, between, same_bits
 from ._targets import rest as take_rest
+from .mask import SparseMask
 from .ops._checks import short
 from .ops.reference import as_bits
 from .optim import SparseAdamW
-from .selection import SparseMask
 
 __all__ = ["Composed", "SparseDelta"]
 

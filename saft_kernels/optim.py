@@ -17,9 +17,9 @@ from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
 from ._release import GradientBuffer, check_not_released, selected_values
 from ._state import State, carry_over, count, index_dtype, new_states, same_index
+from .mask import SparseMask
 from .ops import _backends
 from .ops._adamw import StalePlan
-from .selection import SparseMask
 
 __all__ = ["SparseAdamW"]
 

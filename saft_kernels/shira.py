@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _files, ops
+from ._files import safetensors_function
 from ._named import Model, listing, named_tensors, plain_names
+from .mask import SparseMask
 from .ops.reference import as_bits
-from .selection import SparseMask, _safetensors
 
 if TYPE_CHECKING:
     from .delta import SparseDelta
@@ -114,7 +115,7 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file = _safetensors("save_file")
+    save_file = safetensors_function("save_file")
     with _files.replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     with _files.replacing(folder / "adapter_config.json") as temporary:
@@ -137,7 +138,7 @@ def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
     from .delta import SparseDelta
 
     folder = Path(folder)
-    safe_open = _safetensors("safe_open")
+    safe_open = safetensors_function("safe_open")
     try:
         kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:

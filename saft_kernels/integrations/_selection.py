@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from .._budget import DEFAULT_DENSITY
 from .._pools import NOTHING, Pool, Position, or_whole, places
+from ..mask import SparseMask
 from ..optim import SparseAdamW
-from ..selection import SparseMask, select
+from ..selection import select
 
 
 def select_into(

@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
+from ..mask import SparseMask
 from ..optim import SparseAdamW
-from ..selection import SparseMask
 from ._selection import select_into
 
 __all__ = ["SelectionCallback"]

@@ -15,7 +15,7 @@ from unittest import mock
 from torch import nn
 from torch.optim import Optimizer
 
-from ..selection import SparseMask
+from ..mask import SparseMask
 from ._selection import use_mask
 from .timm import NAME, register_timm
 

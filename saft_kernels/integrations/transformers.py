@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..selection import SparseMask
+from ..mask import SparseMask
 from ._selection import select_into, unwrapped
 
 __all__ = ["SelectionCallback"]
