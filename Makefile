@@ -24,7 +24,7 @@ $(SETUP): $(BUILD_INPUTS)
 demo: build  ## fine-tune a CLIP on real digits, SAFT beside full fine-tuning (about 2 minutes on 2 cores, the first time)
 	$(BIN)/python examples/finetune_clip.py
 
-test: build  ## every backend against the reference (PYTEST_ARGS='-k topk' for a part)
+test: build  ## every backend against the reference (PYTEST_ARGS='-k topk' for a part, '-n 2' for two at a time)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: build  ## ruff, mypy, clang-format: what CI checks

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import _checkpoint
 from ._arguments import check_group, check_hyperparameters, check_mask_alone
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
+from ._distributed import GradientAverage
 from ._memory import out_of_memory_says
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
@@ -82,6 +83,8 @@ class SparseAdamW(Optimizer):
 
     # called with the optimizer when it has selected, before it updates; not pickled
     _selection_hooks: tuple[Callable[[SparseAdamW], None], ...] = ()
+    _average: GradientAverage | None = None
+    _saw_nonzero = False  # on another rank: zero gradients do not make a first step
 
     def __init__(
         self,
@@ -370,7 +373,7 @@ class SparseAdamW(Optimizer):
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
-        if self._released is not None and self._released.saw_nonzero:
+        if self._saw_nonzero or (self._released is not None and self._released.saw_nonzero):
             return True
         gradients = [(name, p.grad) for _, name, p in places(self.param_groups) if p.grad is not None]
         for name, gradient in gradients:
@@ -423,6 +426,29 @@ class SparseAdamW(Optimizer):
         norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
         nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
         return norm
+
+    @torch.no_grad()
+    def all_reduce_grads(self, group: Any = None) -> None:
+        """Averages the gradients over the ranks of torch.distributed, in the place of DistributedDataParallel.
+
+        Call it after the last backward pass of a step, before `scaler.unscale_`, `clip_grad_norm_` and `step()`. Of a
+        parameter it sends what is selected, so k values where DistributedDataParallel sends all; whole gradients before
+        selection, and of wholly selected parameters. A gradient that only other ranks have counts as zeros.
+
+        All ranks have to start from the same weights and the same mask; each then steps by itself, to the same values.
+        Waits for the device once.
+
+        Args:
+            group: A torch.distributed process group; None: all ranks.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialized.
+            ValueError: The selection is not the same on all ranks, which all of them raise; a gradient of another
+                selection. Gradients are as they were.
+        """
+        if self._average is None:
+            self._average = GradientAverage(self)
+        self._average(group)
 
     # ---- checkpoints ----
 

@@ -50,8 +50,9 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
         A handle, and a context manager, with `.remove()`.
 
     Works with autocast, GradScaler, gradient accumulation, both kinds of activation checkpointing and torch.compile,
-    whose graphs do not break at these layers. Not supported: DistributedDataParallel and double backward, which raise;
-    FullyShardedDataParallel, whose weights stay dense; torch.func.
+    whose graphs do not break at these layers; for several ranks see `SparseAdamW.all_reduce_grads`. Not supported:
+    DistributedDataParallel and double backward, which raise; FullyShardedDataParallel, whose weights stay dense;
+    torch.func.
 
     Raises:
         TypeError: `optimizer` is no SparseAdamW.
@@ -159,7 +160,7 @@ def _check_arguments(model: nn.Module, optimizer: SparseAdamW) -> GradientBuffer
 
 
 _DDP = (
-    "DistributedDataParallel, which averages dense gradients only; without it, all_reduce optimizer.selected_grad(p) "
+    "DistributedDataParallel, which averages dense gradients only; without it, call optimizer.all_reduce_grads() "
     "between backward and step()"
 )
 

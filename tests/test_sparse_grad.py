@@ -584,8 +584,8 @@ def test_distributed_data_parallel_raises(process_group: None) -> None:
     parallel = nn.parallel.DistributedDataParallel(sparse)
     with pytest.raises(RuntimeError, match="DistributedDataParallel") as error:
         backward(parallel)
-    assert_message(error, ["selected_grad"])
+    assert_message(error, ["all_reduce_grads"])
     handle.remove()
     with pytest.raises(ValueError, match="DistributedDataParallel") as error:
         sparse_grad(parallel, optimizer)
-    assert_message(error, ["`model`", "selected_grad"])
+    assert_message(error, ["`model`", "all_reduce_grads"])

@@ -1,0 +1,268 @@
+"""all_reduce_grads() on two ranks: what DistributedDataParallel gives, to the bit, from the selected values alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_message
+from torch import Tensor, distributed, nn
+from training import backward, batches, loss_fn, two_towers
+
+import saft_kernels
+from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
+
+RANKS = 2
+
+
+def make_mask(model: nn.Module, seed: int = 7) -> SparseMask:
+    return select(model, batches(2, seed), loss_fn, density=0.1, progress=False)
+
+
+def train(
+    rank: int,
+    ours: bool,
+    *,
+    masked: bool = True,
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[nn.Module, SparseAdamW], object] = lambda model, optimizer: None,
+    dense_head: bool = False,
+    passes: int = 1,
+    **options: Any,
+) -> tuple[dict[str, Tensor], SparseAdamW]:
+    """Five steps on this rank's share of the data, with a clipped norm; with DistributedDataParallel or without."""
+    model = two_towers(dtype=dtype)
+    if masked:
+        options["mask"] = make_mask(two_towers())
+    params: Any = list(model.named_parameters())
+    if dense_head:
+        head = [(name, p) for name, p in params if name.startswith("text.")]
+        params = [{"params": [item for item in params if item not in head]}, {"params": head, "density": 1.0}]
+    optimizer = SparseAdamW(params, 0.01, **options)
+    prepare(model, optimizer)
+    wrapped = model if ours else nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    share = batches(5 * passes * RANKS, dtype=dtype)[rank::RANKS]
+    for step in range(5):
+        optimizer.zero_grad()
+        for batch in share[step * passes : (step + 1) * passes]:
+            backward(wrapped, batch)
+        if ours:
+            optimizer.all_reduce_grads()
+        optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, optimizer
+
+
+# ---- on each rank; what they return is compared below ----
+
+
+def as_distributed_data_parallel(rank: int) -> dict[str, Any]:
+    """Pairs of runs that have to be equal."""
+    options: dict[str, dict[str, Any]] = {
+        "mask": {},
+        "selects_itself": {"masked": False, "density": 0.1},
+        "selects_from_three_steps": {"masked": False, "density": 0.1, "selection_steps": 3},
+        "dense_head": {"masked": False, "density": 0.1, "dense_head": True},
+        "dense": {"masked": False, "density": 1.0},
+    }
+    results = {}
+    for name, more in options.items():
+        expected, _ = train(rank, False, **more)
+        results[name] = [expected, *(train(rank, True, release_grads=release, **more)[0] for release in (False, True))]
+    return results
+
+
+def of_both_ranks(rank: int) -> dict[str, Any]:
+    """Runs that have to be equal on both ranks."""
+    return {
+        "sparse_grad": train(rank, True, release_grads=True, prepare=sparse_grad)[0],
+        "accumulated": train(rank, True, release_grads=True, passes=2)[0],
+        "bfloat16": train(rank, True, release_grads=True, dtype=torch.bfloat16)[0],
+    }
+
+
+def gradients_of_one_rank(rank: int) -> dict[str, Any]:
+    """Rank 1 has no gradient of the text tower, and none of `unused`, as rank 0."""
+    averages = {}
+    for release in (False, True):
+        model = two_towers()
+        optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=release)
+        backward(model, batches(2)[rank])
+        local = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        if rank == 1:
+            for p in model.text.parameters():
+                p.grad = None
+        optimizer.all_reduce_grads()
+        average = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        averages[release] = (local, average, missing)
+    return averages
+
+
+def first_step_without_a_gradient(rank: int) -> dict[bool, bool]:
+    """Rank 1 has gradients of zeros, everywhere: no step by itself. Rank 0 has some, where nothing is selected."""
+    stepped = {}
+    for release in (False, True):
+        model = two_towers()
+        nothing = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+        nothing["visual.0.bias"][0] = 1
+        mask = SparseMask.from_dense(nothing)
+        optimizer = SparseAdamW(model.named_parameters(), mask=mask, release_grads=release)
+        weight = model.text.weight if rank == 0 else 0 * model.text.weight
+        (weight.sum() + 0 * model.visual[0].bias.sum()).backward()
+        optimizer.all_reduce_grads()
+        optimizer.step()
+        stepped[release] = model.visual[0].bias in optimizer.state
+    return stepped
+
+
+def other_masks(rank: int) -> list[str]:
+    """The messages; nothing may change, and the ranks go on together."""
+    messages = []
+    for first, second in (("text.weight", "visual.3.weight"), ("text.weight", "text.weight")):
+        model = two_towers()
+        chosen = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+        chosen[first if rank == 0 else second].view(-1)[3 + rank] = 1
+        optimizer = SparseAdamW(model.named_parameters(), mask=SparseMask.from_dense(chosen), release_grads=True)
+        backward(model, batches(1)[0])
+        before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="same selection on all ranks") as error:
+            optimizer.all_reduce_grads()
+        messages.append(str(error.value))
+        for name, p in model.named_parameters():
+            assert torch.equal(before[name], optimizer.selected_grad(p)), name
+    return messages
+
+
+def bytes_sent(rank: int) -> tuple[int, int]:
+    """Per step with a mask, and its k."""
+    sent: list[int] = []
+    all_reduce = distributed.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    distributed.all_reduce = counting
+    try:
+        _, optimizer = train(rank, True, release_grads=True)
+    finally:
+        distributed.all_reduce = all_reduce
+    assert optimizer.mask is not None
+    return sum(sent) // 5, optimizer.mask.k
+
+
+SCENARIOS = (
+    as_distributed_data_parallel,
+    of_both_ranks,
+    gradients_of_one_rank,
+    first_step_without_a_gradient,
+    other_masks,
+    bytes_sent,
+)
+
+
+def _run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    results = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+# ---- what has to hold ----
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("how", ["mask", "selects_itself", "selects_from_three_steps", "dense_head", "dense"])
+def test_bit_equal_to_distributed_data_parallel(ranks: list[dict[str, Any]], how: str) -> None:
+    start = {name: p.detach() for name, p in two_towers().named_parameters()}
+    for result in ranks:
+        parallel, dense, released = result["as_distributed_data_parallel"][how]
+        assert_same(dense, parallel)
+        assert_same(released, parallel)
+        assert not all(torch.equal(start[name], released[name]) for name in start)
+
+
+@pytest.mark.parametrize("how", ["sparse_grad", "accumulated", "bfloat16"])
+def test_ranks_stay_together(ranks: list[dict[str, Any]], how: str) -> None:
+    first, second = (result["of_both_ranks"][how] for result in ranks)
+    assert_same(first, second)
+
+
+def test_sparse_grad_is_close_to_the_dense_one(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        expected = result["as_distributed_data_parallel"]["mask"][0]
+        for name, value in result["of_both_ranks"]["sparse_grad"].items():
+            torch.testing.assert_close(value, expected[name])  # sddmm and norms add up in another order
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_missing_gradient_counts_as_zeros(ranks: list[dict[str, Any]], release: bool) -> None:
+    (first, average, missing), (second, other, also_missing) = (r["gradients_of_one_rank"][release] for r in ranks)
+    assert missing == also_missing
+    assert "unused" in missing
+    assert all(not average[name].any() for name in missing)
+    assert_same(average, other)
+    for name, value in average.items():
+        share = 0 if name.startswith("text.") else second[name] / 2
+        assert torch.equal(value, first[name] / 2 + share), name
+    assert any(value.any() for name, value in average.items() if name.startswith("text."))
+
+
+def test_all_ranks_take_the_first_step(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["first_step_without_a_gradient"] == {False: True, True: True}
+
+
+def test_another_selection_raises_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        for message in result["other_masks"]:
+            assert "broadcast_object_list" in message
+
+
+def test_sends_the_selected_values(ranks: list[dict[str, Any]]) -> None:
+    """And a number per parameter."""
+    names = len(list(two_towers().parameters()))
+    for result in ranks:
+        sent, k = result["bytes_sent"]
+        assert sent == 4 * k + 8 * (names + 3)
+
+
+def test_needs_a_process_group() -> None:
+    optimizer = SparseAdamW(two_towers().parameters())
+    with pytest.raises(RuntimeError, match="init_process_group") as error:
+        optimizer.all_reduce_grads()
+    assert_message(error, ["torchrun"])
+
+
+def test_one_rank_changes_nothing(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = two_towers()
+        optimizer = saft_kernels.SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=True)
+        backward(model, batches(1)[0])
+        before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        optimizer.all_reduce_grads()
+        assert_same(before, {name: optimizer.selected_grad(p) for name, p in model.named_parameters()})
+    finally:
+        distributed.destroy_process_group()
