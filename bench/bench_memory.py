@@ -136,7 +136,7 @@ def sparse_weight_gradients(
     model: nn.Module, workload: Workload, density: float
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model, optimizer = sparse(release_grads=True)(model, workload, density)
-    saft_kernels.sparse_grad(model, optimizer)  # type: ignore[attr-defined]
+    saft_kernels.sparse_grad(model, optimizer)
     return model, optimizer
 
 
@@ -301,8 +301,6 @@ class Row:
 
 def why_not(method: str) -> str | None:
     """Why a method cannot run here."""
-    if method.endswith("sparse_grad"):
-        return None if hasattr(saft_kernels, "sparse_grad") else "not in this version of saft_kernels"
     package = "peft" if method.startswith("PEFT") else "bitsandbytes" if method.startswith("bits") else None
     try:
         if package:

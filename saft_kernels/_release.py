@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
 from ._pools import places
@@ -82,10 +82,12 @@ class SelectedGrad(Tensor):
             # a result that is written to something plain would be k_p numbers in the place of a whole gradient
             operands = [_values(first), *(_plain(arg, first) for arg in args[1:])]
         except _UnsupportedError:
+            ranks = distributed.is_available() and distributed.is_initialized()
+            parallel = ", and optimizer.all_reduce_grads() in place of DistributedDataParallel" if ranks else ""
             # not a TypeError: in p.grad + x, Python would replace it by one that says nothing
             raise RuntimeError(
                 f"gradient under release_grads=True: expected an operation on its selected values, got {op}; use "
-                "optimizer.selected_grad(p), a plain tensor of them"
+                f"optimizer.selected_grad(p), a plain tensor of them{parallel}"
             ) from None
         result = func(*operands, **(kwargs or {}))
         return first if isinstance(result, Tensor) and op in _IN_PLACE else result
