@@ -159,7 +159,7 @@ def peak_extra_bytes(fn: Callable[[], object], device: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> harness.Results:
-    args.numel = args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [10**9])
+    args.numel = [int(numel) for numel in args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [1e9])]
     args.backend = args.backend or [
         name
         for name in ops.BACKENDS
@@ -262,7 +262,7 @@ def draw(plt: Any, results: harness.Results) -> Any:
 def main() -> None:
     parser = harness.argument_parser(__doc__)
     parser.add_argument("--backend", nargs="+", help="default: all that run on the device but the reference")
-    parser.add_argument("--numel", nargs="+", type=lambda s: int(float(s)), default=None, help="elements, e.g. 1e9")
+    parser.add_argument("--numel", nargs="+", type=float, default=None, help="elements, e.g. 1e9")
     parser.add_argument("--tensors", type=int, default=150, help="tensors that share them (default 150)")
     parser.add_argument("--share", nargs="+", type=float, default=[1e-4, 1e-3, 1e-2, 1e-1], help="k / N")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))

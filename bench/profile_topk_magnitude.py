@@ -36,7 +36,7 @@ def kernel_times(tensors: list[torch.Tensor], k: int, repeats: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numel", nargs="+", type=lambda s: int(float(s)), default=[10**9])
+    parser.add_argument("--numel", nargs="+", type=float, default=[10**9])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--share", nargs="+", type=float, default=[1e-3, 1e-2])
     parser.add_argument("--repeats", type=int, default=10)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("topk_magnitude_kernels.csv"))
     args = parser.parse_args()
     rows = []
-    for numel in args.numel:
+    for numel in map(int, args.numel):
         for name in args.dtype:
             x = torch.empty(numel, dtype=getattr(torch, name), device="cuda")
             for start in range(0, numel, 2**28):
