@@ -159,7 +159,8 @@ def peak_extra_bytes(fn: Callable[[], object], device: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> harness.Results:
-    args.numel = [int(numel) for numel in args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [1e9])]
+    sizes = args.numel or ([1 << 22, 1 << 25, 1 << 28] if args.device == "cpu" else [1e9])
+    args.numel = [int(numel) for numel in sizes]
     args.backend = args.backend or [
         name
         for name in ops.BACKENDS
