@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_message
 from torch import Tensor, distributed, nn
-from training import backward, batches, loss_fn, two_towers
+from training import backward, batches, leave_process_group, loss_fn, two_towers
 
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
@@ -173,7 +173,7 @@ def _run(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
     results = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
     torch.save(results, Path(folder) / f"{rank}.pt")
-    distributed.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from conftest import assert_message
 from scripts import assert_only_selected_changed, assert_same_weights, folder, load_example, run_example, weights  # noqa: F401
 from torch import Tensor, distributed, nn
-from training import Batch, TwoTowers, batches, loss_fn, two_towers
+from training import Batch, TwoTowers, batches, leave_process_group, loss_fn, two_towers
 
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select
@@ -214,7 +214,7 @@ def _rank_selects(rank: int, folder: str) -> None:  # noqa: F811
     mine: list[Batch] = batches(4)[rank::2]
     mask = select_into(optimizer, model, mine, loss_fn, progress=False)
     torch.save({name: mask[name] for name in mask}, Path(folder) / f"mask{rank}.pt")
-    distributed.destroy_process_group()
+    leave_process_group()
 
 
 def test_ranks_select_alike_from_their_own_data(tmp_path: Path) -> None:
