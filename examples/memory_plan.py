@@ -276,12 +276,14 @@ class Peak:
     """Bytes in use at the most since `restart()`, above what was in use when it was made.
 
     On a CPU, without the pages of files: the code of libraries, which the system maps, drops and rereads as it likes.
+    What it has dropped since the peak is in VmHWM still, so the larger of their sizes before and after is taken off.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.restart()
-        self._base = self._read("VmRSS")
+        used = self._read("VmRSS")
+        self._base = None if used is None else used - self._files
 
     def restart(self) -> None:
         """Forgets the peak so far."""
@@ -290,16 +292,17 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
         elif Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+        self._files = self._read("RssFile") or 0
 
     def bytes(self) -> int | None:
         """None where it cannot be measured."""
-        now = self._read("VmHWM")
-        return None if now is None or self._base is None else now - self._base
+        peak, files = self._read("VmHWM"), max(self._files, self._read("RssFile") or 0)
+        return None if peak is None or self._base is None else peak - files - self._base
 
     def _read(self, key: str) -> int | None:
         if self.device.type == "cuda":
-            used = torch.cuda.max_memory_allocated if key == "VmHWM" else torch.cuda.memory_allocated
-            return used(self.device)
+            used = {"VmHWM": torch.cuda.max_memory_allocated, "VmRSS": torch.cuda.memory_allocated}
+            return used[key](self.device) if key in used else None
         status = Path("/proc/self/status")
-        sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", status.read_text())) if status.exists() else {}
-        return (int(sizes[key]) - int(sizes["RssFile"])) * 1024 if {key, "RssFile"} <= sizes.keys() else None
+        match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(match[1]) * 1024 if match else None

@@ -82,8 +82,8 @@ class SelectedGrad(Tensor):
             # a result that is written to something plain would be k_p numbers in the place of a whole gradient
             operands = [_values(first), *(_plain(arg, first) for arg in args[1:])]
         except _UnsupportedError:
-            ranks = distributed.is_available() and distributed.is_initialized()
-            parallel = ", and optimizer.all_reduce_grads() in place of DistributedDataParallel" if ranks else ""
+            is_parallel = distributed.is_available() and distributed.is_initialized()
+            parallel = ", and optimizer.all_reduce_grads() in place of DistributedDataParallel" if is_parallel else ""
             # not a TypeError: in p.grad + x, Python would replace it by one that says nothing
             raise RuntimeError(
                 f"gradient under release_grads=True: expected an operation on its selected values, got {op}; use "
@@ -262,7 +262,8 @@ class GradientBuffer:
         elif type(gradient) is SelectedGrad:
             gradient.selected.values.add_(values)
         else:
-            gradient.detach().put_(selected.index.long(), values.to(gradient.dtype), accumulate=True)
+            index = selected.index.to(gradient.device, torch.int64)
+            gradient.detach().put_(index, values.to(gradient.dtype), accumulate=True)
 
     def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
         gradient = self._gradients.get(parameter)

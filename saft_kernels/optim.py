@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import _checkpoint
 from ._arguments import check_group, check_hyperparameters, check_mask_alone
 from ._budget import DEFAULT_DENSITY, budget, check_budget, check_dense
-from ._distributed import GradientAverage
+from ._distributed import all_reduce_grads
 from ._memory import out_of_memory_says
 from ._pools import NOTHING, Position, Selection, any_nonzero, or_whole, places
 from ._prepared import PreparedStep
@@ -83,7 +83,8 @@ class SparseAdamW(Optimizer):
 
     # called with the optimizer when it has selected, before it updates; not pickled
     _selection_hooks: tuple[Callable[[SparseAdamW], None], ...] = ()
-    _average: GradientAverage | None = None
+    # what all_reduce_grads() last compared over the ranks, and its checksum; not pickled
+    _checked: tuple[list[Tensor | None], int] = ([], 0)
     _saw_nonzero = False  # on another rank: zero gradients do not make a first step
 
     def __init__(
@@ -422,7 +423,8 @@ class SparseAdamW(Optimizer):
                 pending = self.param_groups[position[0]]["num_candidates"] is None
                 index = None if pending else self._index(position, parameter)
                 gradients.append(parameter)
-                values.append(selected_values(parameter, index, self._released))
+                if index is None or index.numel():  # an empty one changes in what order the norms are added up
+                    values.append(selected_values(parameter, index, self._released))
         norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
         nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
         return norm
@@ -431,24 +433,26 @@ class SparseAdamW(Optimizer):
     def all_reduce_grads(self, group: Any = None) -> None:
         """Averages the gradients over the ranks of torch.distributed, in the place of DistributedDataParallel.
 
-        Call it after the last backward pass of a step, before `scaler.unscale_`, `clip_grad_norm_` and `step()`. Of a
-        parameter it sends what is selected, so k values where DistributedDataParallel sends all; whole gradients before
-        selection, and of wholly selected parameters. A gradient that only other ranks have counts as zeros.
+        Call it after the last backward pass of a step (in the closure, where there is one), before `scaler.unscale_`,
+        `clip_grad_norm_` and `step()`. Of a parameter it sends what is selected, so k values where
+        DistributedDataParallel sends all; whole gradients before selection, and of wholly selected parameters. A
+        gradient that only other ranks have counts as zeros. Gradients are zero afterwards where nothing is selected,
+        and None where that is all of a parameter.
 
-        All ranks have to start from the same weights and the same mask; each then steps by itself, to the same values.
-        Waits for the device once.
+        All ranks have to have the same parameters in the same order, the same weights at the start and the same mask;
+        each then steps by itself, to the same values. They call it equally often; `reselect()` goes before backward.
+        Waits for the device once, after the first call.
 
         Args:
             group: A torch.distributed process group; None: all ranks.
 
         Raises:
             RuntimeError: torch.distributed is not initialized.
-            ValueError: The selection is not the same on all ranks, which all of them raise; a gradient of another
-                selection. Gradients are as they were.
+            ValueError: The selection is not the same on all ranks (which all of them raise); `group` is without this
+                rank; a gradient of another selection. Gradients are as they were.
+            TypeError: A gradient of sparse layout.
         """
-        if self._average is None:
-            self._average = GradientAverage(self)
-        self._average(group)
+        all_reduce_grads(self, group)
 
     # ---- checkpoints ----
 

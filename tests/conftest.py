@@ -12,6 +12,8 @@ from typing import Any
 
 # before torch loads OpenMP: on a shared machine, threads that spin at a barrier make small cases 100 times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# before any library that would look for files to download
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-# before any library that would look for files to download
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from conftest import assert_message
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from training import backward, batches, leave_process_group, loss_fn, two_towers
 
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
+from saft_kernels._release import SelectedGrad
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 
@@ -34,6 +37,7 @@ def train(
     prepare: Callable[[nn.Module, SparseAdamW], object] = lambda model, optimizer: None,
     dense_head: bool = False,
     passes: int = 1,
+    torch_clips: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Tensor], SparseAdamW]:
     """Five steps on this rank's share of the data, with a clipped norm; with DistributedDataParallel or without."""
@@ -46,15 +50,21 @@ def train(
         params = [{"params": [item for item in params if item not in head]}, {"params": head, "density": 1.0}]
     optimizer = SparseAdamW(params, 0.01, **options)
     prepare(model, optimizer)
-    wrapped = model if ours else nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped = model if ours else DistributedDataParallel(model, find_unused_parameters=True)
     share = batches(5 * passes * RANKS, dtype=dtype)[rank::RANKS]
     for step in range(5):
         optimizer.zero_grad()
-        for batch in share[step * passes : (step + 1) * passes]:
-            backward(wrapped, batch)
+        *first, last = share[step * passes : (step + 1) * passes]
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext():
+            for batch in first:
+                backward(wrapped, batch)
+        backward(wrapped, last)
         if ours:
             optimizer.all_reduce_grads()
-        optimizer.clip_grad_norm_(0.5)
+        if torch_clips:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        else:
+            optimizer.clip_grad_norm_(0.5)
         optimizer.step()
     return {name: p.detach().clone() for name, p in model.named_parameters()}, optimizer
 
@@ -70,8 +80,10 @@ def as_distributed_data_parallel(rank: int) -> dict[str, Any]:
         "selects_from_three_steps": {"masked": False, "density": 0.1, "selection_steps": 3},
         "dense_head": {"masked": False, "density": 0.1, "dense_head": True},
         "dense": {"masked": False, "density": 1.0},
+        "accumulated": {"passes": 3},
     }
-    results = {}
+    expected, _ = train(rank, False, dtype=torch.bfloat16)
+    results = {"bfloat16": [expected, train(rank, True, dtype=torch.bfloat16)[0]]}
     for name, more in options.items():
         expected, _ = train(rank, False, **more)
         results[name] = [expected, *(train(rank, True, release_grads=release, **more)[0] for release in (False, True))]
@@ -82,9 +94,52 @@ def of_both_ranks(rank: int) -> dict[str, Any]:
     """Runs that have to be equal on both ranks."""
     return {
         "sparse_grad": train(rank, True, release_grads=True, prepare=sparse_grad)[0],
-        "accumulated": train(rank, True, release_grads=True, passes=2)[0],
+        "torch_clips_dense": train(rank, True, torch_clips=True)[0],
+        "inf_of_one_rank": steps_of_a_scaler(rank),
         "bfloat16": train(rank, True, release_grads=True, dtype=torch.bfloat16)[0],
     }
+
+
+def steps_of_a_scaler(rank: int) -> dict[str, Tensor]:
+    """Rank 0 has an inf where nothing is selected: no reason to skip, on either."""
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), 0.01, mask=make_mask(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = model.visual[3].weight
+    assert optimizer.mask is not None
+    free = int((~optimizer.mask.to_dense()["visual.3.weight"].view(-1)).nonzero()[0])
+    for i, batch in enumerate(batches(6)[rank::RANKS]):
+        optimizer.zero_grad()
+        scaler.scale(loss_fn(model, batch)).backward()
+        if rank == 0 and i == 1:
+            weight.grad.view(-1)[free] = float("inf")
+        optimizer.all_reduce_grads()
+        scaler.step(optimizer)
+        scaler.update()
+    return {"scale": torch.tensor(scaler.get_scale()), **{n: p.detach() for n, p in model.named_parameters()}}
+
+
+def sixteen_bits(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums of two bf16 gradients, in fp32, before and after."""
+    model = two_towers(dtype=torch.bfloat16)
+    optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(two_towers()), release_grads=True)
+    for batch in batches(4, dtype=torch.bfloat16)[rank::RANKS]:
+        backward(model, batch)
+    before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+    optimizer.all_reduce_grads()
+    return before, {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+
+
+def group_of_the_first(rank: int) -> bool:
+    """Whether rank 0 keeps its gradient, and rank 1 has an error and keeps it, too."""
+    group = distributed.new_group([0])
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=True)
+    backward(model, batches(2)[rank])
+    before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+    with contextlib.nullcontext() if rank == 0 else pytest.raises(ValueError, match="without rank 1"):
+        optimizer.all_reduce_grads(group)
+    return all(torch.equal(before[name], optimizer.selected_grad(p)) for name, p in model.named_parameters())
 
 
 def gradients_of_one_rank(rank: int) -> dict[str, Any]:
@@ -124,20 +179,54 @@ def first_step_without_a_gradient(rank: int) -> dict[bool, bool]:
 
 def other_masks(rank: int) -> list[str]:
     """The messages; nothing may change, and the ranks go on together."""
+
+    def chosen(name: str, at: int | slice) -> SparseMask:
+        dense = {name: torch.zeros(p.shape) for name, p in two_towers().named_parameters()}
+        dense["text.bias"][0] = 1
+        dense[name].view(-1)[at] = 1
+        return SparseMask.from_dense(dense)
+
+    everything = slice(None)
+    masks = [
+        [chosen("text.weight", 3), chosen("visual.3.weight", 4)],
+        [chosen("text.weight", 3), chosen("text.weight", 4)],
+        [chosen("norm.weight", everything), chosen("norm.bias", everything)],  # nothing of one, all of the other
+        [chosen("norm.weight", everything), None],  # not selected yet
+    ]
     messages = []
-    for first, second in (("text.weight", "visual.3.weight"), ("text.weight", "text.weight")):
+    for of_ranks in masks:
         model = two_towers()
-        chosen = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-        chosen[first if rank == 0 else second].view(-1)[3 + rank] = 1
-        optimizer = SparseAdamW(model.named_parameters(), mask=SparseMask.from_dense(chosen), release_grads=True)
-        backward(model, batches(1)[0])
-        before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
-        with pytest.raises(ValueError, match="same selection on all ranks") as error:
-            optimizer.all_reduce_grads()
-        messages.append(str(error.value))
-        for name, p in model.named_parameters():
-            assert torch.equal(before[name], optimizer.selected_grad(p)), name
+        optimizer = SparseAdamW(model.named_parameters(), mask=of_ranks[rank], release_grads=True)
+        messages.append(message_of(model, optimizer))
+    # another order, and another selection than in the first call
+    model = two_towers()
+    named = list(model.named_parameters())
+    mask = chosen("norm.weight", 3)
+    messages.append(message_of(model, SparseAdamW(named if rank == 0 else named[::-1], mask=mask, release_grads=True)))
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), mask=mask, release_grads=True)
+    backward(model, batches(1)[0])
+    optimizer.all_reduce_grads()
+    optimizer.zero_grad()
+    if rank == 1:
+        optimizer.reselect()
+    messages.append(message_of(model, optimizer))
     return messages
+
+
+def message_of(model: nn.Module, optimizer: SparseAdamW) -> str:
+    """Of all_reduce_grads() after backward."""
+
+    def gradients() -> list[Tensor]:
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        return [(g.selected.values if isinstance(g, SelectedGrad) else g).clone() for g in found]
+
+    backward(model, batches(1)[0])
+    before = gradients()
+    with pytest.raises(ValueError, match="same selection on all ranks") as error:
+        optimizer.all_reduce_grads()
+    assert all(map(torch.equal, before, gradients()))
+    return str(error.value)
 
 
 def bytes_sent(rank: int) -> tuple[int, int]:
@@ -161,6 +250,8 @@ def bytes_sent(rank: int) -> tuple[int, int]:
 SCENARIOS = (
     as_distributed_data_parallel,
     of_both_ranks,
+    sixteen_bits,
+    group_of_the_first,
     gradients_of_one_rank,
     first_step_without_a_gradient,
     other_masks,
@@ -193,17 +284,19 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("how", ["mask", "selects_itself", "selects_from_three_steps", "dense_head", "dense"])
+@pytest.mark.parametrize(
+    "how", ["mask", "selects_itself", "selects_from_three_steps", "dense_head", "dense", "accumulated", "bfloat16"]
+)
 def test_bit_equal_to_distributed_data_parallel(ranks: list[dict[str, Any]], how: str) -> None:
     start = {name: p.detach() for name, p in two_towers().named_parameters()}
     for result in ranks:
-        parallel, dense, released = result["as_distributed_data_parallel"][how]
-        assert_same(dense, parallel)
-        assert_same(released, parallel)
-        assert not all(torch.equal(start[name], released[name]) for name in start)
+        parallel, *ours = result["as_distributed_data_parallel"][how]
+        for weights in ours:
+            assert_same(weights, parallel)
+        assert not all(torch.equal(start[name], parallel[name]) for name in start)
 
 
-@pytest.mark.parametrize("how", ["sparse_grad", "accumulated", "bfloat16"])
+@pytest.mark.parametrize("how", ["sparse_grad", "torch_clips_dense", "inf_of_one_rank", "bfloat16"])
 def test_ranks_stay_together(ranks: list[dict[str, Any]], how: str) -> None:
     first, second = (result["of_both_ranks"][how] for result in ranks)
     assert_same(first, second)
@@ -214,6 +307,24 @@ def test_sparse_grad_is_close_to_the_dense_one(ranks: list[dict[str, Any]]) -> N
         expected = result["as_distributed_data_parallel"]["mask"][0]
         for name, value in result["of_both_ranks"]["sparse_grad"].items():
             torch.testing.assert_close(value, expected[name])  # sddmm and norms add up in another order
+
+
+def test_an_inf_that_is_not_selected_skips_nothing(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["of_both_ranks"]["inf_of_one_rank"]["scale"] == 8
+
+
+def test_sixteen_bit_gradients_are_averaged_in_fp32(ranks: list[dict[str, Any]]) -> None:
+    (first, average), (second, other) = (result["sixteen_bits"] for result in ranks)
+    assert_same(average, other)
+    assert_same(average, {name: value / 2 + second[name] / 2 for name, value in first.items()})
+    values = torch.cat(list(average.values()))
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_group(ranks: list[dict[str, Any]]) -> None:
+    assert [result["group_of_the_first"] for result in ranks] == [True, True]
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -236,6 +347,7 @@ def test_all_ranks_take_the_first_step(ranks: list[dict[str, Any]]) -> None:
 
 def test_another_selection_raises_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
+        assert len(result["other_masks"]) == 6
         for message in result["other_masks"]:
             assert "broadcast_object_list" in message
 
@@ -264,5 +376,12 @@ def test_one_rank_changes_nothing(tmp_path: Path) -> None:
         before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
         optimizer.all_reduce_grads()
         assert_same(before, {name: optimizer.selected_grad(p) for name, p in model.named_parameters()})
+        optimizer.reselect()
+        with pytest.raises(ValueError, match="of another selection") as error:
+            optimizer.all_reduce_grads()
+        assert_message(error, ["gradient of", "zero_grad()"])
+        for name, p in model.named_parameters():
+            if isinstance(p.grad, SelectedGrad):
+                assert torch.equal(p.grad.selected.values, before[name]), name
     finally:
         distributed.destroy_process_group()

@@ -277,6 +277,17 @@ def test_clip_grad_norm(release: bool) -> None:
             optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_clipped_norm_is_the_same_bits_dense_and_released(norm_type: float) -> None:
+    """Parameters of which nothing is selected have a gradient in one and none in the other."""
+    norms = []
+    for model, optimizer in pair():
+        backward(model, batches(1)[0])
+        norms.append(optimizer.clip_grad_norm_(0.1, norm_type))
+        assert any(not index.numel() for index in optimizer.mask.values())
+    assert_same_bits(*norms, "norm")
+
+
 def test_clip_grad_norm_before_selection() -> None:
     model = two_towers()
     optimizer = SparseAdamW(model.named_parameters(), LR, density=0.1, release_grads=True)
