@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ SCENARIOS = (
 
 def _run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    limit = timedelta(seconds=120)  # ranks that wait for each other
+    distributed.init_process_group("gloo", f"file://{folder}/ranks", limit, RANKS, rank)
     results = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
     torch.save(results, Path(folder) / f"{rank}.pt")
     leave_process_group()
