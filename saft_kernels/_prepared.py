@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from ._budget import check_dense
-from ._release import step_gradient
+from ._release import SelectedGrad, step_gradient
 from ._state import State
 from .ops import _inputs
 from .ops._adamw import AdamWHyper, AdamWPlan, AdamWSegment, opmath_dtype
@@ -40,6 +40,7 @@ class PreparedStep:
         self.waiting = [p for _, _, p in selected if p.grad is None]
         self.states: list[State] = [optimizer.state[p] for p in self.params]
         self.exp_avgs = [state["exp_avg"] for state in self.states]
+        self.indices = [state.get("indices") for state in self.states]
         self._check_gradients()
         for name, parameter, state in zip(self.names, self.params, self.states, strict=True):
             _check_state(name, parameter, state)
@@ -76,7 +77,10 @@ class PreparedStep:
             return None
         if not self.releases:
             return _inputs.gradients(self.params)
-        gradients = self.current_gradients()
+        selected = [g.selected for p in self.params if isinstance(g := p.grad, SelectedGrad)]
+        if _inputs.same_objects([s.index for s in selected], self.indices):
+            return [s.values for s in selected]
+        gradients = self.current_gradients()  # dense ones among them, or an error that names one
         return gradients if len(gradients) == len(self.params) else None
 
     def _forms(self) -> list[tuple[torch.dtype, int]]:
