@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from ._budget import check_dense
 from ._pools import places
-from ._release import SelectedGrad, selected_values
+from ._release import SelectedGrad, of_another_selection, selected_values
 from ._state import same_index
 from .ops._adamw import opmath_dtype
 
@@ -65,16 +65,12 @@ def _members(optimizer: SparseAdamW) -> list[_Member]:
     """In an order that is the same on all ranks. Raises before anything is sent."""
     members = []
     for position, name, parameter in places(optimizer.param_groups):
-        pending = optimizer.param_groups[position[0]]["num_candidates"] is None
-        index = None if pending else optimizer._index(position, parameter)
+        index = optimizer._counted(position, parameter)
         gradient = parameter.grad
         if gradient is not None:
             check_dense(name, gradient)
         if type(gradient) is SelectedGrad and (index is None or not same_index(gradient.selected.index, index)):
-            raise ValueError(
-                f"gradient of {name!r}: expected the values that are selected now, got those of another selection; "
-                "call zero_grad() after what changed the selection, and run backward again"
-            )
+            raise of_another_selection(name)
         members.append(_Member(name, parameter, index))
     return members
 

@@ -150,11 +150,16 @@ def step_gradient(name: str, gradient: Tensor, state: State) -> Tensor:
     if type(gradient) is not SelectedGrad:
         return gradient.resolve_neg()
     if gradient.selected.index is not state.get("indices"):
-        raise ValueError(
-            f"gradient of {name!r}: expected the values that are selected now, got those of another selection or "
-            "optimizer; call zero_grad() after what changed the selection, and run backward again"
-        )
+        raise of_another_selection(name)
     return gradient.selected.values
+
+
+def of_another_selection(name: str) -> ValueError:
+    """The error for values that were gathered before the selection changed."""
+    return ValueError(
+        f"gradient of {name!r}: expected the values that are selected now, got those of another selection or "
+        "optimizer; call zero_grad() after what changed the selection, and run backward again"
+    )
 
 
 def check_not_released(name: str, gradient: Tensor | None) -> None:

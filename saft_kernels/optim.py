@@ -204,6 +204,11 @@ class SparseAdamW(Optimizer):
         state = self.state.get(parameter)
         return state.get("indices") if state else self._selection.indices.get(position, NOTHING)
 
+    def _counted(self, position: Position, parameter: Tensor) -> Tensor | None:
+        """Which elements of a gradient count; None: all of it, as they do before selection."""
+        pending = self.param_groups[position[0]]["num_candidates"] is None
+        return None if pending else self._index(position, parameter)
+
     def reselect(self) -> None:
         """Selects anew at the next step() that has gradients, with the same budgets.
 
@@ -420,8 +425,7 @@ class SparseAdamW(Optimizer):
         gradients, values = [], []
         for position, _, parameter in places(self.param_groups):
             if parameter.grad is not None:
-                pending = self.param_groups[position[0]]["num_candidates"] is None
-                index = None if pending else self._index(position, parameter)
+                index = self._counted(position, parameter)
                 gradients.append(parameter)
                 if index is None or index.numel():  # an empty one changes in what order the norms are added up
                     values.append(selected_values(parameter, index, self._released))

@@ -16,7 +16,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import backward, batches, leave_process_group, loss_fn, two_towers
 
-import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
 from saft_kernels._release import SelectedGrad
 
@@ -27,6 +26,11 @@ RANKS = 2
 
 def make_mask(model: nn.Module, seed: int = 7) -> SparseMask:
     return select(model, batches(2, seed), loss_fn, density=0.1, progress=False)
+
+
+def selected(model: nn.Module, optimizer: SparseAdamW) -> dict[str, Tensor]:
+    """Copies of the selected values of all gradients."""
+    return {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
 
 
 def train(
@@ -126,9 +130,9 @@ def sixteen_bits(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(two_towers()), release_grads=True)
     for batch in batches(4, dtype=torch.bfloat16)[rank::RANKS]:
         backward(model, batch)
-    before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+    before = selected(model, optimizer)
     optimizer.all_reduce_grads()
-    return before, {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+    return before, selected(model, optimizer)
 
 
 def group_of_the_first(rank: int) -> bool:
@@ -137,7 +141,7 @@ def group_of_the_first(rank: int) -> bool:
     model = two_towers()
     optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=True)
     backward(model, batches(2)[rank])
-    before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+    before = selected(model, optimizer)
     with contextlib.nullcontext() if rank == 0 else pytest.raises(ValueError, match="without rank 1"):
         optimizer.all_reduce_grads(group)
     return all(torch.equal(before[name], optimizer.selected_grad(p)) for name, p in model.named_parameters())
@@ -150,12 +154,12 @@ def gradients_of_one_rank(rank: int) -> dict[str, Any]:
         model = two_towers()
         optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=release)
         backward(model, batches(2)[rank])
-        local = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        local = selected(model, optimizer)
         if rank == 1:
             for p in model.text.parameters():
                 p.grad = None
         optimizer.all_reduce_grads()
-        average = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        average = selected(model, optimizer)
         missing = [name for name, p in model.named_parameters() if p.grad is None]
         averages[release] = (local, average, missing)
     return averages
@@ -373,11 +377,11 @@ def test_one_rank_changes_nothing(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = two_towers()
-        optimizer = saft_kernels.SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=True)
+        optimizer = SparseAdamW(model.named_parameters(), mask=make_mask(model), release_grads=True)
         backward(model, batches(1)[0])
-        before = {name: optimizer.selected_grad(p).clone() for name, p in model.named_parameters()}
+        before = selected(model, optimizer)
         optimizer.all_reduce_grads()
-        assert_same(before, {name: optimizer.selected_grad(p) for name, p in model.named_parameters()})
+        assert_same(before, selected(model, optimizer))
         optimizer.reselect()
         with pytest.raises(ValueError, match="of another selection") as error:
             optimizer.all_reduce_grads()
