@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import saft_kernels
 from saft_kernels.ops import prepare_sparse_adamw
-from saft_kernels.ops._adamw import AdamWHyper, AdamWSegment
+from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment
 
 FUSED = "torch.AdamW fused"
 

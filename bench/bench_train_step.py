@@ -20,7 +20,7 @@ from bench_sparse_adamw import make_model
 from torch import Tensor, nn
 
 import saft_kernels
-from saft_kernels._release import SelectedGrad
+from saft_kernels.optim.release import SelectedGrad
 
 FULL = "full fine-tuning, torch AdamW fused"
 

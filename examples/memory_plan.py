@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saft_kernels.sparse_grad import DENSE_SHARE
+from saft_kernels.layers.sparse_grad import DENSE_SHARE
 
 GIB = 2**30
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

@@ -1,14 +1,14 @@
 """SAFT fine-tuning: exact top-k selection by gradient magnitude, and AdamW on the selected elements alone."""
 
-from ._originals import Originals
 from ._version import __version__
-from .delta import SparseDelta
+from .delta.originals import Originals
+from .delta.sparse_delta import SparseDelta
 from .integrations.timm import register_timm
+from .layers.sparse_grad import SparseGrad, sparse_grad
 from .mask import SparseMask
 from .ops import TopK, gather, scatter_, sddmm, sparse_adamw_, topk_magnitude
-from .optim import SparseAdamW
-from .selection import select
-from .sparse_grad import SparseGrad, sparse_grad
+from .optim.sparse_adamw import SparseAdamW
+from .selection.select_mask import select
 
 __all__ = [
     "Originals",

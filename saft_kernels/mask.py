@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import _files
-from ._named import listing, plain_names
-from ._state import index_dtype
-from .ops._checks import INDEX_DTYPES, short
+from .common import files
+from .common.names import listing, plain_names, short
+from .ops.dtypes import INDEX_DTYPES, index_dtype
 
 __all__ = ["MaskSummary", "SparseMask", "SummaryRow"]
 
@@ -220,15 +219,15 @@ class SparseMask(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a .safetensors file: the indices per tensor, shapes in the header. Whole or not at all."""
-        save_file = _files.safetensors_function("save_file")
+        save_file = files.safetensors_function("save_file")
         metadata = {"format": _FORMAT, "version": "1", "shapes": json.dumps(self.shapes)}
-        with _files.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             save_file({n: i for n, i in self._indices.items() if i.numel()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseMask:
         """Reads a file written by `save`. Raises ValueError when it is something else."""
-        safe_open = _files.safetensors_function("safe_open")
+        safe_open = files.safetensors_function("safe_open")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import saft_kernels
 from saft_kernels import __main__, ops
-from saft_kernels.ops import _backends
+from saft_kernels.ops import backends
 
 CALLS: dict[str, Any] = {
     "topk_magnitude": lambda x, **kw: ops.topk_magnitude([x], 2, **kw),
@@ -56,8 +56,8 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backends whose kernels run, in order."""
     names: list[str] = []
-    for name in _backends.BACKENDS:
-        module = _backends._module(name)
+    for name in backends.BACKENDS:
+        module = backends._module(name)
         if not isinstance(module, ModuleType):
             continue
         for op in ("topk_magnitude", "gather", "scatter_", "prepare_sparse_adamw"):
@@ -75,9 +75,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def unwarned() -> Iterator[None]:
     """The once-per-process warning is due again."""
-    _backends._warn_slow.cache_clear()
+    backends._warn_slow.cache_clear()
     yield
-    _backends._warn_slow.cache_clear()
+    backends._warn_slow.cache_clear()
 
 
 # ---- the choice ----
@@ -152,7 +152,7 @@ def test_the_cpu_backend_names_the_device_it_does_not_run_on() -> None:
 @pytest.mark.usefixtures("unwarned")
 def test_an_op_the_backend_lacks_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
     """A backend may implement some of the ops; the warning comes once."""
-    monkeypatch.delattr(_backends._module("cpu"), "gather")
+    monkeypatch.delattr(backends._module("cpu"), "gather")
     with pytest.warns(RuntimeWarning, match="reference backend .* for cpu tensors: no faster backend has this op"):
         CALLS["gather"](tensor())
     CALLS["topk_magnitude"](tensor())

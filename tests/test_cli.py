@@ -15,7 +15,8 @@ import torch
 from conftest import assert_same_bits
 from torch import Tensor
 
-from saft_kernels import SparseDelta, SparseMask, _summary, cli
+from saft_kernels import SparseDelta, SparseMask
+from saft_kernels.cli import main, summary
 
 State = dict[str, Tensor]
 MODELS = ("base.safetensors", "flat.bin", "nested.pt", "ddp.pth", "legacy.pt")
@@ -85,7 +86,7 @@ def files(tmp_path: Path) -> Path:
 def run(folder: Path, command: str) -> int:
     """`saft-kernels` with file names relative to a folder."""
     words = [str(folder / word) if "." in word and "*" not in word else word for word in command.split()]
-    return cli.main(words)
+    return main.main(words)
 
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, command: str, message: str) -> None:
@@ -217,7 +218,7 @@ def test_a_bug_shows_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("words", [["fly"], ["diff", "a"], ["diff", "a", "b"], ["summary", "a", "--depth", "0"]])
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        cli.main(words)
+        main.main(words)
     assert exit.value.code == 2
     assert "usage: saft-kernels" in capsys.readouterr().err
 
@@ -225,15 +226,15 @@ def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["", "info", "diff", "apply", "revert", "summary", "compare"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        cli.main([*command.split(), "--help"])
+        main.main([*command.split(), "--help"])
     assert exit.value.code == 0
     assert f"\n  saft-kernels {command}" in capsys.readouterr().out
 
 
 def test_alone_it_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
+    assert main.main([]) == 0
     alone = capsys.readouterr().out
-    assert cli.main(["info"]) == 0
+    assert main.main(["info"]) == 0
     assert capsys.readouterr().out == alone
     assert "backends, in order of preference" in alone
 
@@ -350,14 +351,14 @@ def test_png(state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_picture_covers_every_element() -> None:
     """Parts add up to the mask, by block where there is room, by stack where not."""
-    rows = [_summary.Row(f"a.{i}.{kind}", i + 1, 10) for i in range(5) for kind in ("w", "b")]
-    rows.append(_summary.Row("head", 3, 4))
-    (stack,) = _summary.stacks(rows)
+    rows = [summary.Row(f"a.{i}.{kind}", i + 1, 10) for i in range(5) for kind in ("w", "b")]
+    rows.append(summary.Row("head", 3, 4))
+    (stack,) = summary.stacks(rows)
     assert (stack.name, stack.depths, stack.kinds) == ("a", [0, 1, 2, 3, 4], ["b", "w"])
-    parts = _summary._parts(rows, [stack])
+    parts = summary._parts(rows, [stack])
     assert [part.name for part in parts] == ["a.0", "a.1", "a.2", "a.3", "a.4", "head"]
-    many = [_summary.Row(f"a.{i}.w", 1, 10) for i in range(60)] + [_summary.Row(f"w{i}", 1, 2) for i in range(60)]
-    parts = _summary._parts(many, _summary.stacks(many))
+    many = [summary.Row(f"a.{i}.w", 1, 10) for i in range(60)] + [summary.Row(f"w{i}", 1, 2) for i in range(60)]
+    parts = summary._parts(many, summary.stacks(many))
     assert (parts[0].name, parts[-1].name) == ("a.*", "18 others")
     assert sum(part.k for part in parts) == 120
 

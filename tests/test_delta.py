@@ -18,7 +18,8 @@ from conftest import assert_message, assert_same_bits, bits
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask, _delta_file
+from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask
+from saft_kernels.delta import file as delta_file
 
 State = dict[str, Tensor]
 
@@ -45,7 +46,7 @@ def changed(state: State, share: float = 0.3, seed: int = 1) -> State:
 
 
 def every_dtype() -> State:
-    state = {str(dtype): filled((5, 7), dtype, i) for i, dtype in enumerate(_delta_file.DTYPES)}
+    state = {str(dtype): filled((5, 7), dtype, i) for i, dtype in enumerate(delta_file.DTYPES)}
     return {**state, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "count": torch.tensor(2**62 + 1)}
 
 
@@ -197,9 +198,9 @@ def test_any_difference_round_trips(data: st.DataObject) -> None:
     tuned["w"].view(torch.uint8).view(numel, dtype.itemsize)[where] ^= 1
     delta = SparseDelta.diff(base, tuned)
     assert delta.k == int(where.sum())
-    gaps = _delta_file.to_gaps([index.long() for index in delta.mask.values()])
-    decoded = _delta_file.decode_gaps(_delta_file.encode_gaps(gaps), len(gaps))
-    (index,) = _delta_file.from_gaps(decoded, [delta.k])
+    gaps = delta_file.to_gaps([index.long() for index in delta.mask.values()])
+    decoded = delta_file.decode_gaps(delta_file.encode_gaps(gaps), len(gaps))
+    (index,) = delta_file.from_gaps(decoded, [delta.k])
     assert index.tolist() == where.nonzero().flatten().tolist()
     model = copied(base)
     delta.apply_(model)
@@ -672,7 +673,7 @@ def with_metadata(content: bytes, **changes: str) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     metadata = {**json.loads(content[8 : 8 + length])["__metadata__"], **changes}
     if "checksum" not in changes:
-        metadata["checksum"] = _delta_file._file_checksum(metadata, tensors)
+        metadata["checksum"] = delta_file._file_checksum(metadata, tensors)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -729,7 +730,7 @@ def test_decoding_rejects_what_no_encoder_writes() -> None:
         ([0x80] * 9 + [1], 1, "one of its gaps has 10 bytes"),
     ]:
         with pytest.raises(ValueError, match=message):
-            _delta_file.decode_gaps(np.array(encoded, dtype=np.uint8), count)
+            delta_file.decode_gaps(np.array(encoded, dtype=np.uint8), count)
 
 
 def test_parts_must_fit() -> None:

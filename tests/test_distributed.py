@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import backward, batches, leave_process_group, loss_fn, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
-from saft_kernels._release import SelectedGrad
+from saft_kernels.optim.release import SelectedGrad
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 

@@ -20,7 +20,8 @@ import finetune_large
 import memory_plan
 from memory_plan import Step, dry_run, parse_bytes, plans
 
-from saft_kernels import SparseDelta, SparseMask, _streaming
+from saft_kernels import SparseDelta, SparseMask
+from saft_kernels.selection import streaming
 
 TINY = ["--width", "64", "--layers", "2", "--tokens", "16", "--batch", "2", "--steps", "6", "--device", "cpu"]
 MIB = 2**20
@@ -80,7 +81,7 @@ def test_dry_run_counts_bytes() -> None:
 def test_largest_block_is_that_of_select(numels: tuple[int, ...]) -> None:
     parameters = {str(i): torch.empty(n, device="meta") for i, n in enumerate(numels)}
     for blocks in (1, 2, 4, 8):
-        split = _streaming._split(parameters, blocks)
+        split = streaming._split(parameters, blocks)
         assert memory_plan.largest_block(numels, blocks) == max(sum(p.numel() for p in b.values()) for b in split)
 
 
@@ -294,7 +295,11 @@ def python(*_: object) -> None:
     ("stage", "place", "remedy"),
     [
         ("training", "finetune_large.warm_up", "--mode release --memory-budget 18MiB (training: release"),
-        ("selection", "saft_kernels.selection._accumulate", "--mode dense --memory-budget 18MiB (training: dense"),
+        (
+            "selection",
+            "saft_kernels.selection.select_mask._accumulate",
+            "--mode dense --memory-budget 18MiB (training: dense",
+        ),
     ],
 )
 def test_out_of_memory_is_one_line(

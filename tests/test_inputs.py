@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saft_kernels.ops import _inputs
+from saft_kernels.ops import walk
 
 
 class Subclass(Tensor):
@@ -19,9 +19,9 @@ class Subclass(Tensor):
 @pytest.fixture(params=["compiled", "interpreted"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "interpreted":
-        monkeypatch.setattr(_inputs, "_C", None)
-        monkeypatch.setattr(_inputs, "_reader", None)
-    elif _inputs._C is None:
+        monkeypatch.setattr(walk, "_C", None)
+        monkeypatch.setattr(walk, "_reader", None)
+    elif walk._C is None:
         pytest.skip("the compiled module is missing")
     return request.param
 
@@ -39,12 +39,12 @@ def tensors() -> list[Tensor]:
 
 def test_this_torch_exports_what_the_compiled_walk_reads() -> None:
     """Else every step would silently take the interpreted one."""
-    assert _inputs._C is None or _inputs._reader is not None
+    assert walk._C is None or walk._reader is not None
 
 
 def test_pointers(way: str) -> None:
     table = np.zeros((6, 3), dtype=np.int64)
-    column = _inputs.PointerColumn(table, 1)
+    column = walk.PointerColumn(table, 1)
     first, moved = tensors(), tensors()
     assert not column.move(first)
     assert column.move(first)
@@ -69,7 +69,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_other_change_is_told(way: str, change: str) -> None:
     before = tensors()
-    column = _inputs.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0)
+    column = walk.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0)
     column.move(before)
     assert not column.move([CHANGES[change](before[0]), *before[1:]])
     assert not column.move(before)
@@ -78,7 +78,7 @@ def test_any_other_change_is_told(way: str, change: str) -> None:
 
 def test_fixed_pointers(way: str) -> None:
     before = tensors()
-    column = _inputs.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0, is_fixed=True)
+    column = walk.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0, is_fixed=True)
     column.move(before)
     assert column.move(before)
     assert not column.move([before[0].clone(), *before[1:]])
@@ -87,7 +87,7 @@ def test_fixed_pointers(way: str) -> None:
 def test_subclasses_take_the_interpreted_way(way: str) -> None:
     """Their pointer is theirs to tell."""
     table = np.zeros((6, 1), dtype=np.int64)
-    column = _inputs.PointerColumn(table, 0)
+    column = walk.PointerColumn(table, 0)
     before = tensors()
     column.move(before)
     odd = [before[0].as_subclass(Subclass), *before[1:]]
@@ -98,24 +98,24 @@ def test_subclasses_take_the_interpreted_way(way: str) -> None:
 
 def test_gradients(way: str) -> None:
     params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    assert _inputs.gradients(params) is None
-    assert _inputs.gradients([]) == []
+    assert walk.gradients(params) is None
+    assert walk.gradients([]) == []
     for p in params:
         p.grad = torch.ones(2)
-    grads = _inputs.gradients(params)
+    grads = walk.gradients(params)
     assert all(a is p.grad for a, p in zip(grads, params, strict=True))
     params[1].grad = None
-    assert _inputs.gradients(params) is None
+    assert walk.gradients(params) is None
 
 
 def test_same_objects_and_items(way: str) -> None:
     """By identity: two equal tensors differ."""
     a, b = torch.zeros(2), torch.zeros(2)
-    assert _inputs.same_objects([a, b], [a, b])
-    assert not _inputs.same_objects([a, b], [b, a])
-    assert not _inputs.same_objects([a], [a, b])
+    assert walk.same_objects([a, b], [a, b])
+    assert not walk.same_objects([a, b], [b, a])
+    assert not walk.same_objects([a], [a, b])
     dicts = [{"x": a}, {"x": b, "y": a}]
-    assert _inputs.same_items(dicts, "x", [a, b])
-    assert not _inputs.same_items(dicts, "x", [a, a])
-    assert not _inputs.same_items(dicts, "y", [a, a])
-    assert not _inputs.same_items(dicts, "x", [a])
+    assert walk.same_items(dicts, "x", [a, b])
+    assert not walk.same_items(dicts, "x", [a, a])
+    assert not walk.same_items(dicts, "y", [a, a])
+    assert not walk.same_items(dicts, "x", [a])

@@ -16,7 +16,7 @@ from training import Batch, TwoTowers, batches, leave_process_group, loss_fn, tw
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.integrations import select_into
-from saft_kernels.integrations._selection import use_mask
+from saft_kernels.integrations.select_into import use_mask
 
 
 def no_decay_groups(model: nn.Module) -> list[dict[str, Any]]:

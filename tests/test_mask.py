@@ -17,7 +17,8 @@ import torch
 from conftest import assert_message
 from torch import Tensor, nn
 
-from saft_kernels import SparseMask, _files
+from saft_kernels import SparseMask
+from saft_kernels.common import files
 
 LARGE = (2**16, 2**16)  # 2^32 elements: a shape alone, no memory
 
@@ -285,7 +286,7 @@ def test_a_failed_rename_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def refuse(source: Any, target: Any) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(_files.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(PermissionError):
         a_mask().save(path)
     monkeypatch.undo()

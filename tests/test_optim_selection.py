@@ -25,8 +25,9 @@ from training import (
     two_towers,
 )
 
-from saft_kernels import SparseAdamW, _pools, select
-from saft_kernels._state import new_states
+from saft_kernels import SparseAdamW, select
+from saft_kernels.optim import budgets
+from saft_kernels.optim.state import new_states
 
 # ---- what is selected ----
 
@@ -223,7 +224,7 @@ def test_a_selection_that_failed_is_taken_up_again(where: str, monkeypatch: pyte
             total += parameter.grad
         with monkeypatch.context() as patch:
             if step == 1:
-                patch.setattr(*((_pools, where) if where == "select_indices" else (optimizer, where)), fail)
+                patch.setattr(*((budgets, where) if where == "select_indices" else (optimizer, where)), fail)
                 with pytest.raises(RuntimeError, match="no memory"):
                     optimizer.step()
         assert optimizer.mask is None

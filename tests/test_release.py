@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from training import Batch, backward, batches, clones, loss_fn, parameters, set_gradients, states, train, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select, topk_magnitude
-from saft_kernels._release import SelectedGrad
+from saft_kernels.optim.release import SelectedGrad
 
 LR = 1e-2
 

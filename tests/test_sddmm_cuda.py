@@ -27,7 +27,7 @@ from test_sddmm import DTYPES, LAYOUTS, all_dtypes, check, factors, some
 from torch import Tensor
 
 from saft_kernels import ops
-from saft_kernels.ops import _tables, cuda
+from saft_kernels.ops import cuda, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN_BLOCK = 128  # SAFT_CUDA_SDDMM_TOKEN_BLOCK of tests/cuda_host/sddmm.cpp
@@ -58,7 +58,7 @@ class HostKernels:
         """What is in the workspace before the call, `fill`, and the schedule by `seed` do not matter."""
         dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
         values = torch.full(indices.shape, torch.nan, dtype=dtype) if out is None else out
-        params = _tables.sddmm_params(dy, x, indices, values, out is not None)
+        params = tables.sddmm_params(dy, x, indices, values, out is not None)
         address = ctypes.c_void_p(params.ctypes.data)
         size = self.library.sddmm_workspace_bytes(address)
         channels = dy.shape[1] + x.shape[1]

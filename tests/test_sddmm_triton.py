@@ -66,7 +66,7 @@ def compile_all(arch: int) -> Iterator[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from saft_kernels.ops.triton._launch import OPTIONS
+    from saft_kernels.ops.triton.launch import OPTIONS
 
     module = importlib.import_module("saft_kernels.ops.triton.sddmm")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -14,7 +14,8 @@ from conftest import Backend, assert_message, assert_same_bits, flushed_denormal
 from torch import Tensor, nn
 from training import Batch, batches, largest, loss_fn, two_towers
 
-from saft_kernels import SparseMask, _budget, select
+from saft_kernels import SparseMask, select
+from saft_kernels.selection import budget
 
 
 def mean_gradients(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ def test_scope_row(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
         k = max(1, round(0.1 * rows.shape[1]))
         expected = [i * rows.shape[1] + j for i, row in enumerate(rows) for j in largest([row], k)[0].tolist()]
         assert mask[name].tolist() == expected
-    monkeypatch.setattr(_budget, "_ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(budget, "_ROWS_AT_ONCE", 40)
     assert select(model, data, loss_fn, density=0.1, scope="row", progress=False) == mask
 
 
@@ -105,7 +106,7 @@ def test_scope_row_with_ties_and_denormals() -> None:
     """Smaller index first, by integer keys, whatever torch.set_flush_denormal says."""
     rows = torch.tensor([[1.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1e-41, -1e-40, 1e-42]])
     with flushed_denormals():
-        (index,) = _budget.select_indices(["w"], [rows], 0.5, None, "row", None)
+        (index,) = budget.select_indices(["w"], [rows], 0.5, None, "row", None)
     assert index.tolist() == [0, 1, 4, 5, 9, 10]
 
 

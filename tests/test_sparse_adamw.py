@@ -17,7 +17,7 @@ from torch import Tensor
 import saft_kernels
 from saft_kernels import sparse_adamw_
 from saft_kernels.ops import prepare_sparse_adamw
-from saft_kernels.ops._adamw import AdamWHyper, AdamWSegment
+from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment
 
 OP = "prepare_sparse_adamw"
 

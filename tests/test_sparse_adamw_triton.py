@@ -40,7 +40,7 @@ from triton_tools import (
     start_script,
 )
 
-from saft_kernels.ops._adamw import AdamWHyper, AdamWSegment
+from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment
 
 triton_adamw = importlib.import_module("saft_kernels.ops.triton.sparse_adamw")
 coordinates = importlib.import_module("saft_kernels.ops.triton._coordinates")

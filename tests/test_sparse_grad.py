@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from saft_kernels import SparseAdamW, SparseGrad, SparseMask, sparse_grad
-from saft_kernels._release import SelectedGrad
+from saft_kernels.optim.release import SelectedGrad
 
 WIDTH, TOKENS, BATCH = 24, 10, 3
 

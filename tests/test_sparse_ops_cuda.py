@@ -39,7 +39,7 @@ from test_sparse_adamw import DTYPES, OPTIONS, Options, mixed_problems, opmath, 
 from torch import Tensor
 
 from saft_kernels.ops import cpu, cuda
-from saft_kernels.ops._adamw import AdamWHyper, AdamWSegment, HostHyper
+from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment, HostHyper
 
 CPU = Backend("cpu-baseline", "cpu", isa=0)
 HOST = Backend("cuda-host", "cuda", device="cpu")

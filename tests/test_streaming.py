@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from training import backward, batches, clones, loss_fn, train, two_towers
 
 import saft_kernels
-from saft_kernels import SparseAdamW, _memory, select, topk_magnitude
-from saft_kernels._streaming import Candidates, _split
+from saft_kernels import SparseAdamW, select, topk_magnitude
+from saft_kernels.common import memory
+from saft_kernels.selection.streaming import Candidates, _split
 
 MODES = [True, "host", "blocks"]
 
@@ -325,13 +326,13 @@ def test_out_of_memory_while_selecting(mode: bool | str, remedy: str) -> None:
     ],
 )
 def test_out_of_memory_of_every_kind(make: Callable[[], Exception]) -> None:
-    with pytest.raises(torch.OutOfMemoryError) as error, _memory.out_of_memory_says("x", "do y"):
+    with pytest.raises(torch.OutOfMemoryError) as error, memory.out_of_memory_says("x", "do y"):
         raise make()
     assert_message(error, ["x: ", "do y"])
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^other$") as error, _memory.out_of_memory_says("x", "do y"):
+    with pytest.raises(RuntimeError, match=r"^other$") as error, memory.out_of_memory_says("x", "do y"):
         raise RuntimeError("other")
     assert type(error.value) is RuntimeError
 

@@ -29,7 +29,7 @@ from cuda_kernels import (
 from torch import Tensor
 
 from saft_kernels import ops
-from saft_kernels.ops import TopK, _tables, cuda, reference
+from saft_kernels.ops import TopK, cuda, reference, tables
 
 TILE = 2048  # SAFT_CUDA_TILE_NUMEL of tests/cuda_host/topk_magnitude.cpp
 SAMPLE = 4096  # elements: its 2^9 runs of 8
@@ -207,8 +207,8 @@ class HostKernels:
         fill: int = 0xFF,
     ) -> tuple[TopK, int]:
         """The result, and how often the data was read. `fill`: a byte, or -1 for random ones."""
-        layouts = _tables.Layouts()
-        rows = _tables.table((layouts.tensor_desc(t) for t in tensors), 5)
+        layouts = tables.Layouts()
+        rows = tables.table((layouts.tensor_desc(t) for t in tensors), 5)
         plan = Plan()
         self.library.topk_plan(
             ctypes.c_void_p(rows.ctypes.data), ctypes.c_int64(len(tensors)), ctypes.c_int64(k), ctypes.byref(plan)

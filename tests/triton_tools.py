@@ -128,7 +128,7 @@ def compile_facts(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from saft_kernels.ops.triton._launch import OPTIONS
+    from saft_kernels.ops.triton.launch import OPTIONS
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 from ..mask import SparseMask
-from ..optim import SparseAdamW
-from ._selection import select_into
+from ..optim.sparse_adamw import SparseAdamW
+from .select_into import select_into
 
 __all__ = ["SelectionCallback"]
 

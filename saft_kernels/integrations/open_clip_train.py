@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..mask import SparseMask
-from ._selection import use_mask
+from .select_into import use_mask
 from .timm import NAME, register_timm
 
 _HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps")

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from ..optim import SparseAdamW
+from ..optim.sparse_adamw import SparseAdamW
 
 __all__ = ["register_timm"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..mask import SparseMask
-from ._selection import select_into, unwrapped
+from .select_into import select_into, unwrapped
 
 __all__ = ["SelectionCallback"]
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, _checks
-from ._adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, opmath_dtype, same_memory_order
-from ._backends import BACKENDS, describe, why_unavailable
-from ._types import TopK
+from ..common.names import short
+from . import backends, checks
+from .adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, same_memory_order
+from .backends import BACKENDS, describe, why_unavailable
+from .dtypes import opmath_dtype
+from .types import TopK
 
 __all__ = [
     "BACKENDS",
@@ -49,8 +51,8 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
 
     Source: guess-and-verify selection, Floyd & Rivest 1975, https://doi.org/10.1145/360680.360691.
     """
-    tensors = _checks.tensor_list("tensors", tensors)
-    _checks.floating("tensors", tensors)
+    tensors = checks.tensor_list("tensors", tensors)
+    checks.floating("tensors", tensors)
     if isinstance(k, bool) or not hasattr(k, "__index__"):
         raise TypeError(f"`k`: expected an int, got {type(k).__name__}; round it first")
     k = k.__index__()
@@ -59,7 +61,7 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
         raise ValueError(f"`k`: expected 0 to the total numel of `tensors`, {numel}, got {k}; clamp it")
     if not tensors:
         return TopK((), float("inf"), 0)
-    module = _backends.choose("topk_magnitude", tensors[0].device.type, backend)
+    module = backends.choose("topk_magnitude", tensors[0].device.type, backend)
     result: TopK = module.topk_magnitude([t.detach() for t in tensors], k)
     return result
 
@@ -79,14 +81,14 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], *, backend: str
         TypeError, ValueError, IndexError: An argument does not fit; nothing has been read.
         RuntimeError: `backend` cannot run here.
     """
-    tensors = _checks.tensor_list("tensors", tensors)
-    _checks.same_length("indices", indices, "tensors", len(tensors))
-    _checks.index_tensors(indices, tensors, "tensors")
+    tensors = checks.tensor_list("tensors", tensors)
+    checks.same_length("indices", indices, "tensors", len(tensors))
+    checks.index_tensors(indices, tensors, "tensors")
     if not tensors:
         return []
-    module = _backends.choose("gather", tensors[0].device.type, backend)
+    module = backends.choose("gather", tensors[0].device.type, backend)
     if not getattr(module, "checks_index_ranges", False):
-        _checks.index_ranges(indices, tensors, "tensors")
+        checks.index_ranges(indices, tensors, "tensors")
     result: list[Tensor] = module.gather(tensors, indices)
     return result
 
@@ -110,20 +112,20 @@ def scatter_(
         TypeError, ValueError, IndexError: An argument does not fit; nothing has been written.
         RuntimeError: `backend` cannot run here.
     """
-    tensors = _checks.tensor_list("tensors", tensors)
-    values = _checks.tensor_list("values", values)
-    _checks.same_length("indices", indices, "tensors", len(tensors))
-    _checks.same_length("values", values, "tensors", len(tensors))
-    _checks.no_overlap("tensors", tensors)
-    _checks.index_tensors(indices, tensors, "tensors")
+    tensors = checks.tensor_list("tensors", tensors)
+    values = checks.tensor_list("values", values)
+    checks.same_length("indices", indices, "tensors", len(tensors))
+    checks.same_length("values", values, "tensors", len(tensors))
+    checks.no_overlap("tensors", tensors)
+    checks.index_tensors(indices, tensors, "tensors")
     for i, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
-        _checks.shape_dtype(f"values[{i}]", value, index.shape, tensor.dtype)
-        _checks.same_device(f"values[{i}]", value, f"tensors[{i}]", tensor)
+        checks.shape_dtype(f"values[{i}]", value, index.shape, tensor.dtype)
+        checks.same_device(f"values[{i}]", value, f"tensors[{i}]", tensor)
     if not tensors:
         return
-    module = _backends.choose("scatter_", tensors[0].device.type, backend)
+    module = backends.choose("scatter_", tensors[0].device.type, backend)
     if not getattr(module, "checks_index_ranges", False):
-        _checks.index_ranges(indices, tensors, "tensors")
+        checks.index_ranges(indices, tensors, "tensors")
     module.scatter_(tensors, indices, values)
 
 
@@ -160,36 +162,34 @@ def sddmm(
     Determinism: bit-equal from run to run and over thread counts (the reference: as far as torch's matrix product is);
     backends agree to rounding.
     """
-    dy, x = _checks.tensor_list("[dy, x]", [dy, x])
-    _checks.floating("[dy, x]", [dy, x])
+    dy, x = checks.tensor_list("[dy, x]", [dy, x])
+    checks.floating("[dy, x]", [dy, x])
     if dy.dim() != 2 or x.dim() != 2 or dy.shape[0] != x.shape[0]:
         raise ValueError(
             f"`dy`, `x`: expected shapes (T, N_out) and (T, N_in), got {tuple(dy.shape)} and {tuple(x.shape)}; "
             "flatten the leading dimensions of both"
         )
     if dy.dtype != x.dtype:
-        raise ValueError(
-            f"`x`: expected {_checks.short(dy.dtype)} like `dy`, got {_checks.short(x.dtype)}; convert one of them"
-        )
+        raise ValueError(f"`x`: expected {short(dy.dtype)} like `dy`, got {short(x.dtype)}; convert one of them")
     if max(*dy.shape, *x.shape) >= 2**31:
         raise ValueError(
             f"`dy`, `x`: expected sizes below 2^31, got {tuple(dy.shape)} and {tuple(x.shape)}; split the tokens"
         )
     weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1])
-    _checks.index_tensors([indices], [weight], "weight")
-    _checks.index_ranges([indices], [weight], "weight")
+    checks.index_tensors([indices], [weight], "weight")
+    checks.index_ranges([indices], [weight], "weight")
     dtype = opmath_dtype(dy.dtype)
     if out is None:
         if accumulate:
             raise ValueError("`out`: expected a tensor to accumulate into, got None; pass it, or accumulate=False")
         out = torch.empty(indices.shape, dtype=dtype, device=dy.device)
     else:
-        _checks.shape_dtype("out", out, indices.shape, dtype)
-        _checks.same_device("out", out, "dy", dy)
+        checks.shape_dtype("out", out, indices.shape, dtype)
+        checks.same_device("out", out, "dy", dy)
         if not out.is_contiguous():
             raise ValueError(f"`out`: expected contiguous, got strides {out.stride()}; make it so first")
     if indices.numel():
-        module = _backends.choose("sddmm", dy.device.type, backend)
+        module = backends.choose("sddmm", dy.device.type, backend)
         module.sddmm(dy.detach(), x.detach(), indices.contiguous(), out.detach(), accumulate)
     return out
 
@@ -197,7 +197,7 @@ def sddmm(
 def unchecked_sddmm(dy: Tensor, x: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor:
     """`sddmm` of arguments that fit: checking the range of indices would have a GPU wait."""
     out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
-    _backends.choose("sddmm", dy.device.type, backend).sddmm(dy, x, indices, out, False)
+    backends.choose("sddmm", dy.device.type, backend).sddmm(dy, x, indices, out, False)
     return out
 
 
@@ -262,19 +262,19 @@ def sparse_adamw_(
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101.
     """
-    params = _checks.tensor_list("params", params)
-    _checks.floating("params", params)
-    _checks.no_overlap("params", params)
+    params = checks.tensor_list("params", params)
+    checks.floating("params", params)
+    checks.no_overlap("params", params)
     optional = [("max_exp_avg_sqs", max_exp_avg_sqs), ("masters", masters)]
     lists = [("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("indices", indices)]
     for name, values in lists + [(name, values) for name, values in optional if values is not None]:
-        _checks.same_length(name, values, "params", len(params))
-    grads = _checks.tensor_list("grads", grads)
+        checks.same_length(name, values, "params", len(params))
+    grads = checks.tensor_list("grads", grads)
     state = [("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)]
     for name, values in state + ([] if max_exp_avg_sqs is None else [("max_exp_avg_sqs", max_exp_avg_sqs)]):
-        _checks.tensor_list(name, values)
-    _checks.index_tensors(indices, params, "params", allow_none=True)
-    _checks.index_ranges(indices, params, "params")
+        checks.tensor_list(name, values)
+    checks.index_tensors(indices, params, "params", allow_none=True)
+    checks.index_ranges(indices, params, "params")
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     for name, scalar in scalars.items():
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
@@ -309,7 +309,7 @@ def sparse_adamw_(
 
 def prepare_sparse_adamw(segments: Sequence[AdamWSegment], *, backend: str | None = None) -> AdamWPlan:
     """A reusable step over `segments`, which are not checked; `SparseAdamW` keeps one between steps."""
-    module = _backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
+    module = backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
     plan: AdamWPlan = module.prepare_sparse_adamw(segments)
     return plan
 
@@ -326,8 +326,8 @@ def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
     state += [("max_exp_avg_sqs", segment.max_exp_avg_sq)] if segment.max_exp_avg_sq is not None else []
     state += [("masters", segment.master)] if segment.master is not None else []
     for name, tensor in state:
-        _checks.shape_dtype(f"{name}[{i}]", tensor, shape, opmath_dtype(param.dtype))
-        _checks.same_device(f"{name}[{i}]", tensor, f"params[{i}]", param)
+        checks.shape_dtype(f"{name}[{i}]", tensor, shape, opmath_dtype(param.dtype))
+        checks.same_device(f"{name}[{i}]", tensor, f"params[{i}]", param)
         if tensor.stride() != segment.exp_avg.stride():
             raise ValueError(
                 f"`{name}[{i}]`: expected the strides of `exp_avgs[{i}]`, {segment.exp_avg.stride()}, "
@@ -345,7 +345,7 @@ def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
             )
     if segment.master is not None and param.itemsize != 2:
         raise ValueError(
-            f"`masters[{i}]`: expected None for a {_checks.short(param.dtype)} parameter, got a tensor; only 16-bit "
+            f"`masters[{i}]`: expected None for a {short(param.dtype)} parameter, got a tensor; only 16-bit "
             "parameters have masters"
         )
     if grad.shape != param.shape and not is_compact(grad, param, segment.count):
@@ -355,8 +355,7 @@ def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
         )
     if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.dtype == torch.float32):
         raise ValueError(
-            f"`grads[{i}]`: expected {_checks.short(param.dtype)} like `params[{i}]`, got {_checks.short(grad.dtype)}; "
-            "convert it first"
+            f"`grads[{i}]`: expected {short(param.dtype)} like `params[{i}]`, got {short(grad.dtype)}; convert it first"
         )
     if grad.device != param.device:
         raise ValueError(

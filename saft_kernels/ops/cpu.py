@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _tables
-from ._adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
-from ._inputs import PointerColumn
-from ._tables import AdamWColumn
-from ._types import TopK
+from . import checks, tables
+from .adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
+from .dtypes import DTYPE_CODES
+from .tables import AdamWColumn
+from .types import TopK
+from .walk import PointerColumn
 
 try:
-    from saft_kernels import _C
+    from .. import _C
 except ImportError as error:
     _import_error: ImportError | None = error
 else:
@@ -42,8 +43,8 @@ def description() -> str:
 
 def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     """See `saft_kernels.ops.topk_magnitude`."""
-    layouts = _tables.Layouts()
-    table = _tables.table((layouts.tensor_desc(t) for t in tensors), 5)
+    layouts = tables.Layouts()
+    table = tables.table((layouts.tensor_desc(t) for t in tensors), 5)
     indices = torch.empty(k, dtype=torch.int64)
     counts = torch.zeros(len(tensors), dtype=torch.int64)
     threshold, num_nonfinite = _C.topk_magnitude(
@@ -72,11 +73,11 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]
     """See `saft_kernels.ops.gather`."""
     indices = [i.contiguous() for i in indices]
     values = _packed(tensors, [i.numel() for i in indices])
-    layouts = _tables.Layouts()
-    table = _tables.gather_table(layouts, tensors, indices, values)
+    layouts = tables.Layouts()
+    table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
+        raise checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
     return values
 
 
@@ -84,17 +85,17 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     """See `saft_kernels.ops.scatter_`."""
     indices = [i.contiguous() for i in indices]
     values = [v.contiguous() for v in values]
-    layouts = _tables.Layouts()
-    table = _tables.gather_table(layouts, tensors, indices, values)
+    layouts = tables.Layouts()
+    table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise _checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
+        raise checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
     torch.autograd.graph.increment_version(tensors)
 
 
 def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `saft_kernels.ops.sddmm`. Memory: 1 KB (fp64: 2 KB) per row and column that has a selected entry."""
-    params = _tables.sddmm_params(dy, x, indices, out, accumulate)
+    params = tables.sddmm_params(dy, x, indices, out, accumulate)
     _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA)
 
 
@@ -105,8 +106,8 @@ class Plan:
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
-        self._layouts = _tables.Layouts()
-        self._table = _tables.adamw_table(self.segments)
+        self._layouts = tables.Layouts()
+        self._table = tables.adamw_table(self.segments)
         self._address = self._table.ctypes.data
         self._params = [s.param for s in self.segments]
         self._numels = [p.numel() for p in self._params]
@@ -154,7 +155,7 @@ class Plan:
         """Writes one row's parameter and gradient columns; returns the gradient it points to."""
         columns = self._table[row]
         param, exp_avg = segment.param, segment.exp_avg
-        if param.numel() != self._numels[row] or _tables.DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
+        if param.numel() != self._numels[row] or DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
             raise StalePlan(
                 f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
                 f"got {param.numel()} of {param.dtype}; prepare another step"
@@ -172,11 +173,11 @@ class Plan:
             if not same_memory_order(param, grad):
                 grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad.view(param.shape) if compact else grad)
         in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, grad)
-        layouts = ((), ()) if in_memory_order else (_tables.layout(param), _tables.layout(grad))
+        layouts = ((), ()) if in_memory_order else (tables.layout(param), tables.layout(grad))
         columns[AdamWColumn.PARAM] = param.data_ptr()
         columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(layouts[0])
         columns[AdamWColumn.GRAD] = grad.data_ptr()
-        columns[AdamWColumn.GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
+        columns[AdamWColumn.GRAD_DTYPE] = DTYPE_CODES[grad.dtype]
         columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(layouts[1])
         columns[AdamWColumn.COMPACT] = compact
         return grad

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _tables
-from ._adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
-from ._checks import short
-from ._inputs import PointerColumn
-from ._tables import AdamWColumn
-from ._types import TopK
+from ..common.names import short
+from . import tables
+from .adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from .dtypes import DTYPE_CODES
+from .tables import AdamWColumn
+from .types import TopK
+from .walk import PointerColumn
 
 try:
-    from saft_kernels import _C
+    from .. import _C
 except ImportError as error:
     _import_error: ImportError | None = error
 else:
@@ -98,10 +99,10 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
     """
     device = tensors[0].device
     with torch.cuda.device(device):
-        layouts = _tables.Layouts()
-        codes = _tables.DTYPE_CODES
+        layouts = tables.Layouts()
+        codes = DTYPE_CODES
         # the GPU idles meanwhile, so no call per tensor that a contiguous one does not need
-        rows = _tables.table(
+        rows = tables.table(
             [
                 (t.data_ptr(), t.numel(), codes[t.dtype], 0, 0) if t.is_contiguous() else layouts.tensor_desc(t)
                 for t in tensors
@@ -143,7 +144,7 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
     above 8,192 tokens also 8 B per value. It is torch's again when the kernels are done.
     """
     with torch.cuda.device(dy.device):
-        params = _tables.sddmm_params(dy, x, indices, out, accumulate)
+        params = tables.sddmm_params(dy, x, indices, out, accumulate)
         size = _C.sddmm_cuda_workspace_bytes(params.ctypes.data)
         workspace = torch.empty(size, dtype=torch.uint8, device=dy.device)
         if FILL_WORKSPACE is not None:
@@ -169,8 +170,8 @@ def _copy(
     values: Sequence[Tensor],
 ) -> None:
     device = tensors[0].device
-    layouts = _tables.Layouts()
-    rows = _tables.gather_table(layouts, tensors, indices, values)
+    layouts = tables.Layouts()
+    rows = tables.gather_table(layouts, tensors, indices, values)
     num_bytes = _C.gather_scatter_cuda_table_bytes(rows.ctypes.data, len(rows))
     with _current_stream(device) as stream:
         table = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -217,8 +218,8 @@ class Plan:
         self.segments = list(segments)
         self._params = [s.param for s in self.segments]
         self._device = self._params[0].device
-        self._layouts = _tables.Layouts()
-        self._rows = _tables.adamw_table(self.segments)
+        self._layouts = tables.Layouts()
+        self._rows = tables.adamw_table(self.segments)
         self._rows_address = self._rows.ctypes.data
         self._params_column = PointerColumn(self._rows, AdamWColumn.PARAM, is_fixed=True)
         self._grads_column = PointerColumn(self._rows, AdamWColumn.GRAD)
@@ -251,10 +252,10 @@ class Plan:
             if value.device.type == "cpu":
                 return float(value), 0, 0
             value = value.to(self._device, non_blocking=True)
-        if value.dtype not in _tables.DTYPE_CODES:
+        if value.dtype not in DTYPE_CODES:
             value = value.to(torch.float64)
         held.append(value)
-        return 0.0, value.data_ptr(), _tables.DTYPE_CODES[value.dtype]
+        return 0.0, value.data_ptr(), DTYPE_CODES[value.dtype]
 
     def _pack(self, hyper: AdamWHyper, found_inf: tuple[int, int], held: list[Tensor]) -> bytes:
         lr, lr_address, lr_code = self._scalar(hyper.lr, held)
@@ -295,7 +296,7 @@ class Plan:
             columns = self._rows[row]
             param, exp_avg = segment.param, segment.exp_avg
             numel = int(columns[AdamWColumn.PARAM + 1])
-            if param.numel() != numel or _tables.DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
+            if param.numel() != numel or DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
                 raise StalePlan(
                     f"`params[{row}]`: expected {numel} elements of the dtype the step was prepared for, got "
                     f"{param.numel()} of {short(param.dtype)}; prepare another step"
@@ -311,9 +312,9 @@ class Plan:
                 order = sorted(range(param.dim()), key=param.stride, reverse=True)
                 grad = grad.view(param.shape).permute(order) if compact else grad.permute(order)
                 param, compact = param.permute(order), False
-            columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(_tables.layout(param))
-            columns[AdamWColumn.GRAD_DTYPE] = _tables.DTYPE_CODES[grad.dtype]
-            columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(_tables.layout(grad))
+            columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(tables.layout(param))
+            columns[AdamWColumn.GRAD_DTYPE] = DTYPE_CODES[grad.dtype]
+            columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(tables.layout(grad))
             columns[AdamWColumn.COMPACT] = compact
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._adamw import AdamWHyper, AdamWSegment, HostHyper, is_compact, opmath_dtype
-from ._types import TopK
+from .adamw import AdamWHyper, AdamWSegment, HostHyper, is_compact
+from .dtypes import as_bits, opmath_dtype
+from .types import TopK
 
 
 def why_unavailable(device_type: str | None) -> str | None:
@@ -63,14 +64,6 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
 
 
 # ---- gather, scatter_ ----
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: `take` and `put_` know no float8 and no uint16. complex128 has no integer twin."""
-    return tensor.detach().view(_INTEGERS.get(tensor.itemsize, tensor.dtype))
 
 
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:

@@ -32,7 +32,7 @@ def why_unavailable(device_type: str | None) -> str | None:
         globals().update((op, getattr(modules[module], op)) for op, module in _OPS.items())
     except (ImportError, RuntimeError) as error:
         return f"triton cannot be imported ({error})"
-    from ._launch import INTERPRETED
+    from .launch import INTERPRETED
 
     if device_type == "cpu" and not INTERPRETED:
         return "it runs on CUDA and ROCm tensors, got cpu; TRITON_INTERPRET=1 was set after triton was imported"
@@ -45,6 +45,6 @@ def why_unavailable(device_type: str | None) -> str | None:
 
 def description() -> str:
     """What would compile the kernels, for `python -m saft_kernels`."""
-    from ._launch import INTERPRETED, triton_version
+    from .launch import INTERPRETED, triton_version
 
     return f"triton {triton_version}{', interpreted' if INTERPRETED else ''}"

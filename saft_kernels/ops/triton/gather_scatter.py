@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _tables
-from ._coordinates import TILE_COLUMNS, Layouts, align, load_index, storage_offset, tiles
-from ._launch import INTERPRETED, device_function, launch
-from ._pieces import to_device
+from .. import tables
+from .coordinates import TILE_COLUMNS, Layouts, align, load_index, storage_offset, tiles
+from .launch import INTERPRETED, device_function, launch, to_device
 
 ROW_COLUMNS: tl.constexpr = tl.constexpr(8)
 DATA: tl.constexpr = tl.constexpr(0)  # addresses
@@ -98,7 +97,7 @@ def _copy_items(
         return
     device = tensors[0].device
     layouts = Layouts()
-    rows = _tables.table(
+    rows = tables.table(
         (
             (
                 tensor.data_ptr(),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, launch
+from .launch import INTERPRETED, launch
 
 _ALIGNMENT = 16  # tokens: rows of the transposed factors start where a vector load may
 

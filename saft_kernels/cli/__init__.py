@@ -1,0 +1,5 @@
+"""The command `saft-kernels`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,128 @@
+"""Originals: what the selected elements were before training, k values instead of a copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..common.names import listing, plain_names
+from ..ops.dtypes import as_bits
+from ..optim.budgets import places
+from ..optim.sparse_adamw import SparseAdamW
+
+
+class Originals:
+    """Remembers the values that an optimizer's selected elements have before they are first updated.
+
+    Make it before the first step, on the base's weights::
+
+        optimizer = SparseAdamW(model.named_parameters(), lr=1e-3, density=1e-3)
+        originals = Originals(optimizer)
+        ...  # train
+        SparseDelta.from_optimizer(optimizer, originals).save("delta.safetensors")
+
+    It reads k values when the optimizer selects, at the first step or now if it has a mask, and those that are new at
+    each `reselect()`: elements keep their bits until they are selected. It does not survive a pickle or deepcopy of
+    the optimizer, nor the process: a run that goes on from a checkpoint made without a mask needs the base itself.
+
+    Raises:
+        ValueError: The optimizer has made steps already.
+    """
+
+    def __init__(self, optimizer: SparseAdamW) -> None:
+        if any(bool(state["step"] > 0) for state in optimizer.state.values() if "step" in state):
+            raise ValueError(
+                "`optimizer`: expected one before its first step, got one that has made steps; make Originals first, "
+                "or pass the base model to from_optimizer"
+            )
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._record(optimizer)
+        optimizer._selection_hooks = (*optimizer._selection_hooks, self._record)
+        optimizer.register_load_state_dict_post_hook(self._check_loaded)
+
+    @property
+    def k(self) -> int:
+        """Elements remembered."""
+        return sum(index.numel() for index, _ in self._known.values())
+
+    def _record(self, optimizer: SparseAdamW) -> None:
+        """Called when a selection has been made, before anything is updated."""
+        for position, _, parameter in places(optimizer.param_groups):
+            index, _ = fresh = self._unknown(optimizer, position, parameter)
+            if index.numel():
+                (values,) = ops.gather([parameter], [index.to(parameter.device)])
+                known = self._known.get(position, (index[:0], values[:0].cpu()))
+                merged, order = torch.cat([known[0], fresh[0]]).sort()
+                # as_bits: indexing knows no float8
+                both = torch.cat([as_bits(known[1]), as_bits(values.cpu())])
+                self._known[position] = (merged, both[order].view(parameter.dtype))
+
+    def _unknown(self, optimizer: SparseAdamW, position: tuple[int, int], parameter: Tensor) -> tuple[Tensor, int]:
+        """Selected elements whose originals are not known, and how many are selected."""
+        index = optimizer._index(position, parameter)
+        selected = torch.arange(parameter.numel()) if index is None else index.cpu().long()
+        if position in self._known:
+            known = self._known[position][0]
+            return selected[~torch.isin(selected, known, assume_unique=True)], selected.numel()
+        return selected, selected.numel()
+
+    def _check_loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        assert isinstance(optimizer, SparseAdamW)
+        unknown = [
+            name
+            for position, name, parameter in places(optimizer.param_groups)
+            if self._unknown(optimizer, position, parameter)[0].numel()
+        ]
+        if unknown:
+            raise ValueError(
+                f"`state_dict`: expected a selection whose originals are known, got other elements of "
+                f"{listing(unknown)}; pass the mask of that run to SparseAdamW before the weights are loaded, or use "
+                "no Originals and pass the base model to from_optimizer"
+            )
+
+    def changes(
+        self, optimizer: SparseAdamW, parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Per name: indices of elements that differ now, their originals and their values."""
+        self._check_loaded(optimizer)
+        indices, originals, values = {}, {}, {}
+        positions = [position for position, _, _ in places(optimizer.param_groups)]
+        for position, (name, parameter) in zip(positions, parameters.items(), strict=True):
+            if position not in self._known:
+                continue
+            index, before = self._known[position]
+            (now,) = ops.gather([parameter], [index.to(parameter.device)])
+            now = now.cpu()
+            differs = as_bits(now) != as_bits(before)
+            if bool(differs.any()):
+                indices[name], originals[name], values[name] = index[differs], before[differs], now[differs]
+        return indices, originals, values
+
+
+def optimizer_parameters(optimizer: SparseAdamW, model: nn.Module | None) -> dict[str, Tensor]:
+    """The optimizer's parameters by plain name, in its order."""
+    if not isinstance(optimizer, SparseAdamW):
+        raise TypeError(
+            f"`optimizer`: expected a SparseAdamW, got {type(optimizer).__name__}; for others, SparseDelta.diff("
+            "base, model)"
+        )
+    members = places(optimizer.param_groups)
+    if model is not None:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if strangers := [name for _, name, parameter in members if id(parameter) not in names]:
+            raise ValueError(
+                f"`model`: expected the model that the optimizer trains, got one without its {listing(strangers)}; "
+                "pass that model"
+            )
+        named = {names[id(parameter)]: parameter for _, _, parameter in members}
+    else:
+        if any("param_names" not in group for group in optimizer.param_groups):
+            raise ValueError(
+                "`optimizer`: expected parameters with names, got some without; pass `model`, or build it from "
+                "model.named_parameters()"
+            )
+        named = {name: parameter for _, name, parameter in members}
+    return {plain: named[name].detach() for plain, name in plain_names(named).items()}

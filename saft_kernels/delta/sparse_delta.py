@@ -1,0 +1,421 @@
+"""SparseDelta: a fine-tune as the elements it changed; applied, reverted, interpolated, composed, saved."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..common.names import Model, check_same_kind, listing, named_tensors, short, tied_names
+from ..mask import SparseMask
+from ..ops.dtypes import as_bits
+from ..optim.sparse_adamw import SparseAdamW
+from . import file
+from .changes import Content, checksum
+from .compose import Composed, Policy, compose
+from .originals import Originals, optimizer_parameters
+from .targets import Copies, Targets, between, same_bits
+from .targets import rest as take_rest
+
+__all__ = ["Composed", "SparseDelta"]
+
+Verify = Literal["selected", "whole", "none"]
+_VERIFY = ("selected", "whole", "none")
+
+
+class SparseDelta:
+    """The elements of a model that a fine-tune changed, and their new values.
+
+    Make one with `diff`, `from_optimizer`, `load`, `compose` or `from_shira`. It puts a model, in place, into one of
+    two states: the base (`revert_`) or the tuned model (`apply_`), bit for bit in every dtype; or between them
+    (`interpolate_`). Each costs time in proportion to the k changed elements, and first checks everything: names,
+    shapes, dtypes, and that the k elements have the values of one of those states. An error leaves the model as it was.
+
+    Models are modules (parameters and persistent buffers) or state dicts, whose tensors are then written. Names lose
+    what DistributedDataParallel and torch.compile add. Tied tensors are stored once and written under all their names.
+
+    Originals, the k values before: known from `diff`, `from_optimizer` and files saved with `include_original=True`;
+    otherwise learned from the first base that passes `apply_`'s check, or by `take_originals`. `revert_` and
+    `interpolate_` need them. A checksum of them per tensor is always there.
+    """
+
+    def __init__(
+        self,
+        mask: SparseMask,
+        values: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor] | None,
+        *,
+        checksums: Mapping[str, str] | None = None,
+        rest: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
+        numel: int | None = None,
+    ) -> None:
+        """From its parts.
+
+        Args:
+            mask: The changed elements; its names are those of the delta.
+            values: Their new values, one tensor (k_name,) per name.
+            originals: Their values before, alike; None: not known, `checksums` must then be given.
+            checksums: `changes.checksum` of the originals per name; None: computed.
+            rest: `changes.checksum` of each whole tensor with its changed elements set to zero, or nothing.
+            tied: Further names of tensors, name -> name in the mask.
+            numel: Elements of the model; None: those of the mask.
+        """
+        self.mask = mask
+        self.values = {name: values[name].detach().cpu() for name in mask}
+        for name, value in self.values.items():
+            if value.dtype not in file.DTYPES:
+                raise TypeError(
+                    f"values of {name!r}: expected a dtype that safetensors files hold, got {short(value.dtype)}; "
+                    "exclude the tensor"
+                )
+            if value.shape != mask[name].shape:
+                raise ValueError(
+                    f"values of {name!r}: expected shape {tuple(mask[name].shape)}, one per changed element, got "
+                    f"{tuple(value.shape)}; gather them"
+                )
+        self.originals: dict[str, Tensor] | None = None
+        """The values before, per name; None: not known."""
+        if originals is not None or not mask.k:
+            before = self.values if originals is None else originals
+            self.originals = {name: before[name].detach().cpu() for name in mask}
+            checksums = checksums or {name: checksum(value) for name, value in self.originals.items()}
+        self.checksums = dict(checksums or {})
+        if self.checksums.keys() != set(mask):
+            raise ValueError(
+                f"`checksums`: expected those of the originals of {listing(list(mask))}, got {len(self.checksums)}; "
+                "pass them, or the originals"
+            )
+        self.rest = dict(rest or {})
+        self.tied = dict(tied or {})
+        if strangers := [name for name in (*self.rest, *self.tied.values()) if name not in mask]:
+            raise ValueError(f"`rest`, `tied`: expected tensors of `mask`, got {listing(strangers)}; drop them")
+        self.numel = mask.numel if numel is None else numel
+        """Elements of the model that it was made on."""
+        self._alphas: list[float] = []
+        self._copies = Copies()
+
+    def __repr__(self) -> str:
+        return f"SparseDelta(k={self.k:,}, density={self.density:.3%}, tensors={len(self.mask)})"
+
+    def __eq__(self, other: object) -> bool:
+        """Same elements, values and base. Whether the originals are known does not count."""
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        facts = (self.mask, self.checksums, self.rest, self.tied, self.numel)
+        if facts != (other.mask, other.checksums, other.rest, other.tied, other.numel):
+            return False
+        return all(same_bits(value, other.values[name]) for name, value in self.values.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def k(self) -> int:
+        """Changed elements."""
+        return self.mask.k
+
+    @property
+    def density(self) -> float:
+        """k / numel."""
+        return self.k / self.numel if self.numel else 0.0
+
+    # ---- making one ----
+
+    @classmethod
+    def diff(
+        cls,
+        base: Model,
+        tuned: Model,
+        *,
+        exclude: Sequence[str] | str = (),
+        whole: bool = False,
+        progress: bool = False,
+    ) -> SparseDelta:
+        """What changed between two models: every element whose bits differ (NaN by payload, -0 from +0).
+
+        Args:
+            base: The model before. One read of both models; 1 B per element of the largest tensor beside them.
+            tuned: The model after: the same names, shapes and dtypes.
+            exclude: Glob or globs (fnmatch) over names to leave out, in both.
+            whole: Take checksums of all other elements too, for `verify="whole"`. They go into the file, some 30 B
+                per tensor, with an entry for every tensor that has not changed.
+            progress: Shows a tqdm bar, where tqdm is installed.
+
+        Raises:
+            ValueError: The models differ in names, shapes or dtypes.
+            TypeError: Something that is no tensor, no model, or of a dtype that safetensors files do not hold.
+        """
+        before, after = named_tensors("base", base), named_tensors("tuned", tuned)
+        globs = [exclude] if isinstance(exclude, str) else list(exclude)
+        for tensors in (before, after):
+            for name in [name for name in tensors if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]:
+                del tensors[name]
+        if before.keys() != after.keys():
+            only = [("base", before.keys() - after.keys()), ("tuned", after.keys() - before.keys())]
+            raise ValueError(
+                "`tuned`: expected the tensor names of `base`, got a difference: "
+                + ", ".join(f"{listing(sorted(names))} only in `{which}`" for which, names in only if names)
+                + "; leave them out with `exclude`, or pass the base it was tuned from"
+            )
+        return cls._difference(before, after, tied_names(after, before), whole, progress)
+
+    @classmethod
+    def from_optimizer(
+        cls, optimizer: SparseAdamW, base: Model | Originals, *, model: nn.Module | None = None
+    ) -> SparseDelta:
+        """What training has changed in the optimizer's parameters.
+
+        Args:
+            optimizer: With its parameters in their trained state.
+            base: The model before training, or its state dict; or `Originals(optimizer)`, made before the first
+                step, which cost k values. With a model the whole parameters are compared, so what else has written
+                them (a clamp) is in the delta; with `Originals`, what the optimizer has ever selected.
+            model: Names the parameters, where the optimizer was built without names.
+
+        Raises:
+            ValueError: Parameters without names, or `base` does not cover them.
+        """
+        parameters = optimizer_parameters(optimizer, model)
+        if not isinstance(base, Originals):
+            before = named_tensors("base", base)
+            if missing := [name for name in parameters if name not in before]:
+                raise ValueError(
+                    f"`base`: expected the optimizer's parameters, got none of {listing(missing)}; pass the model "
+                    "that training started from"
+                )
+            return cls._difference({name: before[name] for name in parameters}, parameters, {}, False, False)
+        indices, originals, values = base.changes(optimizer, parameters)
+        mask = SparseMask(indices, {name: parameters[name].shape for name in indices})
+        return cls(mask, values, originals, numel=sum(p.numel() for p in parameters.values()))
+
+    @classmethod
+    def _difference(
+        cls,
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        tied: Mapping[str, str],
+        whole: bool,
+        progress: bool,
+    ) -> SparseDelta:
+        indices, originals, values, rest = {}, {}, {}, {}
+        for name, old in before.items():
+            check_same_kind("tuned", name, after[name], tuple(old.shape), old.dtype)
+        for name, old in _bar(before.items(), "comparing", progress):
+            if name in tied:
+                continue
+            if old.dtype not in file.DTYPES:
+                raise TypeError(
+                    f"`base`: expected dtypes that safetensors files hold, got {short(old.dtype)} for {name!r}; "
+                    "exclude it"
+                )
+            new = after[name].to(old.device)
+            index = (as_bits(old) != as_bits(new)).reshape(-1).nonzero().flatten()
+            if index.numel() or whole:
+                indices[name] = index
+                ((originals[name],), (values[name],)) = ops.gather([old], [index]), ops.gather([new], [index])
+            if whole:
+                rest[name] = take_rest(old, index)
+        mask = SparseMask(indices, {name: before[name].shape for name in indices})
+        numel = sum(tensor.numel() for name, tensor in before.items() if name not in tied)
+        kept = {name: owner for name, owner in tied.items() if owner in indices}
+        return cls(mask, values, originals, rest=rest, tied=kept, numel=numel)
+
+    @staticmethod
+    def compose(deltas: Sequence[SparseDelta], *, base: Model | None = None, on_conflict: Policy = "error") -> Composed:
+        """Several fine-tunes of one base as one delta, and a report of the elements that more than one changed.
+
+        Args:
+            deltas: At least one. Their originals must be known, or `base` given.
+            base: The model that all of them were made on.
+            on_conflict: For elements with different new values: "error"; "first" or "last" of `deltas` wins; "sum"
+                adds up the differences to the base of every delta that changed the element, in fp32 (fp64 for
+                fp64), as in task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089).
+
+        Returns:
+            Composed(delta, conflicts). Nothing is mutated but originals that `base` made known.
+
+        Raises:
+            ValueError: Conflicts, with on_conflict="error"; deltas of different bases.
+        """
+        for delta in deltas:
+            if base is not None:
+                delta.take_originals(base)
+        return compose(deltas, on_conflict)
+
+    # ---- files ----
+
+    def save(self, path: str | os.PathLike[str], *, include_original: bool = False) -> None:
+        """Writes a .safetensors file, whole or not at all; docs/delta.md has the format.
+
+        Args:
+            path: The file.
+            include_original: Also write the originals, so that the file alone can revert a tuned model.
+
+        Raises:
+            ValueError: `include_original`, and they are not known.
+        """
+        originals = self._known_originals("save(include_original=True)") if include_original else None
+        indices = {name: self.mask[name].long() for name in self.mask}
+        shapes = self.mask.shapes
+        file.write(
+            path,
+            Content(shapes, indices, self.values, originals, self.checksums, self.rest, self.tied, self.numel),
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
+        """Reads a file written by `save`. Raises ValueError when it is something else, or has been altered."""
+        content = file.read(path)
+        try:
+            return cls(
+                SparseMask(content.indices, content.shapes),
+                content.values,
+                content.originals,
+                checksums=content.checksums,
+                rest=content.rest,
+                tied=content.tied,
+                numel=content.numel,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: expected a sound delta, got {error}") from error
+
+    def to_shira(self, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> SparseDelta:
+        """Writes the changes to nn.Linear weights as a SHiRA adapter that PEFT loads. See `saft_kernels.shira.save`."""
+        from . import shira
+
+        return shira.save(self, folder, base, partial=partial)
+
+    @classmethod
+    def from_shira(cls, folder: str | os.PathLike[str], base: Model) -> SparseDelta:
+        """Reads a SHiRA adapter that PEFT saved. See `saft_kernels.shira.load`."""
+        from . import shira
+
+        return shira.load(folder, base)
+
+    # ---- models ----
+
+    def apply_(self, model: Model, *, verify: Verify = "selected") -> None:
+        """Writes the new values: `model` becomes the tuned model, bit for bit.
+
+        Args:
+            model: The base, or where this delta's methods have left it; mutated at the k elements alone.
+            verify: "selected": the k elements have the values of the base, of the tuned model, or of an alpha that
+                this delta has interpolated to. "whole": also all other elements of all tensors, by the checksums
+                that `diff(whole=True)` took; reads the whole model. "none": names, shapes and dtypes alone.
+
+        Raises:
+            ValueError: Another model, or another state of it; nothing was written.
+        """
+        self._move(model, 1.0, verify)
+
+    def revert_(self, model: Model, *, verify: Verify = "selected") -> None:
+        """Writes the originals: `model` becomes the base, bit for bit. Arguments and errors as for `apply_`."""
+        self._move(model, 0.0, verify)
+
+    def interpolate_(self, model: Model, alpha: float, *, verify: Verify = "selected") -> None:
+        """Writes base + alpha * (tuned - base): WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903).
+
+        Always from the two endpoints, so calls do not accumulate error; alpha 0 and 1 are exactly they. In fp32 (fp64
+        for fp64), rounded once. Integers and bools are the base's below 0.5, else the tuned model's.
+
+        Args:
+            model: As for `apply_`.
+            alpha: 0 is the base, 1 the tuned model; any finite number.
+            verify: As for `apply_`.
+
+        Raises:
+            ValueError: As for `apply_`; the originals are not known, and `model` is not the base.
+        """
+        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+            raise ValueError(f"`alpha`: expected a finite number, got {alpha!r}; 0 is the base, 1 the tuned model")
+        self._move(model, float(alpha), verify)
+
+    def take_originals(self, base: Model) -> None:
+        """Reads the originals from the base, which must have their checksums; `base` is not changed."""
+        targets = self._targets("base", base)
+        current = targets.gather()
+        if odd := targets.odd_checksums(current, self.checksums):
+            raise ValueError(
+                f"`base`: expected the base of this delta, got other values in {listing(odd)}; pass the model that it "
+                "was made from"
+            )
+        self._learn(targets, current)
+
+    def _move(self, model: Model, alpha: float, verify: Verify) -> None:
+        if verify not in _VERIFY:
+            raise ValueError(f"`verify`: expected one of {', '.join(_VERIFY)}, got {verify!r}")
+        if verify == "whole" and self.rest.keys() != set(self.mask):
+            raise ValueError(
+                "`verify`: expected 'selected' or 'none' for this delta, got 'whole', whose checksums it does not "
+                "have; make it with diff(whole=True)"
+            )
+        targets = self._targets("model", model)
+        if verify == "whole" and (odd := targets.odd_rests(self.rest)):
+            raise ValueError(
+                f"`model`: expected the base of this delta, got other values outside the changed elements in "
+                f"{listing(odd)}; load the model that it was made from"
+            )
+        if verify != "none":
+            self._check_state(targets)
+        if alpha != 1.0:
+            self._known_originals("revert_" if alpha == 0.0 else "interpolate_")
+        # all is checked: from here on it is written
+        targets.scatter_(*self._at(alpha))
+        if alpha not in (0.0, 1.0):
+            self._alphas = [alpha, *(other for other in self._alphas if other != alpha)]
+
+    def _targets(self, argument: str, model: Model) -> Targets:
+        dtypes = {name: value.dtype for name, value in self.values.items()}
+        return Targets(argument, model, self.mask, self.mask.shapes, dtypes, self.tied, self._copies)
+
+    def _check_state(self, targets: Targets) -> None:
+        """The elements are those of the base, the tuned model or an alpha; learns the originals of a base."""
+        current = targets.gather()
+        if self.originals is None:
+            strange = targets.odd_checksums(current, self.checksums)
+            if not strange:
+                self._learn(targets, current)
+        else:
+            strange = targets.differing(current, *self._at(0.0))
+        if not strange or any(not targets.differing(current, *self._at(alpha)) for alpha in (1.0, *self._alphas)):
+            return
+        raise ValueError(
+            f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
+            f"{listing(strange)}; load the model that it was made from"
+        )
+
+    def _at(self, alpha: float) -> tuple[Mapping[str, Tensor], str | None]:
+        """The values there, and the key of those that are worth keeping on a device."""
+        if alpha == 1.0:
+            return self.values, "values"
+        originals = self._known_originals("interpolate_")
+        if alpha == 0.0:
+            return originals, "originals"
+        return {name: between(originals[name], value, alpha) for name, value in self.values.items()}, None
+
+    def _learn(self, targets: Targets, current: Sequence[Tensor]) -> None:
+        self.originals = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
+
+    def _known_originals(self, what: str) -> dict[str, Tensor]:
+        if self.originals is None:
+            raise ValueError(
+                f"{what}: expected known originals, got a delta that was saved without them; call "
+                "take_originals(base), or save it with include_original=True"
+            )
+        return self.originals
+
+
+def _bar(items: Iterable[tuple[str, Tensor]], description: str, enabled: bool) -> Iterable[tuple[str, Tensor]]:
+    if not enabled:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(list(items), desc=description, unit="tensor", leave=False, disable=None)  # type: ignore[no-any-return]

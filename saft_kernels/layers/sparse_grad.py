@@ -1,0 +1,332 @@
+"""sparse_grad: linear layers that compute only the selected entries of their weight gradient.
+
+A weight's gradient is here not a gradient of the weight, but of `values`: a leaf of k_p numbers that stands for the
+selected entries and is never read. So what autograd does to leaves goes on working: layers used twice, checkpointing,
+accumulation. What arrives there moves into the optimizer's buffer at once (see `_release.py`).
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.pause import _pauses
+from ..ops.dtypes import opmath_dtype
+from ..optim.budgets import places
+from ..optim.release import GradientBuffer
+from ..optim.sparse_adamw import SparseAdamW
+from .sparse_linear import sparse_linear
+
+__all__ = ["SparseGrad", "sparse_grad"]
+
+DENSE_SHARE = 0.2
+"""Selected share of a weight from which the dense product is faster: bench/results/sddmm_cpu.csv, 2 cores of an AMD
+EPYC (Zen 3), 2026-11-24."""
+
+
+def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
+    """Makes linear layers compute only the selected entries of their weight gradients, dW = dY^T X.
+
+    Covers nn.Linear and nn.MultiheadAttention. The forward pass, the gradients of inputs and selected biases, module
+    classes and state_dict() stay as they are; weights and biases of these layers without selected elements get no
+    gradient. `p.grad` of the weights is what SparseAdamW(release_grads=True) makes of it: a `SelectedGrad`.
+
+    Everything else keeps its gradient: convolutions, embeddings, norms; weights used outside of these modules (one tied
+    to an embedding gets the sum of both); subclasses with a forward of their own; parametrized and wholly selected
+    weights, and those of which more than `DENSE_SHARE` is selected. The handle says which, and why.
+
+    Args:
+        model: Changed in place: each module covered has a `forward` attribute, until `.remove()`. Copies and pickles
+            of the model are plain.
+        optimizer: A SparseAdamW with release_grads=True and a selection. Later selections are followed.
+
+    Returns:
+        A handle, and a context manager, with `.remove()`.
+
+    Works with autocast, GradScaler, gradient accumulation, both kinds of activation checkpointing and torch.compile,
+    whose graphs do not break at these layers; for several ranks see `SparseAdamW.all_reduce_grads`. Not supported:
+    DistributedDataParallel and double backward, which raise; FullyShardedDataParallel, whose weights stay dense;
+    torch.func.
+
+    Raises:
+        TypeError: `optimizer` is no SparseAdamW.
+        ValueError: It does not release gradients, or has not selected yet; no layer is covered; the model has sparse
+            gradients already, or is a DistributedDataParallel.
+
+    Precision: sums in fp32 (fp64 for fp64), not rounded to the dtype of the layer. Determinism and backend: see
+    `saft_kernels.sddmm`; SAFT_BACKEND forces one, the optimizer's `backend` does not.
+    """
+    return SparseGrad(model, optimizer)
+
+
+class SparseGrad:
+    """What `sparse_grad` changed, until `remove()`.
+
+    Attributes:
+        sparse: Names of the weights of which only selected entries of the gradient are computed, or none.
+        dense: Name of every other weight of a linear layer -> why its gradient is dense.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: SparseAdamW) -> None:
+        buffer = _check_arguments(model, optimizer)
+        self._buffer = weakref.ref(buffer)
+        self._weights: dict[Tensor, _Weight] = {}
+        self._kept: dict[str, str] = {}
+        self._modules = self._find(model, optimizer)
+        if not self._modules:
+            raise ValueError(
+                "`model`: expected an nn.Linear or nn.MultiheadAttention with weights of the optimizer, got none; use "
+                "the optimizer without sparse_grad"
+            )
+        for module in self._modules:
+            module.forward = _Forward(module, self._weights, self._buffer)
+        self._update()
+        buffer.observers.append(self._update)
+
+    def _find(self, model: nn.Module, optimizer: SparseAdamW) -> list[nn.Module]:
+        """The modules to change. Fills `_weights` and `_kept`."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        trained = {parameter for _, _, parameter in places(optimizer.param_groups)}
+        modules = []
+        for prefix, module in model.named_modules():
+            weights = _weights_and_biases(module)
+            reason = _why_not(module) if weights else None
+            for name, (weight, bias) in weights.items():
+                if reason is None and weight in trained:
+                    self._weights.setdefault(weight, _Weight(names[weight], weight, bias))
+                else:
+                    path = names.get(weight, f"{prefix}.{name}")
+                    self._kept[path] = reason or "it is not a parameter of the optimizer"
+            if any(weight in self._weights for weight, _ in weights.values()) and reason is None:
+                modules.append(module)
+        return modules
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """See the class."""
+        return tuple(weight.name for weight in self._weights.values() if weight.why_dense is None)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """See the class."""
+        mine = {w.name: w.why_dense for w in self._weights.values() if w.why_dense is not None}
+        return {**mine, **self._kept}
+
+    def _update(self) -> None:
+        for weight in self._weights.values():
+            weight.update(self._buffer())
+
+    def remove(self) -> None:
+        """The layers compute dense gradients again."""
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+        self._modules = []
+        buffer = self._buffer()
+        if buffer is not None and self._update in buffer.observers:
+            buffer.observers.remove(self._update)
+
+    def __enter__(self) -> SparseGrad:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+# ---- which layers ----
+
+
+def _check_arguments(model: nn.Module, optimizer: SparseAdamW) -> GradientBuffer:
+    if not isinstance(optimizer, SparseAdamW):
+        raise TypeError(f"`optimizer`: expected a SparseAdamW, got {type(optimizer).__name__}; others step densely")
+    if optimizer._released is None:
+        raise ValueError(
+            "`optimizer`: expected release_grads=True, got False; selected entries have no place in a dense p.grad"
+        )
+    if optimizer.mask is None:
+        raise ValueError(
+            "`optimizer`: expected a selection, got none yet; pass a mask, or call sparse_grad after the first step()"
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(f"`model`: expected a plain module, got {_DDP}")
+    if any(isinstance(module.__dict__.get("forward"), _Forward) for module in model.modules()):
+        raise ValueError("`model`: expected dense gradients, got sparse ones already; .remove() the handle you have")
+    return optimizer._released
+
+
+_DDP = (
+    "DistributedDataParallel, which averages dense gradients only; without it, call optimizer.all_reduce_grads() "
+    "between backward and step()"
+)
+
+
+def _weights_and_biases(module: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The weight matrices of an nn.Linear or nn.MultiheadAttention, without its out_proj, which is an nn.Linear."""
+    if isinstance(module, nn.Linear):
+        names, bias = ("weight",), module._parameters.get("bias")
+    elif isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # type: ignore[assignment]
+        bias = module._parameters.get("in_proj_bias")
+    else:
+        return {}
+    return {name: (weight, bias) for name in names if (weight := module._parameters.get(name)) is not None}
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a module with linear weights keeps its forward; None: it can be changed."""
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.MultiheadAttention
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if "forward" in module.__dict__ and module.forward != types.MethodType(base.forward, module):
+        return "something else has replaced the module's forward"
+    return None
+
+
+class _Weight:
+    """A weight matrix, the leaf that stands for its selected entries, and the way from there to the optimizer."""
+
+    def __init__(self, name: str, parameter: Tensor, bias: Tensor | None) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.bias = bias
+        self.skip_bias = False  # nothing is selected of it
+        self.why_dense: str | None = None
+        self.indices: Tensor | None = None
+        self.values: Tensor | None = None  # (k_p,) requires grad; None: nothing is selected, or the gradient is dense
+        self._ranges: dict[tuple[int, int], tuple[int, int, Tensor]] = {}
+
+    def update(self, buffer: GradientBuffer | None) -> None:
+        """Follows the selection."""
+        if buffer is None:
+            return
+        self.skip_bias = self.bias is not None and self.bias in buffer and not buffer[self.bias].index.numel()
+        parameter = self.parameter
+        index = None
+        if parameter in buffer:
+            selected = buffer[parameter]
+            if selected.index.device != parameter.device:  # the model has moved
+                selected.index = selected.index.to(parameter.device)
+            index = selected.index
+        if index is not None and index is self.indices:
+            return
+        self.indices, self.values, self.why_dense = None, None, None
+        self._ranges.clear()
+        if index is None:
+            self.why_dense = "it is wholly selected, or its selection is pending"
+            return
+        count = index.numel()
+        if count > DENSE_SHARE * parameter.numel():
+            self.why_dense = f"{count / parameter.numel():.0%} of it is selected, and the dense product is faster"
+            return
+        self.indices = index
+        if count:
+            zero = torch.zeros((), dtype=opmath_dtype(parameter.dtype), device=parameter.device)
+            self.values = zero.expand(count).requires_grad_()  # without memory: nobody reads it
+            self.values.register_post_accumulate_grad_hook(_deliver(parameter, index, buffer))
+
+    def rows(self, first: int, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """Leaf and indices of a range of rows, as those of a weight of its own; None where none is selected."""
+        if self.values is None or self.indices is None:
+            return None, None
+        if (first, count) not in self._ranges:  # a GPU has to be waited for, once
+            width = self.parameter.shape[1]
+            bounds = torch.tensor([first * width, (first + count) * width], device=self.indices.device)
+            low, high = torch.searchsorted(self.indices, bounds.to(self.indices.dtype)).tolist()
+            self._ranges[first, count] = low, high, self.indices[low:high] - first * width
+        low, high, indices = self._ranges[first, count]
+        return (None, None) if low == high else (self.values[low:high], indices)
+
+
+def _deliver(parameter: Tensor, index: Tensor, buffer: GradientBuffer) -> Callable[[Tensor], None]:
+    """The hook of a leaf: moves what has arrived into the optimizer's buffer."""
+    reference = weakref.ref(buffer)
+
+    def deliver(values: Tensor) -> None:
+        gradient, values.grad = values.grad, None
+        buffer = reference()
+        if gradient is None or buffer is None:
+            return
+        if parameter not in buffer or buffer[parameter].index is not index:
+            raise RuntimeError(
+                "sparse_grad: expected one selection from forward to backward, got another in between; run forward "
+                "again"
+            )
+        buffer.add(parameter, gradient)
+
+    return deliver
+
+
+# ---- the forward of a layer ----
+
+
+class _Forward:
+    """What a module's `forward` becomes. In copies and pickles of the module it is the class's again."""
+
+    def __init__(
+        self, module: nn.Module, weights: Mapping[Tensor, _Weight], buffer: weakref.ref[GradientBuffer]
+    ) -> None:
+        self._module = module
+        self._buffer = buffer
+        self._plain = types.MethodType(type(module).forward, module)
+        mine = [weight for weight, _ in _weights_and_biases(module).values()]
+        self._sparse: Callable[..., Any] = self._linear_module
+        if isinstance(module, nn.MultiheadAttention):
+            mine.append(module.out_proj.weight)
+            self._sparse = types.MethodType(_with_linear(type(module).forward, self._linear), module)
+        self._weights = [weights[weight] for weight in mine if weight in weights]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _pauses or not torch.is_grad_enabled() or self._buffer() is None:
+            return self._plain(*args, **kwargs)
+        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError(f"sparse_grad: expected a plain module, got one inside {_DDP}")
+        return self._sparse(*args, **kwargs)
+
+    def _linear_module(self, input: Tensor) -> Tensor:
+        module = self._module
+        assert isinstance(module, nn.Linear)
+        return self._linear(input, module.weight, module.bias)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F.linear, for the weights of this module and for ranges of their rows, which attention projects with."""
+        known = next((w for w in self._weights if weight is w.parameter or weight._base is w.parameter), None)
+        if known is None or known.why_dense is not None or not weight.requires_grad:
+            return functional.linear(input, weight, bias)
+        if known.values is not None and known.values.device != weight.device:  # the model has moved
+            known.update(self._buffer())
+        if weight is known.parameter:
+            return sparse_linear(input, weight, bias, known.values, known.indices, known.skip_bias)
+        first = int(weight.storage_offset() - known.parameter.storage_offset()) // max(1, weight.stride(0))
+        return sparse_linear(input, weight, bias, *known.rows(first, weight.shape[0]), known.skip_bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return types.MethodType(type(self._module).forward, memo[id(self._module)])
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "forward")  # of a module that does not have this attribute yet
+
+
+def _with_linear(function: Any, linear: Callable[..., Tensor]) -> Any:
+    """A copy of nn.MultiheadAttention.forward in which `linear` is called wherever it comes to F.linear."""
+    projections = ("_in_projection", "_in_projection_packed")
+    rebound = {name: _rebound(getattr(functional, name), linear=linear) for name in projections}
+    attention = _rebound(functional.multi_head_attention_forward, linear=linear, **rebound)
+    names = types.SimpleNamespace(**{**vars(functional), "multi_head_attention_forward": attention})
+    return _rebound(function, F=names)
+
+
+def _rebound(function: Any, **names: Any) -> Any:
+    """A copy of a function for which some global names mean something else."""
+    namespace = {**function.__globals__, **names}
+    del namespace["__name__"]  # by which Dynamo would look up the original's
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

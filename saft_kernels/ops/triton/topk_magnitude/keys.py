@@ -1,0 +1,241 @@
+"""Device functions: keys of elements, and bits of words."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from ..launch import device_function
+
+# saft::ScalarType, and _pieces.GATHERED
+FP32: tl.constexpr = tl.constexpr(0)
+BF16: tl.constexpr = tl.constexpr(1)
+FP16: tl.constexpr = tl.constexpr(2)
+FP64: tl.constexpr = tl.constexpr(3)
+GATHERED: tl.constexpr = tl.constexpr(4)
+
+PIECE_COLUMNS: tl.constexpr = tl.constexpr(8)
+SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(8)
+
+
+# ---- keys: csrc/topk_magnitude.h says what they are ----
+
+
+@device_function
+def item_size(DTYPE: tl.constexpr):
+    """Bytes of an element."""
+    size: tl.constexpr = 8 if DTYPE == FP64 else (4 if DTYPE == FP32 else 2)
+    return size
+
+
+@device_function
+def native_max(DTYPE: tl.constexpr):
+    """The largest key of the dtype itself: that of every NaN."""
+    value: tl.constexpr = 0x7FFFFFFFFFFFFFFF if DTYPE == FP64 else (0x7FFFFFFF if DTYPE == FP32 else 0x7FFF)
+    return value
+
+
+@device_function
+def native_inf(DTYPE: tl.constexpr):
+    """The key of infinity in the dtype itself."""
+    value: tl.constexpr = (
+        0x7FF0000000000000
+        if DTYPE == FP64
+        else (0x7F800000 if DTYPE == FP32 else (0x7F80 if DTYPE == BF16 else 0x7C00))
+    )
+    return value
+
+
+@device_function
+def common_max(KEY64: tl.constexpr):
+    """The one key of every NaN."""
+    value: tl.constexpr = 0x7FFFFFFFFFFFFFFF if KEY64 else 0x7FFFFFFF
+    return value
+
+
+@device_function
+def common_inf(KEY64: tl.constexpr):
+    """The key of infinity that all dtypes are compared by."""
+    value: tl.constexpr = 0x7FF0000000000000 if KEY64 else 0x7F800000
+    return value
+
+
+@device_function
+def typed_pointer(address, DTYPE: tl.constexpr):
+    """Floats are loaded as integers: nothing can flush a denormal or quiet a NaN."""
+    if DTYPE == FP64:
+        return address.to(tl.pointer_type(tl.int64))
+    elif DTYPE == FP32:
+        return address.to(tl.pointer_type(tl.int32))
+    else:
+        return address.to(tl.pointer_type(tl.int16))
+
+
+@device_function
+def native_key(bits, DTYPE: tl.constexpr):
+    """int32, or int64 for fp64."""
+    if DTYPE == FP64:
+        return bits & 0x7FFFFFFFFFFFFFFF
+    else:
+        return bits.to(tl.int32) & native_max(DTYPE)
+
+
+@device_function
+def _float_from_half(key):
+    """fp16 magnitude bits to fp32 magnitude bits. A conversion of integers is exact whatever the float modes."""
+    mantissa = key & 0x3FF
+    denormal = tl.where(mantissa == 0, 0, mantissa.to(tl.float32).to(tl.int32, bitcast=True) - (24 << 23))
+    normal = (key << 13) + (112 << 23)
+    return tl.where(key >= 0x7C00, 0x7F800000 | (mantissa << 13), tl.where(key < 0x400, denormal, normal))
+
+
+@device_function
+def _double_from_float(key):
+    """fp32 magnitude bits to fp64 magnitude bits."""
+    wide = key.to(tl.int64)
+    mantissa = key & 0x7FFFFF
+    denormal = tl.where(mantissa == 0, 0, mantissa.to(tl.float64).to(tl.int64, bitcast=True) - (149 << 52))
+    normal = (wide << 29) + (896 << 52)
+    inf: tl.constexpr = 0x7FF0000000000000
+    return tl.where(key >= 0x7F800000, inf | (mantissa.to(tl.int64) << 29), tl.where(key < 0x800000, denormal, normal))
+
+
+@device_function
+def common_key(key, DTYPE: tl.constexpr, KEY64: tl.constexpr):
+    """Native keys to keys that compare across dtypes."""
+    if DTYPE == FP64:
+        wide = key
+    else:
+        if DTYPE == FP32:
+            single = key
+        elif DTYPE == BF16:
+            single = key << 16
+        else:
+            single = _float_from_half(key)
+        wide = _double_from_float(single) if KEY64 else single
+    return tl.where(wide > common_inf(KEY64), common_max(KEY64), wide)
+
+
+@device_function
+def last_native_key(common, DTYPE: tl.constexpr, KEY64: tl.constexpr):
+    """The largest native key, as an int64 scalar, whose common key is <= `common`; -1 when there is none."""
+    if DTYPE == FP64 or (DTYPE == FP32 and not KEY64):
+        inf = tl.full((), common_inf(KEY64), tl.int64)
+        return tl.where(common >= common_max(KEY64), common, tl.minimum(common, inf))
+    else:
+        low = tl.full((), -1, tl.int64)
+        high = tl.full((), native_max(DTYPE), tl.int64)
+        while low < high:
+            middle = (low + high + 1) >> 1
+            below = common_key(middle.to(tl.int32), DTYPE, KEY64) <= common
+            low = tl.where(below, middle, low)
+            high = tl.where(below, high, middle - 1)
+        return low
+
+
+# ---- where elements are ----
+
+
+@device_function
+def find_segment(segments, tile):
+    """The row of the segment that holds a tile of its kind."""
+    high = tl.load(segments + 6)
+    low = high * 0
+    while high - low > 1:
+        middle = (low + high) >> 1
+        below = tl.load(segments + middle * SEGMENT_COLUMNS) <= tile
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return segments + low * SEGMENT_COLUMNS
+
+
+@device_function
+def find_piece(pieces, first, count, value, COLUMN: tl.constexpr):
+    """Per element: the last of `count` pieces from `first` on whose column is <= value."""
+    low = value * 0 + first
+    high = low + count
+    span = count
+    while span > 1:
+        middle = (low + high) >> 1
+        below = tl.load(pieces + middle * PIECE_COLUMNS + COLUMN) <= value
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+        span = (span + 1) >> 1
+    return low
+
+
+@device_function
+def gather_keys(pieces, layouts, max_ndim, piece, element, valid, DTYPES: tl.constexpr):
+    """Common keys of elements of any pieces; 0 where not `valid`. DTYPES: which there are, one bit for each code."""
+    row = pieces + piece * PIECE_COLUMNS
+    index = tl.load(row + 1) + element
+    offset = index
+    if max_ndim > 0:
+        dims = layouts + tl.load(row + 5)
+        offset = index * 0
+        rest = index
+        for d in range(max_ndim):
+            size = tl.load(dims + 2 * d)
+            outer = rest // size
+            offset += (rest - outer * size) * tl.load(dims + 2 * d + 1)
+            rest = outer
+    code = tl.load(row + 4)
+    address = tl.load(row) + offset * tl.where(code == FP64, 8, tl.where(code == FP32, 4, 2))
+    KEY64: tl.constexpr = DTYPES >= 8
+    key = (index * 0).to(tl.int64 if KEY64 else tl.int32)
+    if DTYPES & 1:
+        single = tl.load(typed_pointer(address, FP32), mask=valid & (code == FP32), other=0)
+        key = common_key(native_key(single, FP32), FP32, KEY64)
+    if DTYPES & 6:
+        half = tl.load(typed_pointer(address, BF16), mask=valid & ((code == BF16) | (code == FP16)), other=0)
+        half_key = native_key(half, BF16)
+    if DTYPES & 2:
+        key = tl.where(code == BF16, common_key(half_key, BF16, KEY64), key)
+    if DTYPES & 4:
+        key = tl.where(code == FP16, common_key(half_key, FP16, KEY64), key)
+    if DTYPES & 8:
+        double = tl.load(typed_pointer(address, FP64), mask=valid & (code == FP64), other=0)
+        key = tl.where(code == FP64, common_key(native_key(double, FP64), FP64, KEY64), key)
+    return key
+
+
+@device_function
+def segment_keys(pieces, layouts, max_ndim, segment, position, valid, KIND: tl.constexpr, DTYPES: tl.constexpr):
+    """Common keys at positions of a segment; 0 where not `valid`."""
+    first_piece = tl.load(segment + 4)
+    if KIND == GATHERED:
+        position = tl.where(valid, position, 0)
+        piece = find_piece(pieces, first_piece, tl.load(segment + 5), position, 2)
+        element = position - tl.load(pieces + piece * PIECE_COLUMNS + 2)
+        return gather_keys(pieces, layouts, max_ndim, piece, element, valid, DTYPES)
+    else:
+        row = pieces + first_piece * PIECE_COLUMNS
+        data = typed_pointer(tl.load(row) + tl.load(row + 1) * item_size(KIND), KIND)
+        return common_key(native_key(tl.load(data + position, mask=valid, other=0), KIND), KIND, DTYPES >= 8)
+
+
+# ---- words of 32 elements ----
+
+
+@device_function
+def popcount(word):
+    """Of uint32, as int32."""
+    x = word - ((word >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+
+
+@device_function
+def pop_lowest(word):
+    """Of uint32: the lowest set bit, the word without it."""
+    rest = word & (word - 1)
+    return word ^ rest, rest
+
+
+@device_function
+def bit_number(bit):
+    """Of uint32 with one bit set. A power of two is exact in fp32, and its exponent is its logarithm."""
+    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127

@@ -1,0 +1,219 @@
+"""Loading a state into SparseAdamW: what must fit, and what torch.optim.Optimizer.load_state_dict would ruin.
+
+It casts every state tensor but `step` to the parameter's dtype: with bf16 parameters, index 7001 becomes 7008.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..common.names import short
+from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
+from ..selection.budget import budget, budget_of
+from .budgets import Pool, Position, places
+from .state import MOMENTS, State, count, new_states
+
+if TYPE_CHECKING:
+    from .sparse_adamw import SparseAdamW
+
+_OUR_GROUP_KEYS = ("density", "k", "num_candidates")
+_SUMS = ("grad_sum", "num_grads")
+
+
+class Uncast:
+    """Carries a state tensor past the cast."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook: checks the state against the optimizer, and shields its tensors from the cast."""
+    groups = state_dict["param_groups"]
+    got, expected = ([len(group["params"]) for group in all_groups] for all_groups in (groups, optimizer.param_groups))
+    if got != expected:
+        raise ValueError(
+            f"`state_dict`: expected {len(expected)} parameter groups of sizes {expected}, got {len(got)} of sizes "
+            f"{got}: the state of another model or grouping; nothing was loaded"
+        )
+    _check_shapes(optimizer, groups)
+    ids = [key for group in groups for key in group["params"]]
+    members = dict(zip(ids, places(optimizer.param_groups), strict=True))
+    states: dict[Any, Any] = {}
+    loaded: dict[Position, dict[str, Any]] = {}
+    has_sums = False
+    for key, values in state_dict["state"].items():
+        states[key] = values
+        if key in members and values:
+            position, name, parameter = members[key]
+            if "grad_sum" in values and tuple(values["grad_sum"].shape) != tuple(parameter.shape):
+                raise ValueError(
+                    f"`state_dict`: grad_sum of {name!r}: expected shape {tuple(parameter.shape)}, got "
+                    f"{tuple(values['grad_sum'].shape)}: the state of another model; nothing was loaded"
+                )
+            has_sums |= "grad_sum" in values
+            if not values.keys() <= {*_SUMS}:
+                _check_state(name, parameter, values, groups[position[0]].get("amsgrad", False))
+                loaded[position] = values
+            ours = ("step", *MOMENTS, "indices", *_SUMS)
+            states[key] = {k: Uncast(torch.as_tensor(v)) if k in ours else v for k, v in values.items()}
+    if loaded:
+        names = {position: name for position, name, _ in members.values()}
+        for pool in optimizer._selection.pools(optimizer.param_groups):
+            _check_pool(pool, optimizer._selection.scope, names, loaded, groups)
+    elif any(
+        saved.get("num_candidates") is not None and group["num_candidates"] is None
+        for saved, group in zip(groups, optimizer.param_groups, strict=True)
+    ):
+        raise ValueError(
+            "`state_dict`: expected the indices that its param_groups say were selected, got an empty state: one saved "
+            "before the first step, or flattened by torch.distributed.checkpoint; pass the mask of that run to "
+            "SparseAdamW, or save without flattening. Nothing was loaded"
+        )
+    new_groups = []
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        # budgets are the optimizer's own; what has been selected goes with the state
+        own = {key: group[key] for key in _OUR_GROUP_KEYS}
+        if loaded or has_sums:
+            own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
+        new_groups.append({**saved, **own, "differentiable": False})
+        new_groups[-1].pop("param_shapes", None)
+    return {**state_dict, "state": states, "param_groups": new_groups}
+
+
+def _check_shapes(optimizer: SparseAdamW, groups: list[dict[str, Any]]) -> None:
+    """Indices of a smaller model fit into a larger one, and would train a corner of it."""
+    for (i, j), name, parameter in places(optimizer.param_groups):
+        # torch.optim.AdamW does not save them
+        shapes = groups[i].get("param_shapes")
+        if shapes is not None and tuple(shapes[j]) != tuple(parameter.shape):
+            raise ValueError(
+                f"`state_dict`: {name!r}: expected shape {tuple(parameter.shape)}, got {tuple(shapes[j])}: the state "
+                "of another model; nothing was loaded"
+            )
+
+
+def _check_state(name: str, parameter: Tensor, values: dict[str, Any], amsgrad: bool) -> None:
+    """The state of one parameter is one of ours, or of torch.optim.AdamW, and of the sizes that its indices say."""
+    needed = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    if missing := [key for key in needed if key not in values]:
+        raise ValueError(
+            f"`state_dict`: state of {name!r}: expected {', '.join(needed)}, got {', '.join(map(str, values))} without "
+            f"{', '.join(missing)}: the state of another optimizer; nothing was loaded"
+        )
+    indices = values.get("indices")
+    if indices is not None:
+        if indices.dtype not in INDEX_DTYPES or indices.dim() != 1:
+            raise ValueError(
+                f"`state_dict`: indices of {name!r}: expected one-dimensional int32 or int64, got "
+                f"{short(indices.dtype)} of shape {tuple(indices.shape)}: a cast has ruined them; nothing was loaded"
+            )
+        if indices.numel():
+            low, high = (int(value) for value in indices.aminmax())
+            if low < 0 or high >= parameter.numel() or bool((indices[1:] <= indices[:-1]).any()):
+                raise ValueError(
+                    f"`state_dict`: indices of {name!r}: expected ascending positions in [0, {parameter.numel()}), got "
+                    f"{low} to {high}: the state of another model; nothing was loaded"
+                )
+    shape = tuple(parameter.shape) if indices is None else tuple(indices.shape)
+    for key in MOMENTS:
+        if key in values and tuple(values[key].shape) != shape:
+            raise ValueError(
+                f"`state_dict`: {key} of {name!r}: expected shape {shape}, got {tuple(values[key].shape)}: the state "
+                "of another model or density; nothing was loaded"
+            )
+
+
+def _check_pool(
+    pool: Pool,
+    scope: str,
+    names: dict[Position, str],
+    loaded: dict[Position, dict[str, Any]],
+    saved_groups: list[dict[str, Any]],
+) -> None:
+    """The state has as many elements as the optimizer selects there."""
+    counts = {
+        position: count(parameter, loaded[position].get("indices"))
+        for position, parameter in pool.members.items()
+        if position in loaded
+    }
+    if pool.is_dense or (scope != "global" and pool.k is None):
+        for i in () if pool.is_dense else pool.groups:
+            covered = sum(pool.members[position].numel() for position in counts if position[0] == i)
+            expected = _num_candidates(pool, i, saved_groups[i], counts)
+            if covered < expected:
+                raise ValueError(
+                    f"`state_dict`: param_groups[{i}]: expected the state of all {expected} elements that were "
+                    f"selected from, got that of {covered}: an incomplete state; nothing was loaded"
+                )
+        for position, got in counts.items():
+            numel = pool.members[position].numel()
+            if pool.is_dense:
+                _check_count(f"selected elements of {names[position]!r}", got, numel, numel)
+            elif got:  # else it had no gradient at selection
+                expected = budget_of(pool.members[position], pool.density, scope)
+                _check_count(f"selected elements of {names[position]!r}", got, expected, numel)
+    elif counts:
+        numel = sum(_num_candidates(pool, i, saved_groups[i], counts) for i in pool.groups)
+        # groups added later were rounded apart
+        slack = len(pool.groups) - 1 if pool.k is None else 0
+        _check_count("selected elements", sum(counts.values()), budget(pool.density, pool.k, numel), numel, slack)
+
+
+def _num_candidates(pool: Pool, i: int, saved_group: dict[str, Any], counts: dict[Position, int]) -> int:
+    """Of how many elements the saved budget of a group was taken: of what had requires_grad then."""
+    if saved_group.get("num_candidates") is not None:
+        return int(saved_group["num_candidates"])
+    if not any(position[0] == i for position in counts):
+        return 0  # was yet to be selected
+    return sum(p.numel() for position, p in pool.members.items() if position[0] == i and p.requires_grad)
+
+
+def _check_count(what: str, got: int, expected: int, numel: int, slack: int = 0) -> None:
+    if abs(got - expected) > slack:
+        raise ValueError(
+            f"`state_dict`: {what}: expected {expected} of {numel} ({expected / numel:.4%}), as this optimizer "
+            f"selects, got {got} ({got / numel:.4%}); build it with the density, k or mask of the run that saved the "
+            "state. Nothing was loaded"
+        )
+
+
+def unshield(optimizer: SparseAdamW) -> None:
+    """Puts loaded values where and into what they should be, and adopts the selection they hold."""
+    loaded: dict[Position, State] = {}
+    sums: dict[Position, Tensor] = {}
+    num_sums = 0
+    for i, group in enumerate(optimizer.param_groups):
+        members: list[tuple[Position, Tensor, dict[str, Any]]] = []
+        for j, parameter in enumerate(group["params"]):
+            values = optimizer.state.get(parameter, {})
+            if "grad_sum" in values:
+                total, number = (values.pop(key).tensor for key in _SUMS)
+                sums[i, j] = total.to(parameter.device, opmath_dtype(parameter.dtype), copy=True)
+                num_sums = int(number)
+                if not values:
+                    del optimizer.state[parameter]
+            if any(isinstance(value, Uncast) for value in values.values()):
+                members.append(((i, j), parameter, values))
+        indices = [
+            values["indices"].tensor.to(dtype=index_dtype(parameter.numel()), copy=True)
+            if "indices" in values
+            else None
+            for _, parameter, values in members
+        ]
+        # masters start from the parameters: a state of torch.optim.AdamW has none
+        fresh = new_states([parameter for _, parameter, _ in members], indices, group)
+        for (position, parameter, values), state in zip(members, fresh, strict=True):
+            state["step"].fill_(float(values["step"].tensor))
+            for key in MOMENTS:
+                if key in state and key in values:
+                    state[key].copy_(values[key].tensor)
+            kept = {key: value for key, value in values.items() if not isinstance(value, Uncast)}
+            optimizer.state[parameter] = loaded[position] = {**state, **kept}
+    if loaded:
+        optimizer._adopt_loaded({position: state.get("indices") for position, state in loaded.items()})
+    if sums:
+        optimizer._selection.sums, optimizer._selection.num_sums = sums, num_sums

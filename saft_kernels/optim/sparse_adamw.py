@@ -1,0 +1,526 @@
+"""SparseAdamW: torch.optim.AdamW on the selected elements alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..common.memory import out_of_memory_says
+from ..mask import SparseMask
+from ..ops import backends
+from ..ops.adamw import StalePlan
+from ..ops.dtypes import index_dtype
+from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
+from ..selection.gradients import any_nonzero, check_dense
+from . import checkpoint
+from .all_reduce import all_reduce_grads
+from .arguments import check_group, check_hyperparameters, check_mask_alone
+from .budgets import NOTHING, Position, Selection, or_whole, places
+from .release import GradientBuffer, check_not_released, selected_values
+from .state import State, carry_over, count, new_states, same_index
+from .step import PreparedStep
+
+__all__ = ["SparseAdamW"]
+
+_OUT_OF_MEMORY = (
+    "choose beforehand, mask = select(model, batches, loss_fn, streaming='blocks'), and pass mask=mask, "
+    "release_grads=True to SparseAdamW; or lower the density"
+)
+
+
+class SparseAdamW(Optimizer):
+    r"""AdamW that updates only the parameters whose gradient is largest in magnitude, and keeps state only for them.
+
+    The positional arguments are those of torch.optim.AdamW. At the first step() the k elements of largest |gradient|
+    over all parameters together are selected; from then on they follow AdamW exactly, with decoupled weight decay on
+    them alone, and every other element of every parameter keeps its bits. Pass `mask` to select beforehand, from the
+    mean gradient over the data, as the paper does (`saft_kernels.select`).
+
+    Args:
+        params: Parameters, (name, parameter) pairs such as `model.named_parameters()`, or groups of either. A group
+            may have its own "density" or "k": it is then a budget of its own (`density=1.0`: an always-dense head).
+        lr: Learning rate; a float or a scalar tensor.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, on selected elements alone.
+        amsgrad: Use the running maximum of the second moment.
+        density: Selected share of the elements with `requires_grad`, in (0, 1]. 1.0 is torch.optim.AdamW.
+        k: Number of selected elements, in place of `density`.
+        mask: A SparseMask of this model, in place of `density`; `params` must then carry names, unless it came from
+            an optimizer without.
+        scope: "global", one budget over all groups; "tensor", `density` of each tensor; or "row", `density` of each
+            slice of its first dimension (an output unit of a weight), at least one element.
+        selection_steps: Select from the mean gradient of that many step() calls; the calls before the last do not
+            update. Costs one fp32 sum per element (fp64 for fp64 parameters) until then, in state_dict() as well.
+        maximize: Ascend instead.
+        foreach: Accepted for compatibility; there is one implementation per backend.
+        capturable: Keep the step counts on the parameters' device, and let step() run without waiting for it, so that
+            it can be captured in a CUDA graph; pass `lr` as a tensor to change it between replays. Step once before.
+        differentiable: Not supported: must be False.
+        fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
+        release_grads: Keep only the selected values of a gradient, from the moment backward has made it: `p.grad`
+            becomes a `SelectedGrad` of k_p fp32 values, which adds up over backward passes, and which zero_grad(),
+            clip_grad_norm_() and GradScaler know. The peak is the largest gradient of a single parameter. Wholly
+            selected parameters keep a dense gradient, as do all before selection: pass a `mask`.
+        backend: See `saft_kernels.ops`.
+
+    State per parameter: `step`; `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), (k_p,) fp32 (fp64 for fp64
+    parameters); `indices` (k_p,) int32 (int64 from 2^31 elements); `master` (k_p,) fp32 for bf16 and fp16 parameters.
+    A wholly selected parameter has no `indices`, and state of its own shape, as in torch.optim.AdamW. Where nothing is
+    selected the state is empty (k_p = 0): so a checkpoint says all that is selected.
+
+    A budget waits until its gradients are not all zero; so does the first step, at any density.
+
+    Raises:
+        ValueError: An argument out of range, an empty parameter list, a mask of another model; at the first step,
+            non-finite gradients.
+        TypeError: A parameter or gradient of unsupported dtype or layout.
+
+    Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
+    """
+
+    # called with the optimizer when it has selected, before it updates; not pickled
+    _selection_hooks: tuple[Callable[[SparseAdamW], None], ...] = ()
+    # what all_reduce_grads() last compared over the ranks, and its checksum; not pickled
+    _checked: tuple[list[Tensor | None], int] = ([], 0)
+    _saw_nonzero = False  # on another rank: zero gradients do not make a first step
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        density: float = DEFAULT_DENSITY,
+        k: int | None = None,
+        mask: SparseMask | None = None,
+        scope: str = "global",
+        selection_steps: int = 1,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        release_grads: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+            "density": None,
+            "k": None,
+        }
+        check_hyperparameters(defaults)
+        defaults["betas"] = tuple(float(beta) for beta in betas)
+        check_budget(density, k, scope)
+        if not isinstance(selection_steps, int) or selection_steps < 1:
+            raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
+        if mask is not None:
+            check_mask_alone(mask, density, k, scope)
+        backends.forced(
+            backend
+        )  # whether it runs on the parameters' device shows at the first step: they may move until then
+        self.backend = backend
+        self.release_grads = bool(release_grads)
+        self._selection = Selection(density, k, scope, selection_steps)
+        self._prepared: PreparedStep | None = None
+        self._captured: list[PreparedStep] = []
+        self._released: GradientBuffer | None = None
+        super().__init__(params, defaults)
+        # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
+        self._step_supports_amp_scaling = bool(fused)
+        if mask is not None:
+            self._use_mask(mask)
+        else:
+            for pool in self._selection.pools(self.param_groups):
+                budget(pool.density, pool.k, pool.numel)
+        if release_grads:
+            self._released = GradientBuffer()
+            self._released.update(self)
+
+    # ---- groups, names, budgets ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, before or after selection.
+
+        Before, it shares the global budget unless it has its own "density" or "k"; amid `selection_steps` the mean
+        starts anew, so that it is over the same steps for all. After, its parameters are a pool of their own, selected
+        at the next step() by the group's or the optimizer's density.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(f"param_groups[{len(self.param_groups) - 1}]", group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        # of how many elements the budget was taken; None: not selected yet
+        group["num_candidates"] = None
+        self._selection.restart()
+        position = len(self.param_groups) - 1
+        self._selection.indices = {at: index for at, index in self._selection.indices.items() if at[0] < position}
+        self._update_released()
+
+    def _check_group(self, where: str, group: dict[str, Any]) -> None:
+        check_group(where, group)
+        is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
+        if is_spent and group["density"] is None and group["k"] is None:
+            raise ValueError(
+                f"{where}: expected its own 'density' or 'k', got neither; the optimizer's k, {self._selection.k}, "
+                "is spent on the groups before"
+            )
+
+    # ---- selection ----
+
+    @property
+    def mask(self) -> SparseMask | None:
+        """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ..."""
+        if not self._selection.indices:
+            return None
+        indices, shapes = {}, {}
+        for position, name, parameter in places(self.param_groups):
+            index = self._index(position, parameter)
+            if index is None:
+                index = torch.arange(parameter.numel(), dtype=index_dtype(parameter.numel()))
+            indices[name], shapes[name] = index, parameter.shape
+        return SparseMask(indices, shapes)
+
+    def _index(self, position: Position, parameter: Tensor) -> Tensor | None:
+        """What is selected of a parameter; None: all of it. Its state knows best, once it has one."""
+        state = self.state.get(parameter)
+        return state.get("indices") if state else self._selection.indices.get(position, NOTHING)
+
+    def _counted(self, position: Position, parameter: Tensor) -> Tensor | None:
+        """Which elements of a gradient count; None: all of it, as they do before selection."""
+        pending = self.param_groups[position[0]]["num_candidates"] is None
+        return None if pending else self._index(position, parameter)
+
+    def reselect(self) -> None:
+        """Selects anew at the next step() that has gradients, with the same budgets.
+
+        Moments of elements that stay selected are kept; newly selected ones start from zero, under the step count of
+        their parameter.
+        """
+        for group in self.param_groups:
+            group["num_candidates"] = None
+        self._selection.restart()
+        self._update_released()
+
+    def _use_mask(self, mask: SparseMask) -> None:
+        if any(group["density"] is not None or group["k"] is not None for group in self.param_groups):
+            raise ValueError(
+                "`mask`: expected groups without a density or k of their own, got some with; the mask covers them, "
+                "drop theirs"
+            )
+        members = places(self.param_groups)
+        indices = mask.bind((name, parameter) for _, name, parameter in members)
+        self._selection.k = mask.k
+        for (position, _, parameter), index in zip(members, indices, strict=True):
+            self._selection.indices[position] = or_whole(parameter, index)
+        for group in self.param_groups:
+            group["num_candidates"] = sum(p.numel() for p in group["params"])
+
+    def _adopt(self, picked: dict[Position, Tensor | None]) -> None:
+        """Makes a selection current. State of elements that stay selected moves over."""
+        replaced: dict[Tensor, State] = {}
+        for i, group in enumerate(self.param_groups):
+            moved = []
+            for j, parameter in enumerate(group["params"]):
+                if (i, j) in picked and self.state.get(parameter):
+                    old, new = self._index((i, j), parameter), picked[i, j]
+                    if not same_index(old, new):
+                        moved.append((parameter, old, new))
+            fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
+            for (parameter, old, new), state in zip(moved, fresh, strict=True):
+                carry_over(parameter, self.state[parameter], old, state, new)
+                replaced[parameter] = state
+        self.state.update(replaced)
+        self._selection.indices.update(picked)
+        self._prepared = None
+        for hook in self._selection_hooks:
+            hook(self)
+
+    def _create_states(self) -> None:
+        """State for what is selected and has none; for parameters of a dense budget once they have a gradient."""
+        dense = self._selection.dense_groups(self.param_groups)
+        for i, group in enumerate(self.param_groups):
+            fresh = []
+            for j, parameter in enumerate(group["params"]):
+                state = self.state.get(parameter)
+                if state:
+                    if group["amsgrad"] and "max_exp_avg_sq" not in state:
+                        state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+                elif (i, j) in self._selection.indices:
+                    index = self._selection.indices[i, j]
+                    if parameter.grad is not None or (
+                        i not in dense and (parameter.requires_grad or count(parameter, index))
+                    ):
+                        fresh.append((parameter, index))
+            states = new_states([p for p, _ in fresh], [index for _, index in fresh], group)
+            self.state.update(zip((p for p, _ in fresh), states, strict=True))
+
+    # ---- step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; the first one selects.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            ValueError: At selection, a gradient that is not finite; nothing was changed.
+            TypeError: A gradient of sparse layout.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.is_inference_mode_enabled():
+            # the state would be inference tensors, which nothing else may write
+            with torch.inference_mode(False), torch.no_grad():
+                self._update()
+        else:
+            self._update()
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        # GradScaler's, with fused=True
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        prepared = self._prepared
+        gradients = prepared.gradients(self) if prepared is not None and not self._awaits_selection() else None
+        if prepared is not None and gradients is not None and prepared.runs_on_device:
+            try:
+                if prepared.is_cuda and torch.cuda.is_current_stream_capturing():
+                    self._captured.append(prepared)  # the graph reads its tables
+                prepared.run(gradients, self.param_groups, 1.0 if scale is None else scale, found_inf)
+                return
+            except StalePlan:
+                self._prepared = prepared = gradients = None
+        is_cuda = (
+            any(p.is_cuda for g in self.param_groups for p in g["params"]) if prepared is None else prepared.is_cuda
+        )
+        if is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() under CUDA graph capture: expected capturable=True and a step before the capture with the same "
+                "parameters, got a step that has to wait for the device; warm up first, as torch.cuda.graph asks for"
+            )
+        if found_inf is not None and bool(found_inf):
+            return
+        grad_scale = 1.0 if scale is None else float(scale)
+        if prepared is None or gradients is None:
+            prepared = self._prepare(grad_scale)
+            if prepared is None:
+                return
+            gradients = prepared.current_gradients()
+        try:
+            prepared.run(gradients, self.param_groups, grad_scale, None)
+        except StalePlan:
+            self._prepared = None
+            self._update()
+
+    def _awaits_selection(self) -> bool:
+        """Whether a budget is yet to be spent, and gradients are there to tell how."""
+        return any(p.grad is not None for g in self.param_groups if g["num_candidates"] is None for p in g["params"])
+
+    def _prepare(self, grad_scale: float) -> PreparedStep | None:
+        """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
+        if not any(self.state.values()) and not self._has_gradients():
+            return None  # no gradients, or the fake step of torch.distributed.checkpoint
+        if self._awaits_selection() and not self._select(grad_scale):
+            return None
+        with out_of_memory_says("step()", _OUT_OF_MEMORY):
+            self._create_states()
+            self._update_released()
+            selected = []
+            for position, name, parameter in places(self.param_groups):
+                index = self._index(position, parameter)
+                if index is None or index.numel():
+                    selected.append((position[0], name, parameter))
+            self._prepared = PreparedStep(self, selected, self.backend)
+        return self._prepared
+
+    def _select(self, grad_scale: float) -> bool:
+        """Selects for what is pending; False when that takes more steps.
+
+        When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
+        selects from the sums as they are.
+        """
+        for position, name, parameter in places(self.param_groups):
+            if self.param_groups[position[0]]["num_candidates"] is None:
+                check_not_released(name, parameter.grad)
+        before = [group["num_candidates"] for group in self.param_groups]
+        try:
+            with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
+                picked = self._selection.select(self.param_groups, grad_scale, self.backend)
+                if picked is not None:
+                    self._adopt(picked)
+                    self._selection.restart()
+        except Exception:
+            for group, num_candidates in zip(self.param_groups, before, strict=True):
+                group["num_candidates"] = num_candidates
+            raise
+        return picked is not None
+
+    def _has_gradients(self) -> bool:
+        """Whether any gradient is not all zero."""
+        if self._saw_nonzero or (self._released is not None and self._released.saw_nonzero):
+            return True
+        gradients = [(name, p.grad) for _, name, p in places(self.param_groups) if p.grad is not None]
+        for name, gradient in gradients:
+            check_dense(name, gradient)
+        return any_nonzero(gradient for _, gradient in gradients)
+
+    # ---- gradients ----
+
+    def _update_released(self) -> None:
+        if self._released is not None:
+            self._released.update(self)
+
+    def selected_grad(self, parameter: Tensor) -> Tensor:
+        """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
+
+        With release_grads=True they are the fp32 values (fp64 for fp64 parameters) themselves: what is written to them
+        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient.
+
+        Raises:
+            ValueError: Not a parameter of this optimizer, or its selection is pending.
+        """
+        for position, name, member in places(self.param_groups):
+            if member is parameter:
+                if self.param_groups[position[0]]["num_candidates"] is None:
+                    raise ValueError(
+                        f"`parameter`: expected a selection, got {name!r} before its own; step() first, or pass a mask"
+                    )
+                return selected_values(parameter, self._index(position, parameter), self._released)
+        raise ValueError(
+            f"`parameter`: expected one of this optimizer, got another of shape {tuple(parameter.shape)}; pass the "
+            "object in param_groups"
+        )
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scales all gradients so that the norm of the selected values is at most `max_norm`; returns the norm before.
+
+        Before selection all values count, as in torch.nn.utils.clip_grad_norm_.
+
+        Raises:
+            RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
+        """
+        gradients, values = [], []
+        for position, _, parameter in places(self.param_groups):
+            if parameter.grad is not None:
+                index = self._counted(position, parameter)
+                gradients.append(parameter)
+                if index is None or index.numel():  # an empty one changes in what order the norms are added up
+                    values.append(selected_values(parameter, index, self._released))
+        norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def all_reduce_grads(self, group: Any = None) -> None:
+        """Averages the gradients over the ranks of torch.distributed, in the place of DistributedDataParallel.
+
+        Call it after the last backward pass of a step (in the closure, where there is one), before `scaler.unscale_`,
+        `clip_grad_norm_` and `step()`. Of a parameter it sends what is selected, so k values where
+        DistributedDataParallel sends all; whole gradients before selection, and of wholly selected parameters. A
+        gradient that only other ranks have counts as zeros. Gradients are zero afterwards where nothing is selected,
+        and None where that is all of a parameter.
+
+        All ranks have to have the same parameters in the same order, the same weights at the start and the same mask;
+        each then steps by itself, to the same values. They call it equally often; `reselect()` goes before backward.
+        Waits for the device once, after the first call.
+
+        Args:
+            group: A torch.distributed process group; None: all ranks.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialized.
+            ValueError: The selection is not the same on all ranks (which all of them raise); `group` is without this
+                rank; a gradient of another selection. Gradients are as they were.
+            TypeError: A gradient of sparse layout.
+        """
+        all_reduce_grads(self, group)
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer's, with `param_shapes` in each group.
+
+        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`.
+        """
+        state_dict = super().state_dict()
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, (position, _, _) in zip(ids, places(self.param_groups), strict=True):
+            if position in self._selection.sums:
+                count = torch.tensor(float(self._selection.num_sums))
+                sums = {"grad_sum": self._selection.sums[position], "num_grads": count}
+                state_dict["state"][key] = {**state_dict["state"].get(key, {}), **sums}
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this optimizer, or of torch.optim.AdamW at density 1.0; indices and moments keep dtype.
+
+        An empty state leaves what is selected, or yet to be, as it is.
+
+        Raises:
+            ValueError: A state of another density, shape or model; nothing has been loaded.
+        """
+        # runs after the user's pre-hooks: sees what they made of the state
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: checkpoint.shield(self, loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _adopt_loaded(self, loaded: dict[Position, Tensor | None]) -> None:
+        """The selection of a loaded state: what it does not name is frozen, or dense without a gradient so far."""
+        dense = self._selection.dense_groups(self.param_groups)
+        for position, _, _ in places(self.param_groups):
+            rest = None if position[0] in dense else NOTHING
+            self._selection.indices[position] = loaded.get(position, rest)
+        self._selection.restart()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        keep = ("backend", "release_grads", "_selection", "_step_supports_amp_scaling")
+        return {**state, **{name: getattr(self, name) for name in keep}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepared = None
+        self._captured = getattr(self, "_captured", [])  # of a copy: none
+        if "release_grads" in state:  # a copy: its parameters have no hooks yet
+            self._released = GradientBuffer() if self.release_grads else None
+        for group in self.param_groups:
+            for name, default in (
+                ("maximize", False),
+                ("amsgrad", False),
+                ("foreach", None),
+                ("fused", None),
+                ("capturable", False),
+            ):
+                group.setdefault(name, default)
+            group["decoupled_weight_decay"] = True
+        checkpoint.unshield(self)
+        self._update_released()

@@ -1,0 +1,81 @@
+"""What SparseAdamW keeps per parameter: allocation, layout, and the move to another selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.adamw import same_memory_order
+from ..ops.dtypes import opmath_dtype
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+
+State = dict[str, Tensor]
+
+
+def count(parameter: Tensor, index: Tensor | None) -> int:
+    """Selected elements; an index of None selects all."""
+    return parameter.numel() if index is None else index.numel()
+
+
+def same_index(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both select the same elements, on whatever device."""
+    if a is None or b is None or a is b:
+        return a is b
+    return a.numel() == b.numel() and bool((a.to(b.device) == b).all())
+
+
+def new_states(parameters: Sequence[Tensor], indices: Sequence[Tensor | None], group: Mapping[str, Any]) -> list[State]:
+    """State before the first step: views of one buffer per kind of value, dtype and device."""
+    states: list[State] = [{"step": step} for step in torch.zeros(len(parameters), dtype=torch.float32).unbind()]
+    if group["capturable"]:
+        states = [{"step": s["step"].to(p.device)} for s, p in zip(states, parameters, strict=True)]
+    rows_by_kind: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    for row, parameter in enumerate(parameters):
+        kind = (parameter.device, opmath_dtype(parameter.dtype), parameter.itemsize == 2)
+        rows_by_kind.setdefault(kind, []).append(row)
+    for (device, dtype, has_master), rows in rows_by_kind.items():
+        counts = [count(parameters[row], indices[row]) for row in rows]
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"] + ["master"] * has_master
+        for key in keys:
+            parts = torch.zeros(sum(counts), dtype=dtype, device=device).split(counts)
+            for row, part in zip(rows, parts, strict=True):
+                states[row][key] = _shaped(parameters[row], indices[row], part)
+    for parameter, index, state in zip(parameters, indices, states, strict=True):
+        source = parameter.detach()
+        if index is not None:
+            # a model may have moved to its device after the mask was bound
+            index = state["indices"] = index.to(parameter.device)
+            source = source.take(index.long())
+        if "master" in state:
+            state["master"].copy_(source)
+    return states
+
+
+def _shaped(parameter: Tensor, index: Tensor | None, flat: Tensor) -> Tensor:
+    """State of a wholly selected parameter has its shape, and its memory order where that is dense."""
+    if index is not None:
+        return flat
+    if same_memory_order(parameter):
+        return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset())
+    return flat.view(parameter.shape)
+
+
+def carry_over(parameter: Tensor, old: State, old_index: Tensor | None, new: State, new_index: Tensor | None) -> None:
+    """Copies the step count, and the moments of elements selected before and after, from `old` to `new`."""
+    before, after = (
+        torch.arange(parameter.numel(), device=parameter.device)
+        if index is None
+        else index.to(parameter.device, torch.int64)
+        for index in (old_index, new_index)
+    )
+    stays = torch.isin(after, before, assume_unique=True)
+    source = torch.searchsorted(before, after[stays])
+    target = stays.nonzero().flatten()
+    for key in MOMENTS:
+        if key in old and key in new:
+            new[key].put_(target, old[key].take(source))
+    new["step"].copy_(old["step"])
