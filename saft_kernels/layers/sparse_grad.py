@@ -2,7 +2,7 @@
 
 A weight's gradient is here not a gradient of the weight, but of `values`: a leaf of k_p numbers that stands for the
 selected entries and is never read. So what autograd does to leaves goes on working: layers used twice, checkpointing,
-accumulation. What arrives there moves into the optimizer's buffer at once (see `_release.py`).
+accumulation. What arrives there moves into the optimizer's buffer at once (see `optim/release.py`).
 """
 
 from __future__ import annotations

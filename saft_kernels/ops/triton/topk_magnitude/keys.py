@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..launch import device_function
 
-# saft::ScalarType, and _pieces.GATHERED
+# saft::ScalarType, and pieces.GATHERED
 FP32: tl.constexpr = tl.constexpr(0)
 BF16: tl.constexpr = tl.constexpr(1)
 FP16: tl.constexpr = tl.constexpr(2)
