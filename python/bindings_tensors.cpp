@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -64,6 +65,14 @@ uint64_t form_of(const DLTensor& x) {
   return hash;
 }
 
+uint64_t address_of(const DLTensor& x) { return reinterpret_cast<uintptr_t>(x.data) + x.byte_offset; }
+
+int64_t numel_of(const DLTensor& x) {
+  int64_t numel = 1;
+  for (int32_t d = 0; d < x.ndim; ++d) numel *= x.shape[d];
+  return numel;
+}
+
 class TensorReader {
  public:
   TensorReader(const py::object& tensor_class, const py::object& parameter_class)
@@ -90,7 +99,8 @@ class TensorReader {
         PyErr_Clear();
         return py::none();
       }
-      const uint64_t data = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+      const uint64_t data = address_of(tensor);
+      if (data == 0 && numel_of(tensor) != 0) return py::none();  // its memory is gone
       const uint64_t now = is_fixed ? mix(form_of(tensor), data) : form_of(tensor);
       same = same && *form == now;
       *form++ = now;
@@ -98,6 +108,18 @@ class TensorReader {
       column += uintptr_t(row_bytes);
     }
     return py::bool_(same);
+  }
+
+  // What `tensor` is and where it lies, as one number. False when it is of a subclass, or cannot be read.
+  bool where(PyObject* tensor, uint64_t* hash) const {
+    DLTensor x;
+    if (!is_known(Py_TYPE(tensor))) return false;
+    if (api_->tensor_from_object(tensor, &x) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    *hash = mix(form_of(x), address_of(x));
+    return true;
   }
 
   // [p.grad for p in parameters], lazily negated ones made so; None when one of them has none.
@@ -114,10 +136,7 @@ class TensorReader {
     return std::move(values);
   }
 
- private:
   static constexpr size_t kAhead = 8;  // tensors
-
-  bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
 
   // What a tensor object points to: between two steps it has left the cache. Nothing is read through the
   // word.
@@ -125,6 +144,9 @@ class TensorReader {
     const char* word = *reinterpret_cast<const char* const*>(object + 1);
     for (size_t line = 0; line < 4; ++line) __builtin_prefetch(word + 64 * line);
   }
+
+ private:
+  bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
 
   // `object.grad`. The descriptors of torch.Tensor spare a search of its base classes.
   py::object gradient(PyObject* object) const {
@@ -147,6 +169,69 @@ class TensorReader {
   const DLPackExchangeAPI* api_;
   const PyTypeObject *tensor_, *parameter_;  // torch keeps them alive
   py::object grad_, is_neg_;
+};
+
+// The tensors of many dicts, as they are now: whether each dict still holds the same objects under the same
+// keys, and each of them the same memory in the same form. `tensor.data = other`, `set_`, `share_memory_` and a
+// storage that is resized leave the object and change its memory, and torch tells nobody.
+class Watch {
+ public:
+  // dicts[i][key] for all of `keys` that are there. Takes a reference to each dict and tensor.
+  Watch(const TensorReader& reader, const py::list& dicts, const py::list& keys)
+      : reader_(&reader), num_keys_(keys.size()) {
+    for (const py::handle key : keys) keys_.push_back(py::reinterpret_borrow<py::object>(key));
+    for (const py::handle handle : dicts) {
+      dicts_.push_back(py::reinterpret_borrow<py::dict>(handle));
+      for (const py::object& key : keys_) {
+        PyObject* value = PyDict_GetItemWithError(handle.ptr(), key.ptr());  // borrowed
+        if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        if (value != nullptr && !is_tensor(value)) value = nullptr;
+        Seen seen{py::reinterpret_borrow<py::object>(value), 0};
+        if (value != nullptr) is_readable_ = reader.where(value, &seen.where) && is_readable_;
+        seen_.push_back(std::move(seen));
+      }
+    }
+  }
+
+  // False when a tensor cannot be read this way; `holds` is then of no use.
+  bool is_readable() const { return is_readable_; }
+
+  bool holds() const {
+    const size_t ahead = TensorReader::kAhead * num_keys_;
+    for (size_t i = 0; i < dicts_.size(); ++i) {
+      for (size_t j = 0; j < num_keys_; ++j) {
+        const size_t at = i * num_keys_ + j;
+        if (at + ahead < seen_.size() && seen_[at + ahead].tensor) {
+          TensorReader::prefetch(seen_[at + ahead].tensor.ptr());
+        }
+        PyObject* value = PyDict_GetItemWithError(dicts_[i].ptr(), keys_[j].ptr());  // borrowed
+        if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        const Seen& seen = seen_[at];
+        if (value != seen.tensor.ptr()) {
+          if (seen.tensor || (value != nullptr && is_tensor(value))) return false;
+          continue;
+        }
+        uint64_t where;
+        if (value != nullptr && (!reader_->where(value, &where) || where != seen.where)) return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  struct Seen {
+    py::object tensor;  // null: there was none under this key
+    uint64_t where;
+  };
+
+  bool is_tensor(PyObject* value) const { return value != Py_None; }
+
+  const TensorReader* reader_;
+  size_t num_keys_;
+  bool is_readable_ = true;
+  std::vector<py::object> keys_;
+  std::vector<py::dict> dicts_;
+  std::vector<Seen> seen_;
 };
 
 // Whether both hold the same objects.
@@ -181,6 +266,11 @@ void bind_tensors(py::module_& m) {
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
            py::arg("forms"), py::arg("is_fixed"))
       .def("gradients", &TensorReader::gradients, py::arg("parameters"));
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<const TensorReader&, const py::list&, const py::list&>(), py::keep_alive<1, 2>(),
+           py::arg("reader"), py::arg("dicts"), py::arg("keys"))
+      .def_property_readonly("is_readable", &Watch::is_readable)
+      .def("holds", &Watch::holds);
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
   m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));
 }
