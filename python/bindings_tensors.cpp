@@ -172,66 +172,86 @@ class TensorReader {
 };
 
 // The tensors of many dicts, as they are now: whether each dict still holds the same objects under the same
-// keys, and each of them the same memory in the same form. `tensor.data = other`, `set_`, `share_memory_` and a
-// storage that is resized leave the object and change its memory, and torch tells nobody.
+// keys, and each of them the same memory in the same form. `tensor.data = other`, `set_`, `share_memory_` and
+// a storage that is resized leave the object and change its memory, and torch tells nobody.
 class Watch {
  public:
-  // dicts[i][key] for all of `keys` that are there. Takes a reference to each dict and tensor.
-  Watch(const TensorReader& reader, const py::list& dicts, const py::list& keys)
-      : reader_(&reader), num_keys_(keys.size()) {
-    for (const py::handle key : keys) keys_.push_back(py::reinterpret_borrow<py::object>(key));
+  // Watches dicts[i][key] for all of `keys`, whether or not there is one. Takes a reference to every dict,
+  // and to all that is in it.
+  Watch(const TensorReader& reader, const py::list& dicts, const py::set& keys) : reader_(&reader) {
     for (const py::handle handle : dicts) {
-      dicts_.push_back(py::reinterpret_borrow<py::dict>(handle));
-      for (const py::object& key : keys_) {
-        PyObject* value = PyDict_GetItemWithError(handle.ptr(), key.ptr());  // borrowed
-        if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-        if (value != nullptr && !is_tensor(value)) value = nullptr;
-        Seen seen{py::reinterpret_borrow<py::object>(value), 0};
-        if (value != nullptr) is_readable_ = reader.where(value, &seen.where) && is_readable_;
-        seen_.push_back(std::move(seen));
+      const auto dict = py::reinterpret_borrow<py::dict>(handle);
+      dicts_.push_back(dict);
+      for (const auto& item : dict) {
+        const bool is_watched = keys.contains(item.first) && !item.second.is_none();
+        Item seen{py::reinterpret_borrow<py::object>(item.first),
+                  py::reinterpret_borrow<py::object>(item.second)};
+        if (is_watched) {
+          seen.is_watched = true;
+          is_readable_ = reader.where(item.second.ptr(), &seen.where) && is_readable_;
+        }
+        items_.push_back(std::move(seen));
       }
+      ends_.push_back(items_.size());
     }
+    for (const py::handle key : keys) keys_.push_back(py::reinterpret_borrow<py::object>(key));
   }
 
   // False when a tensor cannot be read this way; `holds` is then of no use.
   bool is_readable() const { return is_readable_; }
 
   bool holds() const {
-    const size_t ahead = TensorReader::kAhead * num_keys_;
+    size_t at = 0;
     for (size_t i = 0; i < dicts_.size(); ++i) {
-      for (size_t j = 0; j < num_keys_; ++j) {
-        const size_t at = i * num_keys_ + j;
-        if (at + ahead < seen_.size() && seen_[at + ahead].tensor) {
-          TensorReader::prefetch(seen_[at + ahead].tensor.ptr());
-        }
-        PyObject* value = PyDict_GetItemWithError(dicts_[i].ptr(), keys_[j].ptr());  // borrowed
-        if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-        const Seen& seen = seen_[at];
-        if (value != seen.tensor.ptr()) {
-          if (seen.tensor || (value != nullptr && is_tensor(value))) return false;
-          continue;
-        }
+      const size_t first = at;
+      PyObject *key, *value;
+      Py_ssize_t position = 0;
+      bool same = size_t(PyDict_GET_SIZE(dicts_[i].ptr())) == ends_[i] - first;
+      for (; same && PyDict_Next(dicts_[i].ptr(), &position, &key, &value); ++at) {
+        same = key == items_[at].key.ptr() && value == items_[at].value.ptr();
+      }
+      // something is other than it was, perhaps not what is watched
+      if (!same && !has_its_tensors(dicts_[i].ptr(), first, ends_[i])) return false;
+      for (at = first; at < ends_[i]; ++at) {
+        if (!items_[at].is_watched) continue;
+        if (at + kAhead < items_.size()) TensorReader::prefetch(items_[at + kAhead].value.ptr());
         uint64_t where;
-        if (value != nullptr && (!reader_->where(value, &where) || where != seen.where)) return false;
+        if (!reader_->where(items_[at].value.ptr(), &where) || where != items_[at].where) return false;
       }
     }
     return true;
   }
 
  private:
-  struct Seen {
-    py::object tensor;  // null: there was none under this key
-    uint64_t where;
+  static constexpr size_t kAhead = 32;  // items: 8 parameters
+
+  struct Item {
+    py::object key, value;
+    bool is_watched = false;
+    uint64_t where = 0;
   };
 
-  bool is_tensor(PyObject* value) const { return value != Py_None; }
+  // Whether it has what it had under the watched keys, by equality of keys.
+  bool has_its_tensors(PyObject* dict, size_t first, size_t end) const {
+    for (const py::object& key : keys_) {
+      PyObject* value = PyDict_GetItemWithError(dict, key.ptr());  // borrowed
+      if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (value == Py_None) value = nullptr;
+      PyObject* then = nullptr;
+      for (size_t at = first; at < end; ++at) {
+        if (items_[at].is_watched && items_[at].key.equal(key)) then = items_[at].value.ptr();
+      }
+      if (value != then) return false;
+    }
+    return true;
+  }
 
   const TensorReader* reader_;
-  size_t num_keys_;
   bool is_readable_ = true;
   std::vector<py::object> keys_;
   std::vector<py::dict> dicts_;
-  std::vector<Seen> seen_;
+  std::vector<size_t> ends_;  // of each dict's items
+  std::vector<Item> items_;
 };
 
 // Whether both hold the same objects.
@@ -239,19 +259,6 @@ bool same_objects(const py::list& now, const py::list& then) {
   if (now.size() != then.size()) return false;
   for (size_t i = 0; i < now.size(); ++i) {
     if (PyList_GET_ITEM(now.ptr(), Py_ssize_t(i)) != PyList_GET_ITEM(then.ptr(), Py_ssize_t(i))) return false;
-  }
-  return true;
-}
-
-// Whether dicts[i][key] is values[i], for all.
-bool same_items(const py::list& dicts, const py::str& key, const py::list& values) {
-  if (dicts.size() != values.size()) return false;
-  for (size_t i = 0; i < dicts.size(); ++i) {
-    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), Py_ssize_t(i));
-    if (!PyDict_Check(dict)) return false;
-    PyObject* value = PyDict_GetItemWithError(dict, key.ptr());  // borrowed
-    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (value != PyList_GET_ITEM(values.ptr(), Py_ssize_t(i))) return false;
   }
   return true;
 }
@@ -267,10 +274,9 @@ void bind_tensors(py::module_& m) {
            py::arg("forms"), py::arg("is_fixed"))
       .def("gradients", &TensorReader::gradients, py::arg("parameters"));
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const TensorReader&, const py::list&, const py::list&>(), py::keep_alive<1, 2>(),
+      .def(py::init<const TensorReader&, const py::list&, const py::set&>(), py::keep_alive<1, 2>(),
            py::arg("reader"), py::arg("dicts"), py::arg("keys"))
       .def_property_readonly("is_readable", &Watch::is_readable)
       .def("holds", &Watch::holds);
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
-  m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));
 }

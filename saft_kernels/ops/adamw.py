@@ -9,6 +9,23 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .walk import Watch, gradients, has_memory, same_objects, shared_parameters
+
+__all__ = [
+    "AdamWHyper",
+    "AdamWPlan",
+    "AdamWSegment",
+    "HostHyper",
+    "StalePlan",
+    "Watch",
+    "gradients",
+    "has_memory",
+    "is_compact",
+    "same_memory_order",
+    "same_objects",
+    "shared_parameters",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class AdamWHyper:
