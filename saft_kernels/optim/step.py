@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common.names import short
-from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, same_objects, shared_parameters
+from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, same_objects, shared, shared_parameters
 from ..ops.adamw import gradients as gradients_of
 from ..ops.dtypes import INDEX_DTYPES, opmath_dtype
 from ..selection.gradients import check_dense
@@ -70,6 +70,7 @@ class PreparedStep:
         self._shared = shared_parameters(self._params)
         self._releases = releases
         self._released: list[Selected] = []  # what the gradients last were; it was of what is selected
+        self._shared_values: object = None
         # a plan that finds out after another has stepped would come too late
         self._forms = self._forms_now()
         # the step counts are the device's: a step need not wait to know whether it counts
@@ -98,6 +99,7 @@ class PreparedStep:
             return [s.values for s in selected]
         gradients = self.current_gradients()  # dense ones among them, or an error that names one
         self._released = selected
+        self._shared_values = shared([s.values for s in selected if s.values.device.type == "cpu"])
         return gradients if len(gradients) == len(self._params) else None
 
     def _forms_now(self) -> list[tuple[torch.dtype, int]]:
