@@ -15,8 +15,8 @@ namespace saft {
 
 using index_t = int64_t;  // every count, offset and stride
 
-// Storage types. The numbers are part of the private table format that saft_kernels/ops/_tables.py
-// writes; change both together.
+// Storage types. The numbers are part of the private table format that saft_kernels/ops/dtypes.py
+// has; change both together.
 enum class ScalarType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 struct bfloat16 {

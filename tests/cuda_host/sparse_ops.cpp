@@ -9,8 +9,8 @@
 #define SAFT_CUDA_ADAMW_MANY_WORDS 70
 #define SAFT_CUDA_ADAMW_ROWS 3
 
-#include "gather_scatter_cuda.cu"
-#include "sparse_adamw_cuda.cu"
+#include "gather_scatter/cuda.cu"
+#include "sparse_adamw/cuda.cu"
 
 extern "C" {
 
