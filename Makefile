@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
-CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/*)
-BUILD_INPUTS := pyproject.toml setup.py $(CPP_FILES)
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
 .PHONY: build demo test lint format bench gpu sanitize clean help

@@ -1,7 +1,11 @@
 // gather, scatter / cpu.
-// Traffic    one cache line per coordinate, read (gather) or read and written (scatter), plus the packed
-//            values and indices.
-// Threads    split by coordinates; each coordinate is written by one thread.
+//
+// Algorithm  chunks of coordinates: the largest index of a chunk is checked, then its elements are copied, with
+//            those to come prefetched. Scatter checks all chunks before it writes the first.
+// Traffic    per coordinate one cache line, read (gather) or read and written (scatter), the packed value, and
+//            the index from memory (twice for scatter).
+// Contract   each coordinate is written by one thread.
+// Threads    split by coordinates, not by tensors.
 
 #include <atomic>
 #include <type_traits>
@@ -19,8 +23,7 @@ struct Bytes16 {
   uint64_t low, high;
 };
 
-// Whether all of [first, last) are positions in the tensor. One maximum: a negative index is a huge unsigned
-// one.
+// Whether all of [first, last) are positions in the tensor. One maximum: a negative index is a huge unsigned one.
 template <class index_type>
 bool in_range(const GatherSegment& segment, const index_type* indices, index_t first, index_t last) {
   using Unsigned = std::make_unsigned_t<index_type>;
@@ -62,8 +65,7 @@ void copy_chunk(const GatherSegment& segment, const index_type* indices, index_t
   }
 }
 
-// Runs fn(segment, indices, first, last) -> bool on every chunk; returns a segment for which it was false, or
-// -1.
+// Runs fn(segment, indices, first, last) -> bool on every chunk; returns a segment for which it was false, or -1.
 template <class Fn>
 index_t for_each_index_chunk(const GatherSegment* segments, index_t num_segments, int num_threads,
                              const Fn& fn) {

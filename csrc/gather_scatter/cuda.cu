@@ -5,6 +5,7 @@
 // Algorithm  a warp takes tiles of 128 coordinates of ONE tensor, found by bisection; a lane's four indices,
 //            then its four items, are requested before the first is used.
 // Contract   each coordinate is written by one thread: no atomics.
+// Launch     resident blocks, grid-stride over tiles.
 
 #include "cuda/primitives.h"
 #include "cuda/upload.h"
@@ -13,7 +14,7 @@
 namespace saft {
 namespace gather_cuda_details {
 
-// ---- tuning: reasoned, not yet measured on hardware ----
+// ---- tuning: reasoned from bytes, not tuned on hardware ----
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 8;

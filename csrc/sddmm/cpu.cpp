@@ -7,7 +7,7 @@
 //            entry and token 4 B of packed x from L2, and 1 B of packed dy from L1.
 // Precision  kLanes running sums per entry and block of tokens, folded by halves, blocks in ascending order.
 // Threads    split by channels, then by entries; each value is computed by one thread.
-// Contract   -ffp-contract=off for this file: the same bits on every instruction set.
+// Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include <memory>
 #include <type_traits>

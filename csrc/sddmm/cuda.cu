@@ -5,14 +5,14 @@
 //   transpose  token-major to channel-major through shared memory, for tiles of channels with a mark alone
 //   dot        a warp per entry: two channels, read by vectors of 16 B that the lanes take in turn; adds the
 //              sums of the blocks before
-// Traffic    per used tile of 32 channels and token: 32 * itemsize B read and written. Per entry and token
+// Traffic    per used tile of 32 channels and token: at most 32 * itemsize B read and written. Per entry and token
 //            2 * itemsize B, from L2 where the transposed factors fit it; entries of one row of the weight
 //            are consecutive, so that dY's channel comes from L1. Against num_outputs * num_inputs
 //            multiply-adds per token on the tensor cores.
 // Precision  fp32 (fp64 for fp64), one running sum per lane and vector element.
 // Contract   no atomics; the order of summation depends on the number of tokens alone. A mark may be
 //            stored by many threads: the same byte.
-// Launch     resident blocks, grid-stride. Sizes are reasoned from bytes; not yet measured on hardware.
+// Launch     resident blocks, grid-stride. Sizes are reasoned from bytes, not tuned on hardware.
 
 #include <algorithm>
 #include <type_traits>

@@ -6,7 +6,7 @@
 // Traffic    per coordinate: one line of the parameter (read, written), one of the gradient (read), index 4 B
 //            or 8 B, moments 16 B. A wholly selected tensor: 28 B per fp32 element.
 // Threads    split by coordinates, not by tensors.
-// Contract   -ffp-contract=off for this file: the same bits on every instruction set.
+// Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include "cpu/chunks.h"
 #include "cpu/isa.h"

@@ -5,16 +5,14 @@
 //   filter   the only full read. key > hi: sure; lo <= key <= hi: band. Per tile: lists of 16-bit positions
 //            when few survivors are expected, else a bitmap of the sure ones; keys are kept for the band
 //            alone
-//   verify   n_sure < k <= n_sure + n_band, both exact. If not, or if a list outgrew its budget: a radix
-//   select
-//            over the data finds the exact key, and one more filter uses it as both bounds
+//   verify   num_sure < k <= num_sure + num_band, both exact. If not, or if a list outgrew its budget: a radix
+//            select over the data finds the exact key, and one more filter uses it as both bounds
 //   select   the exact k-th key from the band
 //   emit     per tile: sure + band keys above the threshold + the tile's share of the ties, which go to the
 //            lowest positions by a scan over tiles
-// Traffic    reads sizeof(scalar_t) B/elem once; writes 8 B per selected position. Workspace: lists of 2 B
-// per
-//            survivor (at most N / 16 of them) or 1 bit per element; 6 B (10 B with fp64) per band element
-//            (at most N / 64); 1 bit per element more when a single key is the whole bracket.
+// Traffic    reads sizeof(scalar_t) B/elem once; writes 8 B per selected position. Workspace: lists of 2 B per
+//            sure element (with the band at most N / 16) or 1 bit per element; 6 B (10 B with fp64) per band
+//            element (at most N / 64), or 1 bit per element beside a bitmap when the bracket is one key.
 // Contract   the sample only steers: no guess, budget or schedule can change the answer.
 // Threads    tiles are handed out dynamically; each result has a fixed place, so none depends on timing.
 

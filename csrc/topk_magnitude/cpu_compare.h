@@ -1,10 +1,12 @@
-// topk_magnitude / compare and expand: the two inner loops of the CPU backend, one body per instruction set.
+// topk_magnitude / cpu / compare: the inner loops, a body per instruction set.
 //
-// compare  64 elements -> one word of bits, set where the native key is above a threshold. Branch-free, so
-// its
-//          speed does not depend on the data.
-//          Traffic: reads sizeof(scalar_t) B/elem; the words stay in L1.
-// expand   words -> ascending int64 positions.
+// Algorithm
+//   compare  64 elements -> one word of bits, set where the native key is above a threshold. Branch-free, so its
+//            speed does not depend on the data
+//   expand   words -> ascending positions in the tile -> int64 positions in the tensor
+// Traffic    compare reads sizeof(scalar_t) B/elem; words and positions in the tile stay in the cache. Expand
+//            writes 8 B per selected element.
+// Contract   the same bits on every instruction set: integers alone.
 #pragma once
 
 #include <type_traits>
@@ -217,10 +219,9 @@ using shorts8 = uint16_t __attribute__((vector_size(16)));
 
 // Loops that the compiler vectorises, compiled per instruction set.
 //   count_bits   set bits of the words
-//   positions    positions of the set bits, ascending; returns how many. Eight per byte are written whether
-//   set or not
-//                (a branch per bit would be mispredicted), so up to kPositionsOverrun entries past the end
-//                are touched
+//   positions    positions of the set bits, ascending; returns how many. Eight per byte are written whether set
+//                or not (a branch per bit would be mispredicted), so up to kPositionsOverrun entries past the
+//                end are touched
 //   widen        out[i] = base + list[i]
 // `byte_count`: how the instruction set counts the bits of a byte fastest.
 #define SAFT_DEFINE_POSITION_LOOPS(suffix, target, byte_count)                                         \

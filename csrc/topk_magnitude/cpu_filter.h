@@ -1,8 +1,9 @@
 // topk_magnitude / cpu / filter: one tile's survivors of a bracket.
 //
-// Traffic    reads each element once; writes 2 B per survivor, or 1 or 2 bits per element; a key per band
-// element. Contract   counts exact; positions ascending; non-finite elements are counted whatever the
-// bracket.
+// Algorithm  blocks of 1,024 elements are compared into bits, then the set bits are visited, while they are in L1.
+// Traffic    reads each element once; writes 2 B per survivor and a key per band element, or 1 bit per element for
+//            the sure ones and for the band 2 B and a key per element (1 bit when the bracket is one key).
+// Contract   counts exact; positions ascending; non-finite elements are counted whatever the bracket.
 
 #pragma once
 

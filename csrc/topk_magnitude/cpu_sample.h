@@ -1,6 +1,6 @@
 // topk_magnitude / cpu / sample: bounds on the k-th key, from a stratified sample.
 //
-// Traffic    one 64-byte line per stratum, at most 2^20 elements, per look.
+// Traffic    16 neighbours (a line of fp32) per stratum, at most 2^20 elements in all, per look.
 // Algorithm  two order statistics of the sample bracket the k-th key of the data (Floyd & Rivest 1975); where
 //            few distinct keys, or one that most elements share, make a wide band, the sample is looked at
 //            again.
@@ -26,8 +26,8 @@ constexpr index_t kMinSample = index_t(1) << 16, kMaxSample = index_t(1) << 20; 
 // structured gradients gave rank errors up to 2.4 sigma with this sample.
 constexpr double kSigmas = 6.0;
 constexpr int kSampleBits = 16;
-constexpr double kNarrowBand =
-    0.95 / kBandBudget;       // a band of a larger share of the sample is looked at again
+// A band of a larger share of the sample is looked at again.
+constexpr double kNarrowBand = 0.95 / kBandBudget;
 constexpr int kMaxLooks = 4;  // 16 bits each: a 63-bit key
 
 inline uint64_t splitmix64(uint64_t x) {

@@ -11,7 +11,7 @@
 namespace saft {
 namespace topk_cuda {
 
-// ---- tuning: reasoned, not yet measured on hardware ----
+// ---- tuning: reasoned from bytes, not tuned on hardware ----
 
 #if !defined(SAFT_CUDA_TILE_NUMEL)  // the tests make these small, to have many tiles of little data
 #define SAFT_CUDA_TILE_NUMEL 8192
@@ -87,10 +87,9 @@ struct NativeBracket {
 template <class Key>
 struct State {
   // sample
-  uint64_t
-      sample_rank[2];     // of lo and hi: descending, among the keys with this prefix; 0: outside the sample
-  Key sample_prefix[2];   // the digits fixed so far
-  uint32_t above_sample;  // hi ranks above all of the sample
+  uint64_t sample_rank[2];  // of lo and hi: descending, among keys with this prefix; 0: outside the sample
+  Key sample_prefix[2];     // the digits fixed so far
+  uint32_t above_sample;    // hi ranks above all of the sample
   // filter
   Key lo, hi;
   NativeBracket<Key> native[kDtypes];
