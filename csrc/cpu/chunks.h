@@ -1,4 +1,4 @@
-// cpu / chunks: splits the coordinates of many segments evenly over threads.
+// cpu / chunks: shares the coordinates of many segments out evenly over threads.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace saft {
 
-// Calls fn(segment, first, last) on runs of at most `chunk` coordinates of one segment. Work is split by
-// coordinates: a thread may get part of a large segment, or many small ones.
+// A thread takes `chunk` coordinates at a time: part of a large segment, or many small ones. Calls fn(segment,
+// first, last) for what a chunk has of each segment.
 template <class Segment, class Fn>
 void for_each_chunk(const Segment* segments, index_t num_segments, index_t chunk, int num_threads,
                     const Fn& fn) {

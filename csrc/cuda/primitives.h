@@ -116,7 +116,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return last != 0;
 }
 
-// ---- tables of rows that share out a range: tiles, runs ----
+// ---- tables whose rows share out a range: tiles, sampled runs ----
 
 // The row that holds `at`: the last one that starts at or below it and is not empty.
 template <class Row>

@@ -29,11 +29,11 @@ static __global__ __launch_bounds__(kUploadThreads) void upload_kernel(
 
 // Enqueues the writes; `words` may change once this returns.
 inline void upload(const std::vector<uint64_t>& words, void* device, cudaStream_t stream) {
-  UploadWords chunk;
+  UploadWords part;
   for (size_t first = 0; first < words.size(); first += kUploadWords) {
     const size_t n = std::min<size_t>(kUploadWords, words.size() - first);
-    std::memcpy(chunk.word, words.data() + first, n * sizeof(uint64_t));
-    SAFT_LAUNCH(upload_kernel, 1, kUploadThreads, stream, chunk, static_cast<uint64_t*>(device) + first,
+    std::memcpy(part.word, words.data() + first, n * sizeof(uint64_t));
+    SAFT_LAUNCH(upload_kernel, 1, kUploadThreads, stream, part, static_cast<uint64_t*>(device) + first,
                 int(n));
   }
 }

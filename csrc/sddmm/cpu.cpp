@@ -1,8 +1,8 @@
 // sddmm / cpu.
 //
-// Algorithm  channels that are used (rows of dY^T, rows of X^T with a selected entry) are packed, a block of
-//            tokens at a time, so that the tokens of a channel lie side by side; then every entry is a dot
-//            product of two packed channels. Entries of one row of the weight are taken four at a time.
+// Algorithm  channels that are used (outputs of dY, inputs of X with a selected entry) are packed, a block of tokens
+//            at a time, so that the tokens of a channel lie side by side; then every entry is a dot product of
+//            two packed channels. Entries of one output are taken four at a time.
 // Traffic    reads each used channel once: 4 B per token (fp32), a line if no channel beside it is used. Per
 //            entry and token 4 B of packed x from L2, and 1 B of packed dy from L1.
 // Precision  kLanes running sums per entry and block of tokens, folded by halves, blocks in ascending order.
@@ -24,9 +24,9 @@ namespace {
 // to 1.0 times as long, the dot products 1.1 to 1.3 times. All tokens at once: 1.2 to 1.3 times, and 0.9
 // times. Transposing blocks of 8 x 8 by shuffles made packing no faster: it waits for memory.
 constexpr index_t kTokenBlock = 256;
-constexpr index_t kChannelRun = 64;   // channels packed per work item
-constexpr index_t kEntryChunk = 512;  // entries per work item
-constexpr int kEntriesAtOnce = 4;     // their sums fill half of AVX2's registers
+constexpr index_t kChannelChunk = 64;  // channels packed per work item
+constexpr index_t kEntryChunk = 512;   // entries per work item
+constexpr int kEntriesAtOnce = 4;      // their sums fill half of AVX2's registers
 
 template <class opmath_t>
 constexpr int kLanes = 64 / int(sizeof(opmath_t));
@@ -56,19 +56,19 @@ struct Entry {
 template <class index_type>
 void find_entries(const SddmmParams& p, const index_type* indices, UsedChannels& dy, UsedChannels& x,
                   Entry* entries) {
-  index_t row = 0, row_begin = 0;
-  int32_t row_slot = -1;
+  index_t output = 0, first_of_output = 0;
+  int32_t output_slot = -1;
   // x is packed in ascending order of channels: neighbours share the lines they are read from
   std::vector<uint8_t> used(size_t(p.num_inputs), 0);
   for (index_t j = 0; j < p.k; ++j) {
     const index_t flat = indices[j];
-    if (row_slot < 0 || flat < row_begin || flat >= row_begin + p.num_inputs) {
-      row = flat / p.num_inputs;
-      row_begin = row * p.num_inputs;
-      row_slot = dy.use(row);
+    if (output_slot < 0 || flat < first_of_output || flat >= first_of_output + p.num_inputs) {
+      output = flat / p.num_inputs;
+      first_of_output = output * p.num_inputs;
+      output_slot = dy.use(output);
     }
-    entries[j] = {row_slot, int32_t(flat - row_begin)};
-    used[size_t(flat - row_begin)] = 1;
+    entries[j] = {output_slot, int32_t(flat - first_of_output)};
+    used[size_t(flat - first_of_output)] = 1;
   }
   for (index_t c = 0; c < p.num_inputs; ++c) {
     if (used[size_t(c)] != 0) x.use(c);
@@ -192,11 +192,11 @@ template <class opmath_t>
 void add_dots(Isa isa, const Entry* entries, index_t begin, index_t end, const opmath_t* dy,
               const opmath_t* x, index_t n, opmath_t* sums) {
   for (index_t j = begin; j < end;) {
-    const int32_t row = entries[j].dy;
-    const opmath_t* const a = dy + row * kTokenBlock;
+    const int32_t output = entries[j].dy;
+    const opmath_t* const a = dy + output * kTokenBlock;
     const opmath_t* b[kEntriesAtOnce];
     int at_once = 0;
-    while (at_once < kEntriesAtOnce && j + at_once < end && entries[j + at_once].dy == row) {
+    while (at_once < kEntriesAtOnce && j + at_once < end && entries[j + at_once].dy == output) {
       b[at_once] = x + entries[j + at_once].x * kTokenBlock;
       ++at_once;
     }
@@ -231,16 +231,16 @@ void run(const SddmmParams& p, int num_threads, Isa isa) {
   opmath_t* const dy = packed.get();
   opmath_t* const x = dy + num_dy * kTokenBlock;
   std::vector<opmath_t> sums(size_t(p.k), opmath_t(0));
-  const index_t dy_runs = (num_dy + kChannelRun - 1) / kChannelRun;
-  const index_t x_runs = (num_x + kChannelRun - 1) / kChannelRun;
+  const index_t dy_chunks = (num_dy + kChannelChunk - 1) / kChannelChunk;
+  const index_t x_chunks = (num_x + kChannelChunk - 1) / kChannelChunk;
   for (index_t first = 0; first < p.num_tokens; first += kTokenBlock) {
     const index_t n = std::min(kTokenBlock, p.num_tokens - first);
     const index_t padded = (n + kLanes<opmath_t> - 1) / kLanes<opmath_t> * kLanes<opmath_t>;
-    parallel_for(dy_runs + x_runs, 1, num_threads, [&](index_t run, int) {
-      const bool is_dy = run < dy_runs;
+    parallel_for(dy_chunks + x_chunks, 1, num_threads, [&](index_t chunk, int) {
+      const bool is_dy = chunk < dy_chunks;
       const std::vector<int32_t>& channels = is_dy ? used_dy.channels : used_x.channels;
-      const index_t begin = (is_dy ? run : run - dy_runs) * kChannelRun;
-      const index_t end = std::min(begin + kChannelRun, index_t(channels.size()));
+      const index_t begin = (is_dy ? chunk : chunk - dy_chunks) * kChannelChunk;
+      const index_t end = std::min(begin + kChannelChunk, index_t(channels.size()));
       pack<opmath_t, scalar_t>(is_dy ? p.dy : p.x, channels.data(), begin, end, first, n, is_dy ? dy : x);
     });
     parallel_for((p.k + kEntryChunk - 1) / kEntryChunk, 1, num_threads, [&](index_t chunk, int) {

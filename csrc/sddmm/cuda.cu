@@ -1,13 +1,13 @@
 // sddmm / cuda.
 //
 // Algorithm  a block of tokens at a time, which bounds the workspace:
-//   mark       one byte per channel (row of dY^T, of X^T): has it a selected entry?
+//   mark       one byte per channel (an output of dY, an input of X): has it a selected entry?
 //   transpose  token-major to channel-major through shared memory, for tiles of channels with a mark alone
 //   dot        a warp per entry: two channels, read by vectors of 16 B that the lanes take in turn; adds the
 //              sums of the blocks before
 // Traffic    per used tile of 32 channels and token: at most 32 * itemsize B read and written. Per entry and token
-//            2 * itemsize B, from L2 where the transposed factors fit it; entries of one row of the weight
-//            are consecutive, so that dY's channel comes from L1. Against num_outputs * num_inputs
+//            2 * itemsize B, from L2 where the transposed factors fit it; entries of one output are
+//            consecutive, so that dY's channel comes from L1. Against num_outputs * num_inputs
 //            multiply-adds per token on the tensor cores.
 // Precision  fp32 (fp64 for fp64), one running sum per lane and vector element.
 // Contract   no atomics; the order of summation depends on the number of tokens alone. A mark may be
@@ -38,7 +38,7 @@ constexpr int kBlocksPerSm = 8;
 struct Problem {
   SddmmParams params;
   index_t first_token, num_tokens;  // of this block
-  index_t padded_tokens;            // row length of the transposed factors, a multiple of kTileTokens
+  index_t padded_tokens;            // of a channel in the transposed factors, a multiple of kTileTokens
   uint8_t* used;                    // by channel
   void* transposed;
   void* sums;  // of the blocks before, by entry
@@ -75,24 +75,24 @@ __device__ __forceinline__ float to_opmath(float16 x) {
 
 // ---- kernels ----
 
-// Row and column of an entry.
+// The channels of an entry.
 struct Place {
-  index_t row, column;
+  index_t output, input;
 };
 
 __device__ __forceinline__ Place place_of(const SddmmParams& params, index_t j) {
   const index_t flat = params.index_bytes == 4 ? index_t(static_cast<const int32_t*>(params.indices)[j])
                                                : static_cast<const int64_t*>(params.indices)[j];
-  const index_t row = flat / params.num_inputs;
-  return {row, flat - row * params.num_inputs};
+  const index_t output = flat / params.num_inputs;
+  return {output, flat - output * params.num_inputs};
 }
 
 __global__ void __launch_bounds__(kThreads) mark_kernel(Problem p) {
   const index_t stride = index_t(gridDim.x) * kThreads;
   for (index_t j = index_t(blockIdx.x) * kThreads + threadIdx.x; j < p.params.k; j += stride) {
     const Place place = place_of(p.params, j);
-    p.used[place.row] = 1;
-    p.used[p.params.num_outputs + place.column] = 1;
+    p.used[place.output] = 1;
+    p.used[p.params.num_outputs + place.input] = 1;
   }
 }
 
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(Problem p) {
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   for (index_t j = index_t(blockIdx.x) * kWarps + warp; j < p.params.k; j += index_t(gridDim.x) * kWarps) {
     const Place place = place_of(p.params, j);
-    const scalar_t* dy = transposed + place.row * p.padded_tokens;
-    const scalar_t* x = transposed + (p.params.num_outputs + place.column) * p.padded_tokens;
+    const scalar_t* dy = transposed + place.output * p.padded_tokens;
+    const scalar_t* x = transposed + (p.params.num_outputs + place.input) * p.padded_tokens;
     opmath_t partial[kItems] = {};
 #pragma unroll 4
     for (index_t t = lane * kItems; t < p.padded_tokens; t += kWarpSize * kItems) {

@@ -1,9 +1,9 @@
 // sddmm: selected entries of a weight gradient, dW = dY^T X, and nothing else of it (a sampled dense-dense
 // matrix product).
 //
-// Contract   values[j] = sum over tokens t of dy[t, i_j] * x[t, c_j], where indices[j] = i_j * num_inputs +
-//            c_j; added to what `values` holds if `accumulate`. Indices may repeat and need no order;
-//            ascending ones reuse a row of dY while it is in cache.
+// Contract   values[j] = sum over tokens t of dy[t, output_j] * x[t, input_j], where indices[j] = output_j *
+//            num_inputs + input_j; added to what `values` holds if `accumulate`. Indices may repeat and need no
+//            order; ascending ones reuse a channel of dY while it is in cache.
 // Precision  products and sums in opmath_t: fp32, and fp64 for fp64. The order of summation depends on the
 //            number of tokens alone: the same bits from run to run and over thread counts.
 #pragma once
@@ -12,7 +12,8 @@
 
 namespace saft {
 
-// One factor: element (t, n) is data[t * token_stride + n * channel_stride].
+// One factor: token t of channel n is data[t * token_stride + n * channel_stride]. A channel is an output or an
+// input of the layer: one index into dW.
 struct SddmmFactor {
   const void* data;
   index_t token_stride;

@@ -1,8 +1,8 @@
 // sparse_adamw / cuda: launches, and the table they read. The kernel is in cuda_kernel.h.
 //
 // Arguments  gradient addresses and hyperparameters, so that a step has nothing to copy: up to 4 KB for a few
-//            hundred tensors, else up to 32 KB. More tensors than that (about 4,000), or more than 64 rows of
-//            hyperparameters, take another launch each.
+//            hundred tensors, else up to 32 KB. More tensors than that (about 4,000), or more than 64
+//            AdamWCudaHypers, take another launch each.
 
 #include "cuda/upload.h"
 #include "sparse_adamw/cuda_kernel.h"
@@ -18,10 +18,12 @@ struct Launch {
   index_t first_segment;  // of the device table
   index_t first_tile, end_tile;
   std::vector<index_t> segments;  // rows of the caller's table
-  std::vector<index_t> rows;      // of hyperparameters: those of the caller that these segments name
+  std::vector<index_t> hypers;    // rows of the caller's hypers that these segments name
 
-  index_t words() const { return index_t(rows.size()) * kHyperWords + index_t(segments.size()); }
-  index_t slot(index_t row) const { return std::find(rows.begin(), rows.end(), row) - rows.begin(); }
+  index_t words() const { return index_t(hypers.size()) * kHyperWords + index_t(segments.size()); }
+  index_t slot(index_t hyper) const {
+    return std::find(hypers.begin(), hypers.end(), hyper) - hypers.begin();
+  }
 };
 
 Form form_of(const AdamWSegment& x) {
@@ -46,13 +48,13 @@ std::vector<Launch> deal(const AdamWSegment* segments, index_t num_segments) {
     bool fits = false;
     if (!launches.empty()) {
       const Launch& last = launches.back();
-      const bool has_row = last.slot(x.hyper) < index_t(last.rows.size());
-      fits = last.words() + 1 + (has_row ? 0 : kHyperWords) <= kManyWords &&
-             (has_row || index_t(last.rows.size()) < kMaxRows);
+      const bool has_hyper = last.slot(x.hyper) < index_t(last.hypers.size());
+      fits = last.words() + 1 + (has_hyper ? 0 : kHyperWords) <= kManyWords &&
+             (has_hyper || index_t(last.hypers.size()) < kMaxHypers);
     }
     if (!fits) launches.push_back({num_dealt, tile, tile, {}, {}});
     Launch& launch = launches.back();
-    if (launch.slot(x.hyper) == index_t(launch.rows.size())) launch.rows.push_back(x.hyper);
+    if (launch.slot(x.hyper) == index_t(launch.hypers.size())) launch.hypers.push_back(x.hyper);
     launch.segments.push_back(i);
     launch.end_tile = tile += ceil_div(x.count, tile_numel(form_of(x)));
     ++num_dealt;
@@ -87,10 +89,10 @@ void launch_step(const Launch& launch, const AdamWSegment* segments, const AdamW
   a.first_tile = launch.first_tile;
   a.end_tile = launch.end_tile;
   a.first_segment = int32_t(launch.first_segment);
-  a.num_rows = int32_t(launch.rows.size());
+  a.num_hypers = int32_t(launch.hypers.size());
   uint64_t* word = a.words;
-  for (const index_t row : launch.rows) {
-    std::memcpy(word, &hypers[row], sizeof(AdamWCudaHyper));
+  for (const index_t hyper : launch.hypers) {
+    std::memcpy(word, &hypers[hyper], sizeof(AdamWCudaHyper));
     word += kHyperWords;
   }
   for (const index_t i : launch.segments) *word++ = reinterpret_cast<uint64_t>(segments[i].grad.data);
@@ -133,7 +135,7 @@ void sparse_adamw_cuda_table(const AdamWSegment* segments, index_t num_segments,
       row.grad_is_compact = int32_t(x.grad_is_compact);
       row.param_dtype = int32_t(x.param.dtype);
       row.grad_dtype = int32_t(x.grad.dtype);
-      row.row = int32_t(launch.slot(x.hyper));
+      row.hyper = int32_t(launch.slot(x.hyper));
       row.form = form_of(x);
       row.param_layout = reinterpret_cast<const index_t*>(layouts.end());
       layouts.append(x.param.layout, size_t(2 * x.param.ndim));

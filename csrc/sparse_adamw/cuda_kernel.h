@@ -13,8 +13,8 @@
 // Precision  compiled with -fmad=false: every operation is rounded, as -ffp-contract=off has it in the cpu
 //            backend, and the bits are the same. Memory is the bound, so fusing would gain nothing.
 // Contract   every coordinate is read and written by one thread; no atomics.
-// Launch     resident blocks, grid-stride. Each block first turns the rows of hyperparameters into
-//            AdamWScalars, in double, two lanes per row; those that are tensors are read here.
+// Launch     resident blocks, grid-stride. Each block first turns the AdamWCudaHypers into AdamWScalars, in
+//            double, two lanes for each; those that are tensors are read here.
 #pragma once
 
 #include <cmath>
@@ -30,11 +30,11 @@ namespace adamw_cuda {
 #if !defined(SAFT_CUDA_ADAMW_WORDS)  // the tests make these small, to have several launches
 #define SAFT_CUDA_ADAMW_WORDS (4096 / 8 - 8)
 #define SAFT_CUDA_ADAMW_MANY_WORDS (kMaxArgumentBytes / 8 - 8)
-#define SAFT_CUDA_ADAMW_ROWS (kMaxArgumentBytes > 4096 ? 64 : 16)
+#define SAFT_CUDA_ADAMW_HYPERS (kMaxArgumentBytes > 4096 ? 64 : 16)
 #endif
 constexpr int kWords = SAFT_CUDA_ADAMW_WORDS;
 constexpr int kManyWords = SAFT_CUDA_ADAMW_MANY_WORDS;
-constexpr int kMaxRows = SAFT_CUDA_ADAMW_ROWS;
+constexpr int kMaxHypers = SAFT_CUDA_ADAMW_HYPERS;
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 3;  // 80 registers per thread
 constexpr int kItems = 4;        // coordinates of a lane whose loads are in flight together
@@ -44,10 +44,10 @@ constexpr int kPackedTile = 1024;
 // ---- sizes that follow ----
 
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kRowsPerWarp = kWarpSize / 2;
+constexpr int kHypersPerWarp = kWarpSize / 2;
 constexpr int kHyperWords = sizeof(AdamWCudaHyper) / sizeof(uint64_t);
-static_assert(kMaxRows <= kWarps * kRowsPerWarp, "two lanes per row");
-static_assert(kMaxRows * kHyperWords < kManyWords, "room for a gradient");
+static_assert(kMaxHypers <= kWarps * kHypersPerWarp, "two lanes per hyper");
+static_assert(kMaxHypers * kHyperWords < kManyWords, "room for a gradient");
 
 // ---- device tables ----
 
@@ -72,7 +72,7 @@ struct DeviceSegment {
   int32_t index_bytes;
   int32_t grad_is_compact;
   int32_t param_dtype, grad_dtype;
-  int32_t row;  // of its launch
+  int32_t hyper;  // of its launch
   Form form;
 };
 
@@ -84,12 +84,12 @@ struct Arguments {
   const DeviceSegment* segments;
   const uint32_t* tile_segment;
   index_t first_tile, end_tile;
-  int32_t first_segment, num_rows;
-  uint64_t words[kNumWords];  // rows of AdamWCudaHyper, then a gradient address per segment
+  int32_t first_segment, num_hypers;
+  uint64_t words[kNumWords];  // AdamWCudaHypers, then a gradient address per segment
 };
 
-// A row of hyperparameters, ready for use.
-struct RowScalars {
+// One AdamWCudaHyper, ready for use.
+struct HyperScalars {
   AdamWScalars<float> single;
   AdamWScalars<double> twice;
   uint32_t found_inf;
@@ -111,14 +111,14 @@ __device__ __forceinline__ double load_scalar(const void* address, ScalarType dt
   return *static_cast<const double*>(address);
 }
 
-// The whole block; `rows` is complete after the next barrier.
+// The whole block; `hypers` is complete after the next barrier.
 template <int kNumWords>
-__device__ __forceinline__ void prepare_rows(const Arguments<kNumWords>& a, RowScalars* rows) {
+__device__ __forceinline__ void prepare_hypers(const Arguments<kNumWords>& a, HyperScalars* hypers) {
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-  if (warp * kRowsPerWarp >= a.num_rows) return;
-  const int row = warp * kRowsPerWarp + lane / 2;
+  if (warp * kHypersPerWarp >= a.num_hypers) return;
+  const int hyper = warp * kHypersPerWarp + lane / 2;
   const bool first = lane % 2 == 0;  // of the two lanes; it has beta1
-  const int source = row < a.num_rows ? row : a.num_rows - 1;
+  const int source = hyper < a.num_hypers ? hyper : a.num_hypers - 1;
   AdamWCudaHyper h;
   memcpy(&h, a.words + source * kHyperWords, sizeof(h));
   double correction = 1;
@@ -126,16 +126,16 @@ __device__ __forceinline__ void prepare_rows(const Arguments<kNumWords>& a, RowS
     correction = 1.0 - pow(first ? h.number.beta1 : h.number.beta2, load_scalar(h.step, h.step_dtype));
   }
   const double other = __shfl_xor_sync(kFullMask, correction, 1);
-  if (!first || row >= a.num_rows) return;
+  if (!first || hyper >= a.num_hypers) return;
   if (h.step != nullptr) {
     h.number.bias_correction1 = correction;
     h.number.bias_correction2_sqrt = sqrt(other);
   }
   if (h.lr != nullptr) h.number.lr = load_scalar(h.lr, h.lr_dtype);
   if (h.grad_scale != nullptr) h.number.grad_scale = load_scalar(h.grad_scale, h.grad_scale_dtype);
-  rows[row].single = AdamWScalars<float>(h.number);
-  rows[row].twice = AdamWScalars<double>(h.number);
-  rows[row].found_inf = h.found_inf != nullptr && load_scalar(h.found_inf, h.found_inf_dtype) != 0;
+  hypers[hyper].single = AdamWScalars<float>(h.number);
+  hypers[hyper].twice = AdamWScalars<double>(h.number);
+  hypers[hyper].found_inf = h.found_inf != nullptr && load_scalar(h.found_inf, h.found_inf_dtype) != 0;
 }
 
 // ---- elements ----
@@ -154,11 +154,11 @@ __device__ __forceinline__ V filled(T value) {
 }
 
 template <class opmath_t>
-__device__ __forceinline__ const AdamWScalars<opmath_t>& scalars_of(const RowScalars& row) {
+__device__ __forceinline__ const AdamWScalars<opmath_t>& scalars_of(const HyperScalars& hyper) {
   if constexpr (std::is_same_v<opmath_t, double>) {
-    return row.twice;
+    return hyper.twice;
   } else {
-    return row.single;
+    return hyper.single;
   }
 }
 
@@ -240,7 +240,7 @@ __device__ __forceinline__ Places find_places(const DeviceSegment& x, index_t be
 
 template <class T>
 __device__ __forceinline__ void step_items(const DeviceSegment& x, const void* grad, const Places& places,
-                                           index_t begin, int left, const RowScalars& row) {
+                                           index_t begin, int left, const HyperScalars& hyper) {
   using opmath_t = typename T::opmath_t;
   constexpr int kTogether = sizeof(opmath_t) == 4 ? kItems : 2;  // what registers hold
   typename T::param_t* const param = static_cast<typename T::param_t*>(x.param);
@@ -249,7 +249,7 @@ __device__ __forceinline__ void step_items(const DeviceSegment& x, const void* g
   opmath_t* const max_exp_avg_sq = static_cast<opmath_t*>(x.max_exp_avg_sq);
   float* const master = sizeof(typename T::param_t) == 2 ? x.master : nullptr;
   const bool strided = is_strided(x), compact = x.grad_is_compact != 0;
-  const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(row);
+  const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(hyper);
 #pragma unroll
   for (int first = 0; first < kItems; first += kTogether) {
     Item<T> item[kTogether];
@@ -284,7 +284,7 @@ __device__ __forceinline__ void step_items(const DeviceSegment& x, const void* g
 // and access. `base`: a multiple of kPackedTile. Returns how many of the `n` elements from there are done.
 template <class T>
 __device__ __forceinline__ int step_vectors(const DeviceSegment& x, const void* grad, index_t base, int n,
-                                            const RowScalars& row) {
+                                            const HyperScalars& hyper) {
   using opmath_t = typename T::opmath_t;
   constexpr int kCount = 16 / sizeof(opmath_t);
   using Params = Vector<typename T::param_t, kCount>;
@@ -296,7 +296,7 @@ __device__ __forceinline__ int step_vectors(const DeviceSegment& x, const void* 
   State* const exp_avg_sq = static_cast<State*>(x.exp_avg_sq);
   State* const max_exp_avg_sq = static_cast<State*>(x.max_exp_avg_sq);
   State* const master = sizeof(typename T::param_t) == 2 ? reinterpret_cast<State*>(x.master) : nullptr;
-  const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(row);
+  const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(hyper);
 #pragma unroll 1
   for (int at = int(threadIdx.x) % kWarpSize; at < n / kCount; at += kWarpSize) {
     const index_t i = base / kCount + at;
@@ -325,14 +325,15 @@ __device__ __forceinline__ int step_vectors(const DeviceSegment& x, const void* 
 }
 
 __device__ __forceinline__ void step_tile(const DeviceSegment& x, const void* grad, index_t tile,
-                                          const RowScalars& row) {
+                                          const HyperScalars& hyper) {
   const int numel = tile_numel(x.form);
   const index_t base = tile * numel;
   const int n = x.count - base < numel ? int(x.count - base) : numel;
   int done = 0;
   if (x.form == Form::kVectors) {
     dispatch(x, [&](auto types) {
-      if constexpr (decltype(types)::kHasVectors) done = step_vectors<decltype(types)>(x, grad, base, n, row);
+      if constexpr (decltype(types)::kHasVectors)
+        done = step_vectors<decltype(types)>(x, grad, base, n, hyper);
     });
   }
   // offsets through layouts are much code, and seldom needed: one at a time
@@ -343,7 +344,7 @@ __device__ __forceinline__ void step_tile(const DeviceSegment& x, const void* gr
     const index_t begin = base + done + lane;
     const int left = (n - done < together ? n - done : together) - lane;
     const Places places = find_places(x, begin, left);
-    dispatch(x, [&](auto types) { step_items<decltype(types)>(x, grad, places, begin, left, row); });
+    dispatch(x, [&](auto types) { step_items<decltype(types)>(x, grad, places, begin, left, hyper); });
   }
 }
 
@@ -352,11 +353,11 @@ __device__ __forceinline__ void step_tile(const DeviceSegment& x, const void* gr
 template <int kNumWords>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void sparse_adamw_kernel(
     const __grid_constant__ Arguments<kNumWords> a) {
-  __shared__ RowScalars rows[kMaxRows];
-  prepare_rows(a, rows);
+  __shared__ HyperScalars hypers[kMaxHypers];
+  prepare_hypers(a, hypers);
   __syncthreads();
-  for (int r = 0; r < a.num_rows; ++r) {
-    if (rows[r].found_inf != 0) return;
+  for (int h = 0; h < a.num_hypers; ++h) {
+    if (hypers[h].found_inf != 0) return;
   }
   for (uint32_t round = 0;; ++round) {  // one register, where a 64-bit tile and its step would take four
     const index_t tile =
@@ -365,8 +366,8 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void sparse_adamw_kernel(
     const int32_t at = int32_t(a.tile_segment[tile]);
     const DeviceSegment& x = a.segments[at];
     const void* const grad =
-        reinterpret_cast<const void*>(a.words[a.num_rows * kHyperWords + at - a.first_segment]);
-    step_tile(x, grad, tile - x.first_tile, rows[x.row]);
+        reinterpret_cast<const void*>(a.words[a.num_hypers * kHyperWords + at - a.first_segment]);
+    step_tile(x, grad, tile - x.first_tile, hypers[x.hyper]);
   }
 }
 

@@ -154,8 +154,8 @@ class TopKMagnitude {
   // Visitors call fn(key) for the keys of one tile.
   auto band_visitor() {
     return [this](index_t t, int, const auto& fn) {
-      const Survivors<Key>& tile = survivors_[t];
-      for (uint32_t i = 0; i < tile.num_band; ++i) fn(tile.band_keys[i]);
+      const Survivors<Key>& survivors = survivors_[t];
+      for (uint32_t i = 0; i < survivors.num_band; ++i) fn(survivors.band_keys[i]);
     };
   }
 
@@ -200,24 +200,24 @@ class TopKMagnitude {
 
   void emit(Key threshold, index_t* indices, index_t* counts) {
     for_each_tile([&](index_t t, int) {
-      Survivors<Key>& tile = survivors_[t];
-      if (tile.band_keys == nullptr) {
-        tile.num_equal = tile.num_band;  // the bracket is the threshold
+      Survivors<Key>& survivors = survivors_[t];
+      if (survivors.band_keys == nullptr) {
+        survivors.num_equal = survivors.num_band;  // the bracket is the threshold
         return;
       }
-      for (uint32_t i = 0; i < tile.num_band; ++i) {
-        tile.num_greater += tile.band_keys[i] > threshold;
-        tile.num_equal += tile.band_keys[i] == threshold;
+      for (uint32_t i = 0; i < survivors.num_band; ++i) {
+        survivors.num_greater += survivors.band_keys[i] > threshold;
+        survivors.num_equal += survivors.band_keys[i] == threshold;
       }
     });
     index_t ties = k_ - num_sure_;  // wanted among the elements equal to the threshold
-    for (const auto& tile : survivors_) ties -= tile.num_greater;
+    for (const auto& survivors : survivors_) ties -= survivors.num_greater;
     std::vector<index_t> offsets(tiles_.size() + 1, 0);
     for (size_t t = 0; t < tiles_.size(); ++t) {
-      Survivors<Key>& tile = survivors_[t];
-      tile.num_equal = uint32_t(std::min<index_t>(tile.num_equal, ties));  // from here on: to take
-      ties -= tile.num_equal;
-      const index_t selected = index_t(tile.num_sure) + tile.num_greater + tile.num_equal;
+      Survivors<Key>& survivors = survivors_[t];
+      survivors.num_equal = uint32_t(std::min<index_t>(survivors.num_equal, ties));  // from here on: to take
+      ties -= survivors.num_equal;
+      const index_t selected = index_t(survivors.num_sure) + survivors.num_greater + survivors.num_equal;
       offsets[t + 1] = offsets[t] + selected;
       counts[tiles_[t].tensor] += selected;
     }
@@ -229,21 +229,21 @@ class TopKMagnitude {
 
   // Calls fn(position), ascending, for the band's share of the selection.
   template <class Fn>
-  static void for_each_band_winner(const Survivors<Key>& tile, Key threshold, const Fn& fn) {
-    uint32_t ties = tile.num_equal;
-    if (tile.band_words != nullptr) {
+  static void for_each_selected_of_band(const Survivors<Key>& survivors, Key threshold, const Fn& fn) {
+    uint32_t ties = survivors.num_equal;
+    if (survivors.band_words != nullptr) {
       for (index_t w = 0; ties > 0; ++w) {
-        for (uint64_t word = tile.band_words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
+        for (uint64_t word = survivors.band_words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
           fn(uint16_t(w * 64 + __builtin_ctzll(word)));
         }
       }
       return;
     }
-    uint32_t left = ties + tile.num_greater;
+    uint32_t left = ties + survivors.num_greater;
     for (uint32_t i = 0; left > 0; ++i) {
-      const bool equal = tile.band_keys[i] == threshold;
-      if (equal ? ties > 0 : tile.band_keys[i] > threshold) {
-        fn(tile.band_list[i]);
+      const bool equal = survivors.band_keys[i] == threshold;
+      if (equal ? ties > 0 : survivors.band_keys[i] > threshold) {
+        fn(survivors.band_list[i]);
         ties -= equal;
         --left;
       }
@@ -257,7 +257,7 @@ class TopKMagnitude {
     if (survivors.sure_words == nullptr) {
       const uint16_t* sure = survivors.sure_list;
       const uint16_t* const end = sure + survivors.num_sure;
-      for_each_band_winner(survivors, threshold, [&](uint16_t position) {
+      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
         while (sure != end && *sure < position) selected[n++] = *sure++;
         selected[n++] = position;
       });
@@ -266,7 +266,7 @@ class TopKMagnitude {
       const index_t num_words = (tile.numel + 63) / 64;
       uint64_t* words = workspace.scratch_words;
       std::copy_n(survivors.sure_words, num_words, words);
-      for_each_band_winner(survivors, threshold, [&](uint16_t position) {
+      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
         words[position / 64] |= uint64_t(1) << (position % 64);
       });
       n = positions(isa_, words, num_words, selected);

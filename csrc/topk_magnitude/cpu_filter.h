@@ -22,9 +22,9 @@ constexpr index_t kBlockWords = 16;  // compared, then scanned, while its 4 KB o
 template <class Key, class scalar_t>
 struct Thresholds {
   using key_t = typename KeyTraits<scalar_t>::key_t;
-  signed_key_t<scalar_t> candidate, sure;
+  signed_key_t<scalar_t> survivor, sure;
   explicit Thresholds(const Bracket<Key>& bracket)
-      : candidate(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.lo) - 1))),
+      : survivor(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.lo) - 1))),
         sure(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.hi + 1) - 1))) {}
 };
 
@@ -72,22 +72,22 @@ void filter_to_lists(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   Key* band_keys = workspace.band_keys.reserve(size_t(n) + 1);
   uint32_t num_sure = 0, num_band = 0;
   index_t num_nonfinite = 0;
-  // inf and NaN are survivors, unless the bracket starts above inf
-  const signed_key_t<scalar_t> candidate = std::min(above.candidate, kBelowInf<scalar_t>);
+  // inf and NaN are visited, to be counted, also where the bracket starts above them
+  const signed_key_t<scalar_t> visited = std::min(above.survivor, kBelowInf<scalar_t>);
   for (index_t first = 0; first < n; first += kBlockWords * 64) {
     uint64_t words[kBlockWords];
-    compare_block<false>(isa, x, first, n, candidate, words);
+    compare_block<false>(isa, x, first, n, visited, words);
     visit_bits(words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
       // written to both lists, kept in one or none: no branch on the data
       const index_t position = first + bit;
       const key_t key = native_key(x[position]);
-      const bool is_candidate = signed_key_t<scalar_t>(key) > above.candidate;
+      const bool is_survivor = signed_key_t<scalar_t>(key) > above.survivor;
       const bool is_sure = signed_key_t<scalar_t>(key) > above.sure;
       sure[num_sure] = uint16_t(position);
       num_sure += is_sure;
       band[num_band] = uint16_t(position);
       band_keys[num_band] = widen_key<Key, scalar_t>(key);
-      num_band += is_candidate && !is_sure;
+      num_band += is_survivor && !is_sure;
       num_nonfinite += key >= KeyTraits<scalar_t>::kInf;
     });
   }
@@ -115,7 +115,7 @@ void filter_to_words(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   uint32_t num_band = 0;
   bool nonfinite = false;
   for (index_t first = 0; first < num_words; first += kBlockWords) {
-    nonfinite |= compare_block<true>(isa, x, first * 64, n, above.candidate, band + first);
+    nonfinite |= compare_block<true>(isa, x, first * 64, n, above.survivor, band + first);
     compare_block<false>(isa, x, first * 64, n, above.sure, sure + first);
     const index_t last = std::min(num_words, first + kBlockWords);
     for (index_t w = first; w < last; ++w) band[w] &= ~sure[w];

@@ -14,6 +14,7 @@
 namespace saft {
 namespace topk_cpu {
 
+constexpr index_t kTileNumel = 65536;  // a position in a tile is 16 bits
 constexpr index_t kTileWords = kTileNumel / 64;
 constexpr index_t kSmallNumel = index_t(1) << 17;  // up to here everything is band; no sample
 constexpr index_t kBandBudget = 64;                // band keys: at most numel / kBandBudget
@@ -52,9 +53,9 @@ class Slab {
  public:
   T* reserve(size_t n) {
     if (n > available_) {
-      available_ = std::max(n, kChunkBytes / sizeof(T));
-      chunks_.emplace_back(new T[available_]);  // untouched until written
-      next_ = chunks_.back().get();
+      available_ = std::max(n, kPartBytes / sizeof(T));
+      parts_.emplace_back(new T[available_]);  // untouched until written
+      next_ = parts_.back().get();
     }
     return next_;
   }
@@ -64,8 +65,8 @@ class Slab {
   }
 
  private:
-  static constexpr size_t kChunkBytes = size_t(1) << 20;
-  std::vector<std::unique_ptr<T[]>> chunks_;
+  static constexpr size_t kPartBytes = size_t(1) << 20;
+  std::vector<std::unique_ptr<T[]>> parts_;
   T* next_ = nullptr;
   size_t available_ = 0;
 };

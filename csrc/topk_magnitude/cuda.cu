@@ -147,9 +147,9 @@ TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_ten
     if (x.numel == 0) continue;
     const index_t span = x.numel + shift_of(x);
     plan.numel += x.numel;
-    plan.num_tiles += ceil_div(span, kWarpTileNumel);
+    plan.num_tiles += ceil_div(span, kTileNumel);
     plan.num_runs += ceil_div(x.numel, kRunNumel);
-    plan.slab_bytes += ceil_div(span, kRowNumel) * kRowSlabBytes;
+    plan.slab_bytes += ceil_div(span, kStripNumel) * kStripSlabBytes;
   }
   plan.num_sampled_runs = std::min(plan.num_runs, index_t(1) << sampled_runs_log2(plan.numel));
   plan.band_capacity = band_capacity(plan.numel, k);
@@ -188,9 +188,9 @@ void topk_magnitude_cuda_table(const TopKCudaPlan& plan, const TensorDesc* tenso
     device_layouts += 2 * x.ndim;
     if (x.numel == 0) continue;
     const index_t span = x.numel + row.shift;
-    first_tile += ceil_div(span, kWarpTileNumel);
+    first_tile += ceil_div(span, kTileNumel);
     first_run += ceil_div(x.numel, kRunNumel);
-    slab_offset += ceil_div(span, kRowNumel) * kRowSlabBytes;
+    slab_offset += ceil_div(span, kStripNumel) * kStripSlabBytes;
   }
 }
 

@@ -96,17 +96,17 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
 
 // ---- emit ----
 
-// Clears all but the first `keep` set bits of the position-ordered words. One warp; a lane owns `rows` words.
-__device__ inline void keep_first_bits(uint32_t* words, int rows, uint32_t keep, int lane) {
+// Clears all but the first `keep` set bits of the position-ordered words. One warp; a lane owns `strips` words.
+__device__ inline void keep_first_bits(uint32_t* words, int strips, uint32_t keep, int lane) {
   uint32_t count = 0;
-  for (int i = 0; i < rows; ++i) count += uint32_t(__popc(words[lane * rows + i]));
+  for (int i = 0; i < strips; ++i) count += uint32_t(__popc(words[lane * strips + i]));
   uint32_t before = warp_exclusive_sum(count, lane);
-  for (int i = 0; i < rows; ++i) {
-    const uint32_t word = words[lane * rows + i];
+  for (int i = 0; i < strips; ++i) {
+    const uint32_t word = words[lane * strips + i];
     const uint32_t wanted = before < keep ? keep - before : 0;
     uint32_t rest = word;  // becomes the bits past the wanted ones
     for (uint32_t n = 0; n < wanted && rest != 0; ++n) rest &= rest - 1;
-    words[lane * rows + i] = word & ~rest;
+    words[lane * strips + i] = word & ~rest;
     before += uint32_t(__popc(word));
   }
 }
@@ -126,11 +126,11 @@ __device__ __forceinline__ void emit_tile(const Problem<Key>& p, index_t t, cons
                                           uint32_t* tie_words) {
   const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
   const Tile tile = make_tile(x, t);
-  const int rows = num_rows(tile);
+  const int strips = num_strips(tile);
   const bool all_ties = out.ties == out.equal;
   const bool some_ties = out.ties != 0 && !all_ties;
   __syncwarp();  // the previous tile's words have been read
-  for (int i = lane; i < rows * kWarpSize; i += kWarpSize) {
+  for (int i = lane; i < strips * kWarpSize; i += kWarpSize) {
     words[i] = 0;
     tie_words[i] = 0;
   }
@@ -141,15 +141,15 @@ __device__ __forceinline__ void emit_tile(const Problem<Key>& p, index_t t, cons
 
   const uint32_t num_sure = out.counts >> 16, num_band = out.counts & 0xffffu;
   const char* slab = p.slab + slab_offset(x, t);
-  if (num_sure <= uint32_t(rows * kRowListCapacity)) {
+  if (num_sure <= uint32_t(strips * kStripListCapacity)) {
     const uint16_t* list = reinterpret_cast<const uint16_t*>(slab);
     for (uint32_t i = uint32_t(lane); i < num_sure; i += kWarpSize) set(words, list[i]);
   } else {
     const uint32_t* slab_words = reinterpret_cast<const uint32_t*>(slab);
-    for (int row = 0; row < rows; ++row) {
-      uint32_t word = slab_words[row * kWarpSize + lane];
+    for (int strip = 0; strip < strips; ++strip) {
+      uint32_t word = slab_words[strip * kWarpSize + lane];
       for (; word != 0; word &= word - 1) {
-        set(words, row * kRowNumel + position_in_row(__ffs(int(word)) - 1, lane, x.itemsize));
+        set(words, strip * kStripNumel + position_in_strip(__ffs(int(word)) - 1, lane, x.itemsize));
       }
     }
   }
@@ -174,15 +174,15 @@ __device__ __forceinline__ void emit_tile(const Problem<Key>& p, index_t t, cons
   }
   __syncwarp();
   if (some_ties) {
-    keep_first_bits(tie_words, rows, out.ties, lane);
-    for (int i = 0; i < rows; ++i) words[lane * rows + i] |= tie_words[lane * rows + i];
+    keep_first_bits(tie_words, strips, out.ties, lane);
+    for (int i = 0; i < strips; ++i) words[lane * strips + i] |= tie_words[lane * strips + i];
   }
   uint32_t count = 0;
-  for (int i = 0; i < rows; ++i) count += uint32_t(__popc(words[lane * rows + i]));
+  for (int i = 0; i < strips; ++i) count += uint32_t(__popc(words[lane * strips + i]));
   index_t* indices = p.indices + out.offset + warp_exclusive_sum(count, lane);
-  for (int i = 0; i < rows; ++i) {
-    const index_t base = tile.first + (lane * rows + i) * 32;
-    for (uint32_t word = words[lane * rows + i]; word != 0; word &= word - 1) {
+  for (int i = 0; i < strips; ++i) {
+    const index_t base = tile.first + (lane * strips + i) * 32;
+    for (uint32_t word = words[lane * strips + i]; word != 0; word &= word - 1) {
       *indices++ = base + (__ffs(int(word)) - 1);
     }
   }

@@ -8,9 +8,9 @@ namespace topk_cuda {
 
 // ---- filter ----
 
-// Where in its row the element of `bit` of `lane`'s word stands. A lane's elements, in the order of its
+// Where in its strip the element of `bit` of `lane`'s word stands. A lane's elements, in the order of its
 // loads, fill the word from the top (4 and 8 bytes), or two by two from the bottom of both halves (2 bytes).
-__device__ __forceinline__ int position_in_row(int bit, int lane, int itemsize) {
+__device__ __forceinline__ int position_in_strip(int bit, int lane, int itemsize) {
   const int i = itemsize == 2 ? (bit & 15) << 1 | bit >> 4 : 31 - bit;
   const int log2_per_vector = itemsize == 2 ? 3 : itemsize == 4 ? 2 : 1;
   const int vector = i >> log2_per_vector;
@@ -30,9 +30,9 @@ struct Compare<2> {  // two keys per 32-bit word
       : band_bias((0x8000u - uint32_t(b.first_band)) * 0x10001u),
         sure_bias((0x8000u - uint32_t(b.first_sure)) * 0x10001u),
         inf_bias((0x8000u - uint32_t(b.inf)) * 0x10001u) {}
-  __device__ __forceinline__ void word(uint32_t x, uint32_t& candidate, uint32_t& sure) {
+  __device__ __forceinline__ void word(uint32_t x, uint32_t& survivor, uint32_t& sure) {
     const uint32_t keys = x & 0x7fff7fffu;
-    candidate = candidate >> 1 | ((keys + band_bias) & 0x80008000u);
+    survivor = survivor >> 1 | ((keys + band_bias) & 0x80008000u);
     sure = sure >> 1 | ((keys + sure_bias) & 0x80008000u);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm("max.u16x2 %0, %0, %1;" : "+r"(seen) : "r"(keys));  // one instruction instead of two
@@ -40,11 +40,11 @@ struct Compare<2> {  // two keys per 32-bit word
     seen |= keys + inf_bias;
 #endif
   }
-  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& candidate, uint32_t& sure) {
-    word(v.x, candidate, sure);
-    word(v.y, candidate, sure);
-    word(v.z, candidate, sure);
-    word(v.w, candidate, sure);
+  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& survivor, uint32_t& sure) {
+    word(v.x, survivor, sure);
+    word(v.y, survivor, sure);
+    word(v.z, survivor, sure);
+    word(v.w, survivor, sure);
   }
   __device__ __forceinline__ bool nonfinite() const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -61,17 +61,17 @@ struct Compare<4> {
   template <class Key>
   __device__ __forceinline__ explicit Compare(const NativeBracket<Key>& b)
       : band_bias(0x80000000u - uint32_t(b.first_band)), sure_bias(0x80000000u - uint32_t(b.first_sure)) {}
-  __device__ __forceinline__ void word(uint32_t x, uint32_t& candidate, uint32_t& sure) {
+  __device__ __forceinline__ void word(uint32_t x, uint32_t& survivor, uint32_t& sure) {
     const uint32_t key = x & 0x7fffffffu;
-    candidate = __funnelshift_l(key + band_bias, candidate, 1);
+    survivor = __funnelshift_l(key + band_bias, survivor, 1);
     sure = __funnelshift_l(key + sure_bias, sure, 1);
     largest = largest > key ? largest : key;
   }
-  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& candidate, uint32_t& sure) {
-    word(v.x, candidate, sure);
-    word(v.y, candidate, sure);
-    word(v.z, candidate, sure);
-    word(v.w, candidate, sure);
+  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& survivor, uint32_t& sure) {
+    word(v.x, survivor, sure);
+    word(v.y, survivor, sure);
+    word(v.z, survivor, sure);
+    word(v.w, survivor, sure);
   }
   __device__ __forceinline__ bool nonfinite() const { return largest >= KeyTraits<float>::kInf; }
 };
@@ -83,16 +83,16 @@ struct Compare<8> {
   template <class Key>
   __device__ __forceinline__ explicit Compare(const NativeBracket<Key>& b)
       : band_bias((uint64_t(1) << 63) - b.first_band), sure_bias((uint64_t(1) << 63) - b.first_sure) {}
-  __device__ __forceinline__ void word(uint32_t low, uint32_t high, uint32_t& candidate, uint32_t& sure) {
+  __device__ __forceinline__ void word(uint32_t low, uint32_t high, uint32_t& survivor, uint32_t& sure) {
     high &= 0x7fffffffu;
     const uint64_t key = uint64_t(high) << 32 | low;
-    candidate = __funnelshift_l(uint32_t((key + band_bias) >> 32), candidate, 1);
+    survivor = __funnelshift_l(uint32_t((key + band_bias) >> 32), survivor, 1);
     sure = __funnelshift_l(uint32_t((key + sure_bias) >> 32), sure, 1);
     largest = largest > high ? largest : high;
   }
-  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& candidate, uint32_t& sure) {
-    word(v.x, v.y, candidate, sure);
-    word(v.z, v.w, candidate, sure);
+  __device__ __forceinline__ void operator()(const uint4& v, uint32_t& survivor, uint32_t& sure) {
+    word(v.x, v.y, survivor, sure);
+    word(v.z, v.w, survivor, sure);
   }
   __device__ __forceinline__ bool nonfinite() const {
     return largest >= uint32_t(KeyTraits<double>::kInf >> 32);
@@ -102,28 +102,30 @@ struct Compare<8> {
 // What a lane knows of its part of a tile.
 struct LaneCounts {
   uint32_t packed = 0;  // sure << 16 | band
-  uint32_t rows = 0;    // bit r: the sure word of row r is not zero; bit 16 + r: the band word
+  uint32_t strips = 0;  // bit r: the sure word of strip r is not zero; bit 16 + r: the band word
   bool nonfinite = false;
 
-  __device__ __forceinline__ void add(int row, uint32_t sure, uint32_t band) {
+  __device__ __forceinline__ void add(int strip, uint32_t sure, uint32_t band) {
     packed += uint32_t(__popc(sure)) << 16 | uint32_t(__popc(band));
-    rows |= (uint32_t(sure != 0) | uint32_t(band != 0) << 16) << row;
+    strips |= (uint32_t(sure != 0) | uint32_t(band != 0) << 16) << strip;
   }
 };
 
-// Rows [first, last) in whole, aligned 16-byte vectors; `last - first` is even for 2-byte elements.
+// Strips [first, last) in whole, aligned 16-byte vectors; `last - first` is even for 2-byte elements.
 template <int kItemsize, class Key>
-__device__ __forceinline__ void compare_rows(const char* data, int first, int last,
-                                             const NativeBracket<Key>& bracket, int lane,
-                                             uint32_t* sure_words, uint32_t* band_words, LaneCounts& counts) {
-  constexpr int kVectorsPerRow = 2 * kItemsize;
-  constexpr int kRows = kVectorsPerRow < kVectorsInFlight ? kVectorsInFlight / kVectorsPerRow : 1;
-  constexpr int kVectors = kRows * kVectorsPerRow;
+__device__ __forceinline__ void compare_strips(const char* data, int first, int last,
+                                               const NativeBracket<Key>& bracket, int lane,
+                                               uint32_t* sure_words, uint32_t* band_words,
+                                               LaneCounts& counts) {
+  constexpr int kVectorsPerStrip = 2 * kItemsize;
+  constexpr int kStrips = kVectorsPerStrip < kVectorsInFlight ? kVectorsInFlight / kVectorsPerStrip : 1;
+  constexpr int kVectors = kStrips * kVectorsPerStrip;
   constexpr int kInFlight = kItemsize == 8 ? kVectorsInFlight / 2 : kVectorsInFlight;
   Compare<kItemsize> compare(bracket);
-  for (int row = first; row < last; row += kRows) {
-    const uint4* vectors = reinterpret_cast<const uint4*>(data + index_t(row) * kRowNumel * kItemsize) + lane;
-    uint32_t candidate[kRows] = {}, sure[kRows] = {};
+  for (int strip = first; strip < last; strip += kStrips) {
+    const uint4* vectors =
+        reinterpret_cast<const uint4*>(data + index_t(strip) * kStripNumel * kItemsize) + lane;
+    uint32_t survivor[kStrips] = {}, sure[kStrips] = {};
 #pragma unroll
     for (int done = 0; done < kVectors; done += kInFlight) {
       uint4 loaded[kInFlight];
@@ -131,31 +133,31 @@ __device__ __forceinline__ void compare_rows(const char* data, int first, int la
       for (int i = 0; i < kInFlight; ++i) loaded[i] = load_once(vectors + (done + i) * kWarpSize);
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int r = (done + i) / kVectorsPerRow;
-        compare(loaded[i], candidate[r], sure[r]);
+        const int r = (done + i) / kVectorsPerStrip;
+        compare(loaded[i], survivor[r], sure[r]);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const uint32_t band = candidate[r] & ~sure[r];
-      sure_words[(row + r) * kWarpSize + lane] = sure[r];
-      band_words[(row + r) * kWarpSize + lane] = band;
-      counts.add(row + r, sure[r], band);
+    for (int r = 0; r < kStrips; ++r) {
+      const uint32_t band = survivor[r] & ~sure[r];
+      sure_words[(strip + r) * kWarpSize + lane] = sure[r];
+      band_words[(strip + r) * kWarpSize + lane] = band;
+      counts.add(strip + r, sure[r], band);
     }
   }
   counts.nonfinite |= compare.nonfinite();
 }
 
-// One row, element by element: the ends of a tensor, and strided ones.
+// One strip, element by element: the ends of a tensor, and strided ones.
 template <class Key>
-__device__ __forceinline__ void compare_edge_row(const DeviceTensor& x, const Tile& tile, int row,
-                                                 const NativeBracket<Key>& bracket, int lane,
-                                                 uint32_t* sure_words, uint32_t* band_words,
-                                                 LaneCounts& counts) {
+__device__ __forceinline__ void compare_edge_strip(const DeviceTensor& x, const Tile& tile, int strip,
+                                                   const NativeBracket<Key>& bracket, int lane,
+                                                   uint32_t* sure_words, uint32_t* band_words,
+                                                   LaneCounts& counts) {
   uint32_t sure = 0, band = 0;
 #pragma unroll 1
   for (int bit = 0; bit < 32; ++bit) {
-    const int position = row * kRowNumel + position_in_row(bit, lane, x.itemsize);
+    const int position = strip * kStripNumel + position_in_strip(bit, lane, x.itemsize);
     if (position < tile.begin || position >= tile.end) continue;
     const Key key = load_native<Key>(x, tile.first + position);
     const bool is_sure = key >= bracket.first_sure;
@@ -163,26 +165,26 @@ __device__ __forceinline__ void compare_edge_row(const DeviceTensor& x, const Ti
     band |= uint32_t(key >= bracket.first_band && !is_sure) << bit;
     counts.nonfinite |= key >= bracket.inf;
   }
-  sure_words[row * kWarpSize + lane] = sure;
-  band_words[row * kWarpSize + lane] = band;
-  counts.add(row, sure, band);
+  sure_words[strip * kWarpSize + lane] = sure;
+  band_words[strip * kWarpSize + lane] = band;
+  counts.add(strip, sure, band);
 }
 
-// Calls visit(position in the tile) for the set bits of a lane's words. `rows`: which words are not zero.
+// Calls visit(position in the tile) for the set bits of a lane's words. `strips`: which words are not zero.
 template <class Visit>
-__device__ __forceinline__ void visit_bits(const uint32_t* words, uint32_t rows, int lane, int itemsize,
+__device__ __forceinline__ void visit_bits(const uint32_t* words, uint32_t strips, int lane, int itemsize,
                                            const Visit& visit) {
   uint32_t word = 0;
-  int row = 0;
-  while ((rows | word) != 0) {  // one bit per lane and turn, whatever row it is in
+  int strip = 0;
+  while ((strips | word) != 0) {  // one bit per lane and turn, whatever strip it is in
     if (word == 0) {
-      row = __ffs(int(rows)) - 1;
-      rows &= rows - 1;
-      word = words[row * kWarpSize + lane];
+      strip = __ffs(int(strips)) - 1;
+      strips &= strips - 1;
+      word = words[strip * kWarpSize + lane];
     }
     const int bit = __ffs(int(word)) - 1;
     word &= word - 1;
-    visit(row * kRowNumel + position_in_row(bit, lane, itemsize));
+    visit(strip * kStripNumel + position_in_strip(bit, lane, itemsize));
   }
 }
 
@@ -194,22 +196,22 @@ __device__ __forceinline__ LaneCounts compare_tile(const Problem<Key>& p, index_
   const NativeBracket<Key>& bracket = p.state->native[x.dtype];
   const Tile tile = make_tile(x, t);
   const int itemsize = x.itemsize, first = tile.begin > 0 ? 1 : 0;
-  int last = x.ndim == 0 ? tile.end / kRowNumel : first;
+  int last = x.ndim == 0 ? tile.end / kStripNumel : first;
   if (last < first) last = first;
   if (itemsize == 2) last -= (last - first) & 1;
   const char* data = static_cast<const char*>(x.data) + tile.first * itemsize;
   LaneCounts counts;
   if (itemsize == 2) {
-    compare_rows<2>(data, first, last, bracket, lane, sure_words, band_words, counts);
+    compare_strips<2>(data, first, last, bracket, lane, sure_words, band_words, counts);
   } else if (itemsize == 4) {
-    compare_rows<4>(data, first, last, bracket, lane, sure_words, band_words, counts);
+    compare_strips<4>(data, first, last, bracket, lane, sure_words, band_words, counts);
   } else if constexpr (sizeof(Key) == 8) {
-    compare_rows<8>(data, first, last, bracket, lane, sure_words, band_words, counts);
+    compare_strips<8>(data, first, last, bracket, lane, sure_words, band_words, counts);
   }
-  const int rows = num_rows(tile);
-  for (int row = 0; row < rows; ++row) {
-    if (row >= first && row < last) continue;
-    compare_edge_row(x, tile, row, bracket, lane, sure_words, band_words, counts);
+  const int strips = num_strips(tile);
+  for (int strip = 0; strip < strips; ++strip) {
+    if (strip >= first && strip < last) continue;
+    compare_edge_strip(x, tile, strip, bracket, lane, sure_words, band_words, counts);
   }
   return counts;
 }
@@ -235,15 +237,16 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
   if (total == 0) return 0;
   const uint32_t below = warp_exclusive_sum(counts.packed, lane);
 
-  const int rows = num_rows(tile), itemsize = x.itemsize;
+  const int strips = num_strips(tile), itemsize = x.itemsize;
   char* slab = p.slab + slab_offset(x, t);
-  if (total >> 16 <= uint32_t(rows * kRowListCapacity)) {
+  if (total >> 16 <= uint32_t(strips * kStripListCapacity)) {
     uint16_t* list = reinterpret_cast<uint16_t*>(slab) + (below >> 16);
-    visit_bits(sure_words, counts.rows & 0xffffu, lane, itemsize,
+    visit_bits(sure_words, counts.strips & 0xffffu, lane, itemsize,
                [&](int position) { *list++ = uint16_t(position); });
   } else {
     uint32_t* words = reinterpret_cast<uint32_t*>(slab) + lane;
-    for (int row = 0; row < rows; ++row) words[row * kWarpSize] = sure_words[row * kWarpSize + lane];
+    for (int strip = 0; strip < strips; ++strip)
+      words[strip * kWarpSize] = sure_words[strip * kWarpSize + lane];
   }
 
   const uint32_t num_band = total & 0xffffu;
@@ -257,7 +260,7 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
     if (offset + num_band <= uint64_t(p.band_capacity)) {
       if (lane == 0) p.tile_band_offset[t] = uint32_t(offset);
       uint32_t at = uint32_t(offset) + (below & 0xffffu);
-      visit_bits(band_words, counts.rows >> 16, lane, itemsize, [&](int position) {
+      visit_bits(band_words, counts.strips >> 16, lane, itemsize, [&](int position) {
         p.band_positions[at] = uint16_t(position);
         p.band_keys[at] = widen<Key>(x.dtype, load_native<Key>(x, tile.first + position));
         ++at;

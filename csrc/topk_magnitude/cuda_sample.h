@@ -68,7 +68,7 @@ __device__ void advance_sample(const Problem<Key>& p, int pass, PickScratch& scr
 
 // topk_magnitude / sample: stratified jittered runs; the bracket's first digit; the tensor of every tile.
 // Traffic    reads a 32-byte sector per run, 4 or 16 MB; writes a key per sampled element, 4 B per tile.
-// Algorithm  one run per stratum: gradients are correlated by row and column, and independent places gave
+// Algorithm  one run per stratum: gradients are correlated along both dimensions, and independent places gave
 //            rank errors three times as large. A histogram per block, then a global one; the last block
 //            picks.
 // Contract   `sample` holds kAbsent where a run ends early. Where all runs fit, it is all of the data.

@@ -1,6 +1,6 @@
 // topk_magnitude / cuda: tuning constants, what the kernels share, and the histograms of radix selection.
 //
-// Units      tile: kWarpTileNumel consecutive elements of ONE tensor, a warp's work. row: 1,024 of them, a
+// Units      tile: kTileNumel consecutive elements of ONE tensor, a warp's work. strip: 1,024 of them, a
 //            32-bit word of bits per lane. Tiles start at 16-byte boundaries, so a tensor's first tile may be
 //            shorter.
 #pragma once
@@ -18,7 +18,7 @@ namespace topk_cuda {
 #define SAFT_CUDA_SAMPLED_RUNS_LOG2 17
 #define SAFT_CUDA_MIN_BAND_CAPACITY 65536
 #endif
-constexpr int kWarpTileNumel = SAFT_CUDA_TILE_NUMEL;
+constexpr int kTileNumel = SAFT_CUDA_TILE_NUMEL;
 constexpr int kThreads = 256;
 // Loads in flight per multiprocessor: 128 KB with 64 registers per thread, 48 KB with 80 for 8-byte keys.
 template <class Key>
@@ -30,7 +30,7 @@ constexpr int kRunNumel = 8;            // elements sampled together: 32 bytes o
 constexpr int kSampledRunsLog2 = SAFT_CUDA_SAMPLED_RUNS_LOG2;
 constexpr int kLargeSampledRunsLog2 = kSampledRunsLog2 + 2;  // above kLargeNumel
 constexpr index_t kLargeNumel = 2000000000;
-// Half-width of the bracket in binomial standard deviations. Gradients are correlated along rows and columns:
+// Half-width of the bracket in binomial standard deviations. Gradients are correlated along both dimensions of a matrix:
 // structured gradients gave rank errors up to 2.4 sigma with such a sample.
 constexpr double kSigmas = 6.0;
 constexpr int kChunkTiles = 32;  // scanned and emitted together
@@ -38,16 +38,17 @@ constexpr int kChunkTiles = 32;  // scanned and emitted together
 // ---- sizes that follow ----
 
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kRowNumel = kWarpSize * 32;
-constexpr int kTileWords = kWarpTileNumel / 32;
-constexpr int kRowSlabBytes = kRowNumel / 8;
-constexpr int kRowListCapacity = kRowSlabBytes / 2;  // 16-bit positions that fit the place of a row's bits
+constexpr int kStripNumel = kWarpSize * 32;
+constexpr int kTileWords = kTileNumel / 32;
+constexpr int kStripSlabBytes = kStripNumel / 8;
+constexpr int kStripListCapacity =
+    kStripSlabBytes / 2;  // 16-bit positions that fit the place of a strip's bits
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kSamplePasses = 3;
 constexpr int kDtypes = 4;
-static_assert(kWarpTileNumel % (2 * kRowNumel) == 0 && kWarpTileNumel <= 16 * kRowNumel,
-              "rows of a tile are bits of 16");
+static_assert(kTileNumel % (2 * kStripNumel) == 0 && kTileNumel <= 16 * kStripNumel,
+              "strips of a tile are bits of 16");
 static_assert(kChunkTiles * 8 == kThreads, "count: eight threads per tile of a chunk");
 
 template <class Key>
@@ -140,17 +141,19 @@ struct Tile {
 __device__ __forceinline__ Tile make_tile(const DeviceTensor& x, index_t t) {
   const index_t in_tensor = t - x.first_tile;
   Tile tile;
-  tile.first = in_tensor * kWarpTileNumel - x.shift;
+  tile.first = in_tensor * kTileNumel - x.shift;
   tile.begin = tile.first < 0 ? int(-tile.first) : 0;
-  tile.end = x.numel - tile.first < kWarpTileNumel ? int(x.numel - tile.first) : kWarpTileNumel;
+  tile.end = x.numel - tile.first < kTileNumel ? int(x.numel - tile.first) : kTileNumel;
   return tile;
 }
 
 __device__ __forceinline__ index_t slab_offset(const DeviceTensor& x, index_t t) {
-  return x.slab_offset + (t - x.first_tile) * (kWarpTileNumel / 8);
+  return x.slab_offset + (t - x.first_tile) * (kTileNumel / 8);
 }
 
-__device__ __forceinline__ int num_rows(const Tile& tile) { return (tile.end + kRowNumel - 1) / kRowNumel; }
+__device__ __forceinline__ int num_strips(const Tile& tile) {
+  return (tile.end + kStripNumel - 1) / kStripNumel;
+}
 
 template <class Key>
 __device__ __forceinline__ Key load_native(const DeviceTensor& x, index_t flat) {

@@ -13,8 +13,6 @@
 
 namespace saft {
 
-constexpr index_t kTileNumel = 65536;  // elements of ONE tensor, so a position in a tile is 16 bits
-
 // ---- native keys ----
 
 template <class scalar_t>

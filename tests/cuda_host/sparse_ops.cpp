@@ -7,7 +7,7 @@
 #define SAFT_CUDA_UPLOAD_WORDS 50
 #define SAFT_CUDA_ADAMW_WORDS 40
 #define SAFT_CUDA_ADAMW_MANY_WORDS 70
-#define SAFT_CUDA_ADAMW_ROWS 3
+#define SAFT_CUDA_ADAMW_HYPERS 3
 
 #include "gather_scatter/cuda.cu"
 #include "sparse_adamw/cuda.cu"
