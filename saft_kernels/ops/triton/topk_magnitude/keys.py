@@ -19,7 +19,7 @@ PIECE_COLUMNS: tl.constexpr = tl.constexpr(8)
 SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(8)
 
 
-# ---- keys: csrc/topk_magnitude.h says what they are ----
+# ---- keys: csrc/topk_magnitude/topk_magnitude.h says what they are ----
 
 
 @device_function
