@@ -43,7 +43,7 @@ from triton_tools import (
 from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment
 
 triton_adamw = importlib.import_module("saft_kernels.ops.triton.sparse_adamw")
-coordinates = importlib.import_module("saft_kernels.ops.triton._coordinates")
+coordinates = importlib.import_module("saft_kernels.ops.triton.coordinates")
 
 OP = "prepare_sparse_adamw"
 BACKEND = Backend("triton", "triton", device=DEVICE)

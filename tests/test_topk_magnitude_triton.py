@@ -42,7 +42,7 @@ from triton_tools import (
 from saft_kernels import TopK, ops
 
 triton_topk = importlib.import_module("saft_kernels.ops.triton.topk_magnitude")
-pieces = importlib.import_module("saft_kernels.ops.triton._pieces")
+pieces = importlib.import_module("saft_kernels.ops.triton.topk_magnitude.pieces")
 
 SIZES = pieces.Sizes(line=4, gathered_tile=512, direct_tile=1024)
 SMALL = triton_topk.Tuning(

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
-from ..tables import Table
+from ..tables import Words
 from .launch import device_function
 
 TILE_COLUMNS: tl.constexpr = tl.constexpr(3)  # segment, first coordinate, last coordinate + 1
@@ -38,7 +38,7 @@ class Layouts:
         return ndim, first
 
 
-def tiles(counts: Table, sizes: Table) -> Table:
+def tiles(counts: Words, sizes: Words) -> Words:
     """The tiles of segments of `counts` coordinates, cut every `sizes`: one row of TILE_COLUMNS for each."""
     per_segment = -(-counts // sizes)
     segment = np.repeat(np.arange(len(counts)), per_segment)
@@ -47,7 +47,7 @@ def tiles(counts: Table, sizes: Table) -> Table:
     return np.stack([segment, first, np.minimum(first + sizes[segment], counts[segment])], axis=1)
 
 
-def align(parts: Sequence[Table]) -> tuple[Table, list[int]]:
+def align(parts: Sequence[Words]) -> tuple[Words, list[int]]:
     """One table of all parts, each at a multiple of 16 B, where every kernel may expect it; and where each starts."""
     flat = [np.pad(part.reshape(-1), (0, -part.size % 2)) for part in parts]
     ends = np.cumsum([len(part) for part in flat])

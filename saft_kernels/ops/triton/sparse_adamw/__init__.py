@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import tables
 from ...adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from ...dtypes import DTYPE_CODES
-from ...tables import Table
+from ...tables import Words
 from ...walk import PointerColumn
 from ..coordinates import Layouts, align, tiles
 from ..launch import INTERPRETED, launch, staged, to_device
@@ -55,10 +55,10 @@ _NUM_INPUTS = kernels.LR_AT.value  # fp64; the addresses follow
 class Mirror:
     """Words on the host, and the same words on the device as of the last call."""
 
-    def __init__(self, words: Table, device: torch.device) -> None:
+    def __init__(self, words: Words, device: torch.device) -> None:
         self.words = words
         self._device = device
-        self._sent: Table | None = None
+        self._sent: Words | None = None
         self._copy = torch.empty(0, dtype=torch.int64)
 
     def on_device(self, prefix: int) -> Tensor:
@@ -94,8 +94,8 @@ class Plan:
         self._codes = [DTYPE_CODES[p.dtype] for p in self._params]
         self._tiles = self._cut()
         self._addresses = np.zeros((len(self.segments), 2), dtype=np.int64)  # of parameters and gradients
-        self._params_column = PointerColumn(self._addresses, 0)
-        self._grads_column = PointerColumn(self._addresses, 1)
+        self._params_column = PointerColumn(self._addresses[:, 0])
+        self._grads_column = PointerColumn(self._addresses[:, 1])
         self._is_filled = False  # for tensors of the form that the columns have seen
         # rows, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
         self._fixed = Mirror(np.zeros(0, dtype=np.int64), self._device)
@@ -106,7 +106,7 @@ class Plan:
         self._scalars = torch.empty(0, dtype=torch.int64)
         self._captured: list[Tensor] = []
 
-    def _cut(self) -> list[Table]:
+    def _cut(self) -> list[Words]:
         """The tiles of each launch: fp64 parameters apart."""
         counts = np.array([s.count for s in self.segments], dtype=np.int64)
         whole = np.array([s.indices is None for s in self.segments], dtype=bool)
@@ -176,7 +176,7 @@ class Plan:
             raise ValueError(f"`{name}`: expected a tensor on {self._device} or the CPU, got {scalar.device}; move it")
         return float(scalar)
 
-    def _write_scalars(self, row: Table, hyper: AdamWHyper) -> None:
+    def _write_scalars(self, row: Words, hyper: AdamWHyper) -> None:
         """All are numbers; as csrc/sparse_adamw.h's AdamWScalars."""
         for name, scalar in (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale)):
             self._number(name, scalar)
@@ -187,7 +187,7 @@ class Plan:
             *((-1.0 if h.maximize else 1.0) / h.grad_scale, 0.0),
         )
 
-    def _write_inputs(self, row: Table, hyper: AdamWHyper, converted: list[Tensor]) -> None:
+    def _write_inputs(self, row: Words, hyper: AdamWHyper, converted: list[Tensor]) -> None:
         """What scalars_kernel reads: numbers, and the addresses of what is on the device."""
         named = (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale))
         beta1, beta2 = float(hyper.beta1), float(hyper.beta2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import tables
 from ...dtypes import DTYPE_CODES
-from ...tables import Table
+from ...tables import Words
 
 GATHERED = 4
 """The kind of a segment that is read element by element; the other kinds are the dtype codes."""
@@ -49,7 +49,7 @@ class Pieces:
     the ends of contiguous tensors, small tensors, strided ones. So 10^5 tiny tensors are a few tiles.
     """
 
-    table: Table  # pieces, layouts, segments by kind: one copy to the device
+    table: Words  # pieces, layouts, segments by kind: one copy to the device
     num_pieces: int
     layouts_offset: int
     max_ndim: int  # of the layouts; 0 when every tensor is contiguous
@@ -145,7 +145,7 @@ def cut(tensors: Sequence[Tensor], sizes: Sizes) -> Pieces:
 
 def _layouts(
     tensors: Sequence[Tensor], contiguous: np.ndarray[tuple[int], np.dtype[np.bool_]]
-) -> tuple[Table, Table, int]:
+) -> tuple[Words, Words, int]:
     """Rows (size, stride) from the innermost dimension out, all of max_ndim; the row of each tensor; max_ndim."""
     index: dict[tuple[int, ...], int] = {(2**62, 1): 0}  # every contiguous tensor
     layout = np.zeros(len(tensors), dtype=np.int64)
@@ -159,6 +159,6 @@ def _layouts(
     return rows, layout * (2 * max_ndim), max_ndim if len(index) > 1 else 0
 
 
-def _padded(rows: Table) -> Table:
+def _padded(rows: Words) -> Words:
     flat = rows.reshape(-1)
     return np.pad(flat, (0, -len(flat) % _PADDING))
