@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from saft_kernels.ops import tables
+from saft_kernels.ops.dtypes import DTYPE_CODES
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc").rglob("*.h"))
 STRUCTS = {
@@ -54,6 +55,13 @@ def test_fields_are_those_of_the_struct(struct: str) -> None:
     sizes = [dtype[name].itemsize for name in tables.names(dtype)]
     assert offsets == np.cumsum([0, *sizes[:-1]]).tolist()  # no padding, as every member is 64 bits wide
     assert dtype.itemsize == sum(sizes)
+
+
+def test_codes_are_those_of_the_enum() -> None:
+    (header,) = [source for source in SOURCES if source.name == "common.h" and source.parent.name == "csrc"]
+    (body,) = re.findall(r"enum class ScalarType : int64_t {(.*?)};", header.read_text())
+    codes = dict(member.strip().removeprefix("k").lower().split(" = ") for member in body.split(","))
+    assert codes == {str(dtype).removeprefix("torch."): str(code) for dtype, code in DTYPE_CODES.items()}
 
 
 def test_packed_rows_are_rows_of_the_struct() -> None:
