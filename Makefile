@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/* python/*)
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
+CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
 .PHONY: build demo test lint format bench gpu sanitize clean help
@@ -31,12 +32,12 @@ lint: build  ## ruff, mypy, clang-format: what CI checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/* python/*
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: build  ## rewrites the sources the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* python/*
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
 	set -e; for file in bench/bench_*.py; do $(BIN)/python $$file; done

@@ -19,29 +19,19 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = [
-    "python/bindings.cpp",
-    "python/bindings_tensors.cpp",
-    "csrc/gather_scatter_cpu.cpp",
-    "csrc/sddmm_cpu.cpp",
-    "csrc/sparse_adamw_cpu.cpp",
-    "csrc/topk_magnitude_cpu.cpp",
-]
-CUDA_SOURCES = [
-    "csrc/gather_scatter_cuda.cu",
-    "csrc/sddmm_cuda.cu",
-    "csrc/sparse_adamw_cuda.cu",
-    "csrc/topk_magnitude_cuda.cu",
-]
-# as -ffp-contract=off below: the step's bits are those of the cpu backend, and fused ones drift from torch's AdamW
-UNFUSED_SOURCES = ["csrc/sparse_adamw_cuda.cu"]
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
+SOURCES = [path for path in sorted(glob("csrc/*/*.cpp") + glob("python/*.cpp")) if path != CUDA_BINDINGS]
+CUDA_SOURCES = sorted(glob("csrc/*/*.cu"))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+# as -ffp-contract=off below: the step's bits are those of the cpu backend, and fused ones drift from torch's AdamW
+UNFUSED_SOURCES = ["csrc/sparse_adamw/cuda.cu"]
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 SANITIZE_ARGS = [
@@ -89,15 +79,15 @@ def compile_cuda(nvcc: str, directory: Path) -> list[str]:
     archs = [arch.strip() for arch in os.environ.get("SAFT_CUDA_ARCHS", "80;90").split(";") if arch.strip()]
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    directory.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str) -> str:
-        target = directory / Path(source).with_suffix(".o").name
+        target = directory / Path(source).with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-std=c++17", "-O3", "-lineinfo", *code, "-Icsrc"]
         if source in UNFUSED_SOURCES:
             command.append("-fmad=false")
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-c", source, "-o", str(target)]
-        print(" ".join(command))
+        print(" ".join(command) + "\n", end="")  # in one write: others run beside it
         subprocess.run(command, check=True)
         return str(target)
 
@@ -173,7 +163,7 @@ extension = Pybind11Extension(
     "saft_kernels._C",
     SOURCES,
     include_dirs=["csrc"],
-    depends=[str(path) for path in [*sorted(Path("csrc").glob("*.h")), *map(Path, CUDA_SOURCES)]],
+    depends=[*HEADERS, *CUDA_SOURCES, CUDA_BINDINGS],
     cxx_std=17,
 )
 

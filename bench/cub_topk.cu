@@ -10,8 +10,8 @@
 #include <cuda/iterator>
 
 // Without a workspace: the bytes it needs. With one: 0, or -1 when CUB failed.
-extern "C" int64_t cub_topk(const float* keys, float* top_keys, int64_t* top_indices, int64_t numel, int64_t k,
-                            void* workspace, int64_t workspace_bytes, cudaStream_t stream) {
+extern "C" int64_t cub_topk(const float* keys, float* top_keys, int64_t* top_indices, int64_t numel,
+                            int64_t k, void* workspace, int64_t workspace_bytes, cudaStream_t stream) {
   const auto requirements = cuda::execution::require(cuda::execution::determinism::not_guaranteed,
                                                      cuda::execution::output_ordering::unsorted);
   const auto environment = cuda::std::execution::env{cuda::stream_ref{stream}, requirements};

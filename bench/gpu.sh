@@ -55,7 +55,7 @@ import pybind11
 includes = ["-Icsrc", "-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"]]
 host = "-fPIC,-fvisibility=hidden,-fopenmp,-ffp-contract=off,-fno-math-errno,-fno-trapping-math"
 command = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-fmad=false", f"-arch=sm_{sys.argv[1]}", "-Xcompiler", host, "-DSAFT_WITH_CUDA=1"]
-sources = glob.glob("csrc/*.cu") + glob.glob("csrc/*.cpp") + glob.glob("python/*.cpp")
+sources = glob.glob("csrc/*/*.cu") + glob.glob("csrc/*/*.cpp") + glob.glob("python/*.cpp")
 target = "saft_kernels/_C" + sysconfig.get_config_var("EXT_SUFFIX")
 sys.exit(subprocess.run([*command, *includes, "-shared", *sources, "-lgomp", "-o", target]).returncode)
 PYTHON

@@ -11,12 +11,24 @@
 #define SAFT_HOST_DEVICE inline
 #endif
 
+// ---- words: one meaning each, in csrc/ and in the tables that Python fills ----
+//
+// coordinate  a selected element, together with what the packed arrays hold of it (index, value, state)
+// segment     one tensor with its coordinates: a row of the tables of gather, scatter and sparse_adamw
+// row         of a table, of structs or as Python fills it. What a matrix has are channels: outputs, inputs
+// hyper       the scalars of one step of one param group; a segment names its row of them
+// tile        the part of ONE tensor that a thread, warp or block works on at a time; positions in it are 16 bits
+//             where they are stored. topk_magnitude / cuda cuts it into strips of 1,024 elements
+// chunk       what is handed out at once, wherever the borders of tensors lie: coordinates, entries, 32 tiles
+// sure, band  keys above the bracket, and inside it: together the survivors of a filter
+// selected    the outcome: the sure ones, and of the band what is above the threshold, with the first of the ties
+
 namespace saft {
 
 using index_t = int64_t;  // every count, offset and stride
 
-// Storage types. The numbers are part of the private table format that saft_kernels/ops/_tables.py
-// writes; change both together.
+// Storage types. The numbers are part of the private table format that saft_kernels/ops/dtypes.py
+// has; change both together.
 enum class ScalarType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 struct bfloat16 {

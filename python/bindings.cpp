@@ -11,11 +11,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_isa.h"
-#include "gather_scatter.h"
-#include "sddmm.h"
-#include "sparse_adamw.h"
-#include "topk_magnitude.h"
+#include "cpu/isa.h"
+#include "gather_scatter/gather_scatter.h"
+#include "sddmm/sddmm.h"
+#include "sparse_adamw/sparse_adamw.h"
+#include "topk_magnitude/topk_magnitude.h"
 
 namespace py = pybind11;
 

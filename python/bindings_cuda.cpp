@@ -7,10 +7,11 @@
 #include <string_view>
 #include <vector>
 
-#include "gather_scatter_cuda.h"
-#include "sddmm_cuda.h"
-#include "sparse_adamw_cuda.h"
-#include "topk_magnitude_cuda.h"
+#include "cuda/device.h"
+#include "gather_scatter/gather_scatter.h"
+#include "sddmm/sddmm.h"
+#include "sparse_adamw/sparse_adamw.h"
+#include "topk_magnitude/topk_magnitude.h"
 
 namespace py = pybind11;
 
@@ -89,7 +90,7 @@ void bind_cuda(py::module_& m) {
       .def_readonly("table_bytes", &saft::TopKCudaPlan::table_bytes)
       .def_readonly("workspace_bytes", &saft::TopKCudaPlan::workspace_bytes)
       .def_readonly("result_words", &saft::TopKCudaPlan::result_words);
-  m.def("cuda_unavailable", &saft::topk_magnitude_cuda_unavailable, py::arg("device"), nogil);
+  m.def("cuda_unavailable", &saft::cuda_unavailable, py::arg("device"), nogil);
   m.def("topk_magnitude_cuda_plan", &plan, py::arg("tensors"), py::arg("num_tensors"), py::arg("k"), nogil);
   m.def("topk_magnitude_cuda_table", &fill_table, py::arg("plan"), py::arg("tensors"), py::arg("table"),
         py::arg("device_table"), nogil);

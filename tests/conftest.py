@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("saft")
 
-CPU_ISAS = ("baseline", "avx2", "avx512")  # by the number that csrc/cpu_isa.h gives them
+CPU_ISAS = ("baseline", "avx2", "avx512")  # by the number that csrc/cpu/isa.h gives them
 
 
 @dataclass(frozen=True)

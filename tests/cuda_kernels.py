@@ -45,7 +45,7 @@ def host_library(name: str) -> ctypes.CDLL:
         "-Wno-unknown-pragmas",
     ]
     flags += SANITIZE_FLAGS if SANITIZED else []
-    sources = sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/*.cu"), *ROOT.glob("tests/cuda_host/*")])
+    sources = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/*/*.cu"), *ROOT.glob("tests/cuda_host/*")])
     digest = hashlib.sha256(" ".join([name, *flags]).encode())
     for source in sources:
         digest.update(source.read_bytes())

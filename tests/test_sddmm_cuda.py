@@ -82,7 +82,7 @@ def host() -> HostKernels:
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *(SANITIZE_FLAGS if SANITIZED else [])]
     source = ROOT / "tests/cuda_host/sddmm.cpp"
     digest = hashlib.sha256(" ".join(flags).encode())
-    read = [source, ROOT / "tests/cuda_host/cuda_host.h", ROOT / "csrc/sddmm_cuda.cu", *ROOT.glob("csrc/*.h")]
+    read = [source, ROOT / "tests/cuda_host/cuda_host.h", ROOT / "csrc/sddmm/cuda.cu", *ROOT.glob("csrc/**/*.h")]
     for path in sorted(read):
         digest.update(path.read_bytes())
     library = Path(tempfile.gettempdir(), f"saft_kernels_cuda_host_{digest.hexdigest()[:16]}.so")
@@ -177,7 +177,7 @@ def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
         pytest.skip("no nvcc on PATH")
     command = [nvcc, "-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    command += [f"-I{ROOT / 'csrc'}", "-c", str(ROOT / "csrc/sddmm_cuda.cu")]
+    command += [f"-I{ROOT / 'csrc'}", "-c", str(ROOT / "csrc/sddmm/cuda.cu")]
     run = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     reports = run.stderr.split("Compiling entry function")[1:]

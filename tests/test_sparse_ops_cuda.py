@@ -412,7 +412,7 @@ REGISTERS = {"sparse_adamw_kernel": 80}  # for the three blocks per multiprocess
 
 
 @pytest.mark.parametrize(
-    ("source", "arch"), [("sparse_adamw_cuda.cu", 80), ("sparse_adamw_cuda.cu", 90), ("gather_scatter_cuda.cu", 90)]
+    ("source", "arch"), [("sparse_adamw/cuda.cu", 80), ("sparse_adamw/cuda.cu", 90), ("gather_scatter/cuda.cu", 90)]
 )
 def test_nvcc_compiles_without_spills(
     source: str, arch: int, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -437,7 +437,7 @@ def test_nvcc_fuses_no_multiply_add_of_the_element_math(tmp_path: Path) -> None:
         pytest.skip("no nvcc on PATH")
     ptx = tmp_path / "kernels.ptx"
     command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_80", "-ptx", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(ROOT / "csrc/sparse_adamw_cuda.cu"), "-o", str(ptx)], check=True)
+    subprocess.run([*command, str(ROOT / "csrc/sparse_adamw/cuda.cu"), "-o", str(ptx)], check=True)
     text = ptx.read_text()
     assert "fma.rn.f32" not in text
     assert "sqrt.rn.f32" in text

@@ -296,14 +296,14 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def cpu_sample_constant(name: str) -> int:
-    source = (Path(__file__).parent.parent / "csrc" / "topk_magnitude_cpu_sample.h").read_text()
+    source = (Path(__file__).parent.parent / "csrc" / "topk_magnitude" / "cpu_sample.h").read_text()
     match = re.search(rf"{name} = (?:index_t\(1\) << )?(\d+)", source)
-    assert match, f"csrc/topk_magnitude_cpu_sample.h has no {name}: what the sample skips has to be worked out anew"
+    assert match, f"csrc/topk_magnitude/cpu_sample.h has no {name}: what the sample skips has to be worked out anew"
     return 2 ** int(match[1]) if "<<" in match[0] else int(match[1])
 
 
 def lines_the_cpu_sample_skips(numel: int, k: int) -> np.ndarray:
-    """Mirrors Sample of csrc/topk_magnitude_cpu_sample.h for one tensor. Were it to differ, the test below would
+    """Mirrors Sample of csrc/topk_magnitude/cpu_sample.h for one tensor. Were it to differ, the test below would
     still pass, but no longer make the first guess fail."""
     line_numel = cpu_sample_constant("kLineNumel")
     best = int((9 * numel * (k / numel) ** 0.5) ** (2 / 3))

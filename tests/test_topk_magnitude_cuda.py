@@ -331,7 +331,7 @@ KERNELS = 12  # six, for 31-bit and for 63-bit keys
 def test_nvcc_compiles_without_spills(
     arch: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    kernels = compile_kernels("topk_magnitude_cuda.cu", arch, tmp_path)
+    kernels = compile_kernels("topk_magnitude/cuda.cu", arch, tmp_path)
     assert len(kernels) == KERNELS, kernels
     for name, kernel in kernels.items():
         record_property(f"sm_{arch} {name}", f"{kernel.registers} registers, {kernel.shared} B shared")

@@ -5,7 +5,7 @@
 // small blocks of tokens: many of them in little data
 #define SAFT_CUDA_SDDMM_TOKEN_BLOCK 128
 
-#include "sddmm_cuda.cu"
+#include "sddmm/cuda.cu"
 
 extern "C" {
 

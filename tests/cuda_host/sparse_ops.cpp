@@ -7,10 +7,10 @@
 #define SAFT_CUDA_UPLOAD_WORDS 50
 #define SAFT_CUDA_ADAMW_WORDS 40
 #define SAFT_CUDA_ADAMW_MANY_WORDS 70
-#define SAFT_CUDA_ADAMW_ROWS 3
+#define SAFT_CUDA_ADAMW_HYPERS 3
 
-#include "gather_scatter_cuda.cu"
-#include "sparse_adamw_cuda.cu"
+#include "gather_scatter/cuda.cu"
+#include "sparse_adamw/cuda.cu"
 
 extern "C" {
 
@@ -24,8 +24,8 @@ void sparse_adamw_table(const saft::AdamWSegment* segments, int64_t num_segments
   saft::sparse_adamw_cuda_table(segments, num_segments, device_table, nullptr);
 }
 
-void sparse_adamw(const saft::AdamWSegment* segments, int64_t num_segments, const saft::AdamWCudaHyper* hypers,
-                  const void* device_table, int max_blocks) {
+void sparse_adamw(const saft::AdamWSegment* segments, int64_t num_segments,
+                  const saft::AdamWCudaHyper* hypers, const void* device_table, int max_blocks) {
   saft::sparse_adamw_cuda(segments, num_segments, hypers, device_table, nullptr, max_blocks);
 }
 

@@ -8,7 +8,8 @@
 #define SAFT_CUDA_SAMPLED_RUNS_LOG2 9
 #define SAFT_CUDA_MIN_BAND_CAPACITY 512
 
-#include "topk_magnitude_cuda.cu"
+#include "cuda/device.cu"
+#include "topk_magnitude/cuda.cu"
 
 extern "C" {
 

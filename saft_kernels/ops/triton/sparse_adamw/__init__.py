@@ -177,7 +177,7 @@ class Plan:
         return float(scalar)
 
     def _write_scalars(self, row: Table, hyper: AdamWHyper) -> None:
-        """All are numbers; as csrc/sparse_adamw.h's AdamWScalars."""
+        """All are numbers; as AdamWScalars of csrc/sparse_adamw/sparse_adamw.h."""
         for name, scalar in (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale)):
             self._number(name, scalar)
         h = hyper.on_host()

@@ -180,7 +180,7 @@ def _from_opmath(value, TYPE: tl.constexpr):
 
 @device_function
 def _element(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, scalars, TYPE: tl.constexpr):
-    """csrc/sparse_adamw.h's adamw_element: the same operations in the same order, each rounded on its own."""
+    """As adamw_element of csrc/sparse_adamw/sparse_adamw.h: the same operations in order, each rounded by itself."""
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps, inverse_grad_scale = scalars
     grad = grad * inverse_grad_scale
     param = param * decay

@@ -1,6 +1,6 @@
 """topk_magnitude on GPUs without a CUDA toolkit: one read of the data, whatever k.
 
-Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011), as in csrc/topk_magnitude_cpu.cpp:
+Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011), as in csrc/topk_magnitude/cpu.cpp:
   sample   a stratified sample brackets the k-th key: [lo, hi]
   filter   the only full read. key > hi: sure; lo <= key <= hi: band. One bit per element for each, counts per tile
   collect  the keys of the band, in order of position

@@ -24,7 +24,7 @@ from .rows import (
     SPAN_WORDS,
 )
 
-# ---- keys: csrc/topk_magnitude.h says what they are ----
+# ---- keys: csrc/topk_magnitude/topk_magnitude.h says what they are ----
 
 
 @device_function

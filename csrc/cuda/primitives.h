@@ -1,0 +1,152 @@
+// cuda / primitives: launches, error checks, and warp and block primitives shared by the CUDA sources.
+//
+// Device code uses only what tests/cuda_host can execute on a CPU: with SAFT_CUDA_HOST that header stands in
+// for the CUDA runtime, and what it cannot offer (PTX) goes through the wrappers below.
+#pragma once
+
+#if !defined(SAFT_CUDA_HOST)
+#include <cuda_runtime.h>
+#endif
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+
+namespace saft {
+
+// ---- host side ----
+
+inline void cuda_check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// kernel<<<grid, block, 0, stream>>>(...) and a check that the launch was accepted.
+#if defined(SAFT_CUDA_HOST)
+#define SAFT_LAUNCH(kernel, grid, block, stream, ...) \
+  ((void)(stream), cuda_host::launch(#kernel, (grid), (block), [&] { kernel(__VA_ARGS__); }))
+#else
+#define SAFT_LAUNCH(kernel, grid, block, stream, ...)          \
+  do {                                                         \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);   \
+    ::saft::cuda_check(cudaGetLastError(), "launch " #kernel); \
+  } while (false)
+#endif
+
+// A grid of `work` blocks, but of no more than are resident at once.
+inline unsigned grid_size(index_t work, int blocks_per_sm, int max_blocks) {
+  int device = 0, num_sms = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  index_t blocks = std::min<index_t>(work, index_t(num_sms) * blocks_per_sm);
+  if (max_blocks > 0) blocks = std::min<index_t>(blocks, max_blocks);
+  return unsigned(std::max<index_t>(blocks, 1));
+}
+
+inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+
+// The bytes of arguments that a kernel may have: __grid_constant__ ones are read where the launch put them.
+#if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
+constexpr int kMaxArgumentBytes = 32764;  // needs driver 530, see cuda_unavailable
+#else
+constexpr int kMaxArgumentBytes = 4096;
+#endif
+
+// ---- warp ----
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kFullMask, value, offset);
+  }
+  return value;
+}
+
+// The sum over the lanes below this one.
+template <class T>
+__device__ __forceinline__ T warp_exclusive_sum(T value, int lane) {
+  T inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const T below = __shfl_up_sync(kFullMask, inclusive, offset);
+    if (lane >= offset) inclusive += below;
+  }
+  return inclusive - value;
+}
+
+// ---- block ----
+
+// The sum over the threads below this one; `total` gets the sum over the block. `scratch`: one per warp.
+// Ends with a barrier, so `scratch` may be reused at once.
+template <int kThreads, class T>
+__device__ __forceinline__ T block_exclusive_sum(T value, T* scratch, T* total) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
+  const T below = warp_exclusive_sum(value, lane);
+  if (lane == kWarpSize - 1) scratch[warp] = below + value;
+  __syncthreads();
+  T base = 0, sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) base = sum;
+    sum += scratch[w];
+  }
+  __syncthreads();
+  *total = sum;
+  return base + below;
+}
+
+// Whether this block is the last of the grid to get here: it then sees what every other block wrote before
+// (read it with __ldcg: L1 is not coherent). Call it once per kernel, from all threads.
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+  __shared__ uint32_t last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (last != 0) __threadfence();
+  return last != 0;
+}
+
+// ---- tables whose rows share out a range: tiles, sampled runs ----
+
+// The row that holds `at`: the last one that starts at or below it and is not empty.
+template <class Row>
+__device__ __forceinline__ index_t find_row(const Row* rows, index_t num_rows, index_t Row::* first,
+                                            index_t at) {
+  index_t low = 0, high = num_rows;  // rows[low].*first <= at < rows[high].*first
+  while (high - low > 1) {
+    const index_t middle = low + (high - low) / 2;
+    if (rows[middle].*first <= at) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// ---- PTX ----
+
+// 16 aligned bytes that this kernel reads once and nobody writes meanwhile.
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(address));
+  return v;
+#else
+  return *address;
+#endif
+}
+
+}  // namespace saft

@@ -1,0 +1,305 @@
+// topk_magnitude / cpu: one read of the data, whatever k.
+//
+// Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011).
+//   sample   brackets the k-th key: [bracket.lo, bracket.hi]
+//   filter   the only full read. key > hi: sure; lo <= key <= hi: band. Per tile: lists of 16-bit positions
+//            when few survivors are expected, else a bitmap of the sure ones; keys are kept for the band
+//            alone
+//   verify   num_sure < k <= num_sure + num_band, both exact. If not, or if a list outgrew its budget: a radix
+//            select over the data finds the exact key, and one more filter uses it as both bounds
+//   select   the exact k-th key from the band
+//   emit     per tile: sure + band keys above the threshold + the tile's share of the ties, which go to the
+//            lowest positions by a scan over tiles
+// Traffic    reads sizeof(scalar_t) B/elem once; writes 8 B per selected position. Workspace: lists of 2 B per
+//            sure element (with the band at most N / 16) or 1 bit per element; 6 B (10 B with fp64) per band
+//            element (at most N / 64), or 1 bit per element beside a bitmap when the bracket is one key.
+// Contract   the sample only steers: no guess, budget or schedule can change the answer.
+// Threads    tiles are handed out dynamically; each result has a fixed place, so none depends on timing.
+
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "topk_magnitude/cpu_filter.h"
+#include "topk_magnitude/cpu_sample.h"
+#include "topk_magnitude/cpu_tiles.h"
+#include "topk_magnitude/topk_magnitude.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace saft {
+namespace topk_cpu {
+
+// Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24.
+constexpr double kListShare = 1.0 / 32;  // expect fewer survivors than this: lists; more: bitmaps
+constexpr index_t kListBudget = 16;      // lists hold at most numel / kListBudget survivors
+constexpr int kDigitBits = 11;
+
+// Fresh pages cost more than the bytes written to them: ask for huge ones where the system leaves the choice.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+template <class Key>
+class TopKMagnitude {
+ public:
+  TopKMagnitude(const TensorDesc* tensors, index_t num_tensors, index_t k, int num_threads, Isa isa)
+      : tensors_(tensors),
+        num_tensors_(num_tensors),
+        k_(k),
+        num_threads_(std::max(1, num_threads)),
+        isa_(isa) {
+    for (index_t t = 0; t < num_tensors; ++t) {
+      numel_ += tensors[t].numel;
+      for (index_t first = 0; first < tensors[t].numel; first += kTileNumel) {
+        tiles_.push_back({t, first, std::min(kTileNumel, tensors[t].numel - first)});
+      }
+    }
+    num_threads_ = int(std::min<index_t>(num_threads_, std::max<index_t>(1, index_t(tiles_.size()))));
+    run_ = std::min<index_t>(64, 1 + index_t(tiles_.size()) / (num_threads_ * 256));
+    for (int i = 0; i < num_threads_; ++i) workspaces_.push_back(std::make_unique<Workspace<Key>>());
+  }
+
+  TopKResult run(index_t* indices, index_t* counts) {
+    std::fill(counts, counts + num_tensors_, 0);
+    Bracket<Key> bracket = Sample<Key>(tensors_, num_tensors_, numel_, k_, num_threads_).bracket();
+    bool verified = filter(bracket) && num_sure_ < k_ && k_ <= num_sure_ + num_band_;
+    if (!verified && k_ > 0) {
+      const Key exact = radix_select(0, CommonKey<Key>::kNaN, k_, data_visitor());
+      bracket = {exact, exact, 1.0};
+      filter(bracket);
+    }
+    TopKResult result{std::numeric_limits<double>::infinity(), 0};
+    for (const auto& workspace : workspaces_) result.num_nonfinite += workspace->num_nonfinite;
+    if (k_ == 0) return result;
+    const Key threshold = radix_select(bracket.lo, bracket.hi, k_ - num_sure_, band_visitor());
+    advise_huge_pages(indices, size_t(k_) * sizeof(index_t));
+    emit(threshold, indices, counts);
+    result.threshold = key_to_double(threshold);
+    return result;
+  }
+
+ private:
+  static double key_to_double(Key key) {
+    if (key == CommonKey<Key>::kNaN) return std::numeric_limits<double>::quiet_NaN();
+    if constexpr (sizeof(Key) == 8) {
+      return bit_cast<double>(key);
+    } else {
+      return bit_cast<double>(double_bits_from_float_bits(key));
+    }
+  }
+
+  template <class Fn>
+  void for_each_tile(const Fn& fn) {
+    parallel_for(index_t(tiles_.size()), run_, num_threads_, fn);
+  }
+
+  // ---- filter ----
+
+  // Fills survivors_, num_sure_, num_band_. False: a budget was outgrown and the pass was abandoned.
+  bool filter(const Bracket<Key>& bracket) {
+    const bool lists = bracket.survivor_share < kListShare;
+    const bool keep_keys = lists || bracket.lo != bracket.hi;
+    const index_t budget = std::max(kSmallNumel, numel_ / kListBudget);
+    const index_t band_budget = std::max(kSmallNumel, numel_ / kBandBudget);
+    std::atomic<index_t> num_sure{0}, num_band{0};
+    survivors_.assign(tiles_.size(), {});
+    for (auto& workspace : workspaces_) workspace->clear();
+    const std::tuple<Thresholds<Key, float>, Thresholds<Key, bfloat16>, Thresholds<Key, float16>,
+                     Thresholds<Key, double>>
+        thresholds(bracket, bracket, bracket, bracket);
+    const auto outgrown = [&] {
+      const index_t band = num_band.load(std::memory_order_relaxed);
+      return (keep_keys && band > band_budget) ||
+             (lists && num_sure.load(std::memory_order_relaxed) + band > budget);
+    };
+    for_each_tile([&](index_t t, int thread) {
+      if (outgrown()) return;
+      const Tile& tile = tiles_[t];
+      const TensorDesc& tensor = tensors_[tile.tensor];
+      Workspace<Key>& workspace = *workspaces_[thread];
+      Survivors<Key>& out = survivors_[t];
+      dispatch(tensor.dtype, [&](auto tag) {
+        using scalar_t = typename decltype(tag)::type;
+        const scalar_t* x = load_tile<scalar_t>(tensor, tile, workspace.gathered);
+        const auto& above = std::get<Thresholds<Key, scalar_t>>(thresholds);
+        if (lists) {
+          filter_to_lists(isa_, x, tile.numel, above, workspace, out);
+        } else {
+          filter_to_words(isa_, x, tile.numel, above, keep_keys, workspace, out);
+        }
+      });
+      num_sure.fetch_add(out.num_sure, std::memory_order_relaxed);
+      num_band.fetch_add(out.num_band, std::memory_order_relaxed);
+    });
+    num_sure_ = num_sure;
+    num_band_ = num_band;
+    return !outgrown();
+  }
+
+  // ---- select ----
+
+  // Visitors call fn(key) for the keys of one tile.
+  auto band_visitor() {
+    return [this](index_t t, int, const auto& fn) {
+      const Survivors<Key>& survivors = survivors_[t];
+      for (uint32_t i = 0; i < survivors.num_band; ++i) fn(survivors.band_keys[i]);
+    };
+  }
+
+  auto data_visitor() {
+    return [this](index_t t, int thread, const auto& fn) {
+      const Tile& tile = tiles_[t];
+      dispatch(tensors_[tile.tensor].dtype, [&](auto tag) {
+        using scalar_t = typename decltype(tag)::type;
+        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, workspaces_[thread]->gathered);
+        for (index_t i = 0; i < tile.numel; ++i) fn(widen_key<Key, scalar_t>(native_key(x[i])));
+      });
+    };
+  }
+
+  // The key of descending rank `rank` (1 = largest) among the visited keys in [lo, hi].
+  template <class Visitor>
+  Key radix_select(Key lo, Key hi, index_t rank, const Visitor& visit_tile) {
+    while (lo != hi) {
+      const int shift = std::max(0, bit_width(hi - lo) - kDigitBits);
+      std::vector<std::vector<index_t>> histograms(static_cast<size_t>(num_threads_),
+                                                   std::vector<index_t>(size_t(1) << kDigitBits, 0));
+      for_each_tile([&](index_t t, int thread) {
+        index_t* histogram = histograms[thread].data();
+        visit_tile(t, thread, [&](Key key) {
+          if (key >= lo && key <= hi) ++histogram[(key - lo) >> shift];
+        });
+      });
+      Key digit = Key((hi - lo) >> shift);
+      for (;; --digit) {
+        index_t in_bin = 0;
+        for (const auto& histogram : histograms) in_bin += histogram[digit];
+        if (rank <= in_bin || digit == 0) break;
+        rank -= in_bin;
+      }
+      lo = Key(lo + (digit << shift));
+      hi = std::min(hi, Key(lo + ((Key(1) << shift) - 1)));
+    }
+    return lo;
+  }
+
+  // ---- emit ----
+
+  void emit(Key threshold, index_t* indices, index_t* counts) {
+    for_each_tile([&](index_t t, int) {
+      Survivors<Key>& survivors = survivors_[t];
+      if (survivors.band_keys == nullptr) {
+        survivors.num_equal = survivors.num_band;  // the bracket is the threshold
+        return;
+      }
+      for (uint32_t i = 0; i < survivors.num_band; ++i) {
+        survivors.num_greater += survivors.band_keys[i] > threshold;
+        survivors.num_equal += survivors.band_keys[i] == threshold;
+      }
+    });
+    index_t ties = k_ - num_sure_;  // wanted among the elements equal to the threshold
+    for (const auto& survivors : survivors_) ties -= survivors.num_greater;
+    std::vector<index_t> offsets(tiles_.size() + 1, 0);
+    for (size_t t = 0; t < tiles_.size(); ++t) {
+      Survivors<Key>& survivors = survivors_[t];
+      survivors.num_equal = uint32_t(std::min<index_t>(survivors.num_equal, ties));  // from here on: to take
+      ties -= survivors.num_equal;
+      const index_t selected = index_t(survivors.num_sure) + survivors.num_greater + survivors.num_equal;
+      offsets[t + 1] = offsets[t] + selected;
+      counts[tiles_[t].tensor] += selected;
+    }
+    for_each_tile([&](index_t t, int thread) {
+      if (offsets[t + 1] == offsets[t]) return;
+      emit_tile(tiles_[t], survivors_[t], threshold, *workspaces_[thread], indices + offsets[t]);
+    });
+  }
+
+  // Calls fn(position), ascending, for the band's share of the selection.
+  template <class Fn>
+  static void for_each_selected_of_band(const Survivors<Key>& survivors, Key threshold, const Fn& fn) {
+    uint32_t ties = survivors.num_equal;
+    if (survivors.band_words != nullptr) {
+      for (index_t w = 0; ties > 0; ++w) {
+        for (uint64_t word = survivors.band_words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
+          fn(uint16_t(w * 64 + __builtin_ctzll(word)));
+        }
+      }
+      return;
+    }
+    uint32_t left = ties + survivors.num_greater;
+    for (uint32_t i = 0; left > 0; ++i) {
+      const bool equal = survivors.band_keys[i] == threshold;
+      if (equal ? ties > 0 : survivors.band_keys[i] > threshold) {
+        fn(survivors.band_list[i]);
+        ties -= equal;
+        --left;
+      }
+    }
+  }
+
+  void emit_tile(const Tile& tile, const Survivors<Key>& survivors, Key threshold, Workspace<Key>& workspace,
+                 index_t* out) const {
+    uint16_t* const selected = workspace.selected;
+    index_t n = 0;
+    if (survivors.sure_words == nullptr) {
+      const uint16_t* sure = survivors.sure_list;
+      const uint16_t* const end = sure + survivors.num_sure;
+      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
+        while (sure != end && *sure < position) selected[n++] = *sure++;
+        selected[n++] = position;
+      });
+      while (sure != end) selected[n++] = *sure++;
+    } else {
+      const index_t num_words = (tile.numel + 63) / 64;
+      uint64_t* words = workspace.scratch_words;
+      std::copy_n(survivors.sure_words, num_words, words);
+      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
+        words[position / 64] |= uint64_t(1) << (position % 64);
+      });
+      n = positions(isa_, words, num_words, selected);
+    }
+    widen(isa_, selected, n, tile.first, out);
+  }
+
+  const TensorDesc* tensors_;
+  index_t num_tensors_;
+  index_t k_;
+  int num_threads_;
+  Isa isa_;
+  index_t numel_ = 0;
+  index_t run_ = 1;
+  std::vector<Tile> tiles_;
+  std::vector<std::unique_ptr<Workspace<Key>>> workspaces_;
+  std::vector<Survivors<Key>> survivors_;
+  index_t num_sure_ = 0;
+  index_t num_band_ = 0;
+};
+
+}  // namespace topk_cpu
+
+TopKResult topk_magnitude_cpu(const TensorDesc* tensors, index_t num_tensors, index_t k, index_t* indices,
+                              index_t* counts, int num_threads, int isa) {
+  const bool any_double = std::any_of(tensors, tensors + num_tensors, [](const TensorDesc& tensor) {
+    return tensor.dtype == ScalarType::kFloat64;
+  });
+  const auto run = [&](auto key) {
+    return topk_cpu::TopKMagnitude<decltype(key)>(tensors, num_tensors, k, num_threads, resolve_isa(isa))
+        .run(indices, counts);
+  };
+  return any_double ? run(uint64_t{}) : run(uint32_t{});
+}
+
+}  // namespace saft

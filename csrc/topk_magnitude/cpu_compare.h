@@ -1,0 +1,279 @@
+// topk_magnitude / cpu / compare: the inner loops, a body per instruction set.
+//
+// Algorithm
+//   compare  64 elements -> one word of bits, set where the native key is above a threshold. Branch-free, so its
+//            speed does not depend on the data
+//   expand   words -> ascending positions in the tile -> int64 positions in the tensor
+// Traffic    compare reads sizeof(scalar_t) B/elem; words and positions in the tile stay in the cache. Expand
+//            writes 8 B per selected element.
+// Contract   the same bits on every instruction set: integers alone.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "topk_magnitude/topk_magnitude.h"
+
+#if SAFT_X86_DISPATCH
+#include <immintrin.h>
+#endif
+
+namespace saft {
+
+// Thresholds are "strictly above" and signed, as SIMD compares are: a native key of kMask + 1 ("none")
+// becomes kMask, and -1 means "all".
+template <class scalar_t>
+using signed_key_t = std::conditional_t<sizeof(scalar_t) == 2, int16_t,
+                                        std::conditional_t<sizeof(scalar_t) == 4, int32_t, int64_t>>;
+
+template <class scalar_t>
+constexpr signed_key_t<scalar_t> kBelowInf = signed_key_t<scalar_t>(KeyTraits<scalar_t>::kInf - 1);
+
+// ---- baseline ----
+
+template <bool kCheckFinite, class scalar_t>
+bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words) {
+  using skey_t = signed_key_t<scalar_t>;
+  skey_t largest = 0;
+  for (index_t w = 0; w < num_words; ++w, x += 64) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; ++j) {
+      const skey_t key = skey_t(native_key(x[j]));
+      word |= uint64_t(key > above) << j;
+      if constexpr (kCheckFinite) largest = key > largest ? key : largest;
+    }
+    words[w] = word;
+  }
+  return largest > kBelowInf<scalar_t>;
+}
+
+#if SAFT_X86_DISPATCH
+
+// ---- AVX2 ----
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX2 bool compare_avx2(const float* x, index_t num_words, int32_t above_, uint64_t* words) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  const __m256i above = _mm256_set1_epi32(above_);
+  // packs works inside 128-bit lanes; this puts the groups of four back in order
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i largest = _mm256_setzero_si256();
+  for (index_t w = 0; w < num_words; ++w) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; j += 32, x += 32) {
+      const __m256i* p = reinterpret_cast<const __m256i*>(x);
+      const __m256i k0 = _mm256_and_si256(_mm256_loadu_si256(p), mask);
+      const __m256i k1 = _mm256_and_si256(_mm256_loadu_si256(p + 1), mask);
+      const __m256i k2 = _mm256_and_si256(_mm256_loadu_si256(p + 2), mask);
+      const __m256i k3 = _mm256_and_si256(_mm256_loadu_si256(p + 3), mask);
+      if constexpr (kCheckFinite) {
+        const __m256i pair = _mm256_max_epi32(_mm256_max_epi32(k0, k1), _mm256_max_epi32(k2, k3));
+        largest = _mm256_max_epi32(largest, pair);
+      }
+      const __m256i c01 = _mm256_packs_epi32(_mm256_cmpgt_epi32(k0, above), _mm256_cmpgt_epi32(k1, above));
+      const __m256i c23 = _mm256_packs_epi32(_mm256_cmpgt_epi32(k2, above), _mm256_cmpgt_epi32(k3, above));
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(c01, c23), order);
+      word |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
+    }
+    words[w] = word;
+  }
+  const __m256i nonfinite = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(kBelowInf<float>));
+  return _mm256_movemask_epi8(nonfinite) != 0;
+}
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX2 bool compare_avx2_16bit(const uint16_t* x, index_t num_words, int16_t above_,
+                                         int16_t below_inf, uint64_t* words) {
+  const __m256i mask = _mm256_set1_epi16(0x7fff);
+  const __m256i above = _mm256_set1_epi16(above_);
+  __m256i largest = _mm256_setzero_si256();
+  for (index_t w = 0; w < num_words; ++w) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; j += 32, x += 32) {
+      const __m256i* p = reinterpret_cast<const __m256i*>(x);
+      const __m256i k0 = _mm256_and_si256(_mm256_loadu_si256(p), mask);
+      const __m256i k1 = _mm256_and_si256(_mm256_loadu_si256(p + 1), mask);
+      if constexpr (kCheckFinite) largest = _mm256_max_epi16(largest, _mm256_max_epi16(k0, k1));
+      const __m256i packed = _mm256_packs_epi16(_mm256_cmpgt_epi16(k0, above), _mm256_cmpgt_epi16(k1, above));
+      const __m256i bytes = _mm256_permute4x64_epi64(packed, 0xd8);
+      word |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
+    }
+    words[w] = word;
+  }
+  const __m256i nonfinite = _mm256_cmpgt_epi16(largest, _mm256_set1_epi16(below_inf));
+  return _mm256_movemask_epi8(nonfinite) != 0;
+}
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX2 bool compare_avx2(const double* x, index_t num_words, int64_t above_, uint64_t* words) {
+  const __m256i mask = _mm256_set1_epi64x(int64_t(KeyTraits<double>::kMask));
+  const __m256i above = _mm256_set1_epi64x(above_);
+  const __m256i below_inf = _mm256_set1_epi64x(kBelowInf<double>);
+  __m256i nonfinite = _mm256_setzero_si256();
+  for (index_t w = 0; w < num_words; ++w) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; j += 4, x += 4) {
+      const __m256i key = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), mask);
+      if constexpr (kCheckFinite) nonfinite = _mm256_or_si256(nonfinite, _mm256_cmpgt_epi64(key, below_inf));
+      const __m256i c = _mm256_cmpgt_epi64(key, above);
+      word |= uint64_t(uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(c)))) << j;
+    }
+    words[w] = word;
+  }
+  return _mm256_movemask_epi8(nonfinite) != 0;
+}
+
+// ---- AVX-512 ----
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX512 bool compare_avx512(const float* x, index_t num_words, int32_t above_, uint64_t* words) {
+  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+  const __m512i above = _mm512_set1_epi32(above_);
+  __m512i largest = _mm512_setzero_si512();
+  for (index_t w = 0; w < num_words; ++w) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; j += 16, x += 16) {
+      const __m512i key = _mm512_and_si512(_mm512_loadu_si512(x), mask);
+      if constexpr (kCheckFinite) largest = _mm512_max_epi32(largest, key);
+      word |= uint64_t(_mm512_cmpgt_epi32_mask(key, above)) << j;
+    }
+    words[w] = word;
+  }
+  return _mm512_cmpgt_epi32_mask(largest, _mm512_set1_epi32(kBelowInf<float>)) != 0;
+}
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX512 bool compare_avx512_16bit(const uint16_t* x, index_t num_words, int16_t above_,
+                                             int16_t below_inf, uint64_t* words) {
+  const __m512i mask = _mm512_set1_epi16(0x7fff);
+  const __m512i above = _mm512_set1_epi16(above_);
+  __m512i largest = _mm512_setzero_si512();
+  for (index_t w = 0; w < num_words; ++w, x += 64) {
+    const __m512i k0 = _mm512_and_si512(_mm512_loadu_si512(x), mask);
+    const __m512i k1 = _mm512_and_si512(_mm512_loadu_si512(x + 32), mask);
+    if constexpr (kCheckFinite) largest = _mm512_max_epi16(largest, _mm512_max_epi16(k0, k1));
+    words[w] = uint64_t(_mm512_cmpgt_epi16_mask(k0, above)) | uint64_t(_mm512_cmpgt_epi16_mask(k1, above))
+                                                                  << 32;
+  }
+  return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(below_inf)) != 0;
+}
+
+template <bool kCheckFinite>
+SAFT_TARGET_AVX512 bool compare_avx512(const double* x, index_t num_words, int64_t above_, uint64_t* words) {
+  const __m512i mask = _mm512_set1_epi64(int64_t(KeyTraits<double>::kMask));
+  const __m512i above = _mm512_set1_epi64(above_);
+  __m512i largest = _mm512_setzero_si512();
+  for (index_t w = 0; w < num_words; ++w) {
+    uint64_t word = 0;
+    for (int j = 0; j < 64; j += 8, x += 8) {
+      const __m512i key = _mm512_and_si512(_mm512_loadu_si512(x), mask);
+      if constexpr (kCheckFinite) largest = _mm512_max_epi64(largest, key);
+      word |= uint64_t(_mm512_cmpgt_epi64_mask(key, above)) << j;
+    }
+    words[w] = word;
+  }
+  return _mm512_cmpgt_epi64_mask(largest, _mm512_set1_epi64(kBelowInf<double>)) != 0;
+}
+
+#endif  // SAFT_X86_DISPATCH
+
+// words[w] bit j: key of x[64 w + j] > above. With kCheckFinite, returns whether any element is inf or NaN.
+template <bool kCheckFinite, class scalar_t>
+bool compare(Isa isa, const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words) {
+#if SAFT_X86_DISPATCH
+  if constexpr (sizeof(scalar_t) == 2) {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
+    constexpr int16_t below_inf = kBelowInf<scalar_t>;
+    if (isa == kIsaAvx512)
+      return compare_avx512_16bit<kCheckFinite>(bits, num_words, above, below_inf, words);
+    if (isa == kIsaAvx2) return compare_avx2_16bit<kCheckFinite>(bits, num_words, above, below_inf, words);
+  } else {
+    if (isa == kIsaAvx512) return compare_avx512<kCheckFinite>(x, num_words, above, words);
+    if (isa == kIsaAvx2) return compare_avx2<kCheckFinite>(x, num_words, above, words);
+  }
+#endif
+  (void)isa;
+  return compare_baseline<kCheckFinite>(x, num_words, above, words);
+}
+
+// ---- words to positions ----
+
+// For each byte value: the positions of its set bits, in order, and how many.
+struct BytePositions {
+  alignas(64) uint8_t position[256][8];
+  uint8_t count[256];
+  BytePositions() : position{}, count{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) position[byte][count[byte]++] = uint8_t(bit);
+      }
+    }
+  }
+};
+inline const BytePositions kBytePositions;
+
+constexpr index_t kPositionsOverrun = 8;
+
+using bytes8 = uint8_t __attribute__((vector_size(8)));
+using shorts8 = uint16_t __attribute__((vector_size(16)));
+
+// Loops that the compiler vectorises, compiled per instruction set.
+//   count_bits   set bits of the words
+//   positions    positions of the set bits, ascending; returns how many. Eight per byte are written whether set
+//                or not (a branch per bit would be mispredicted), so up to kPositionsOverrun entries past the
+//                end are touched
+//   widen        out[i] = base + list[i]
+// `byte_count`: how the instruction set counts the bits of a byte fastest.
+#define SAFT_DEFINE_POSITION_LOOPS(suffix, target, byte_count)                                         \
+  target inline index_t count_bits_##suffix(const uint64_t* words, index_t num_words) {                \
+    index_t count = 0;                                                                                 \
+    for (index_t w = 0; w < num_words; ++w) count += __builtin_popcountll(words[w]);                   \
+    return count;                                                                                      \
+  }                                                                                                    \
+  target inline index_t positions_##suffix(const uint64_t* words, index_t num_words, uint16_t* list) { \
+    uint16_t* const begin = list;                                                                      \
+    shorts8 base = {};                                                                                 \
+    for (index_t w = 0; w < num_words; ++w) {                                                          \
+      const uint64_t word = words[w];                                                                  \
+      _Pragma("GCC unroll 8") for (int b = 0; b < 64; b += 8) {                                        \
+        const uint8_t byte = uint8_t(word >> b);                                                       \
+        bytes8 in_byte;                                                                                \
+        memcpy(&in_byte, kBytePositions.position[byte], 8);                                            \
+        const shorts8 in_tile = __builtin_convertvector(in_byte, shorts8) + base;                      \
+        memcpy(list, &in_tile, 16);                                                                    \
+        list += byte_count(byte);                                                                      \
+        base += 8;                                                                                     \
+      }                                                                                                \
+    }                                                                                                  \
+    return list - begin;                                                                               \
+  }                                                                                                    \
+  target inline void widen_##suffix(const uint16_t* list, index_t n, index_t base, index_t* out) {     \
+    for (index_t i = 0; i < n; ++i) out[i] = base + list[i];                                           \
+  }
+#define SAFT_BYTE_COUNT_TABLE(byte) kBytePositions.count[byte]
+SAFT_DEFINE_POSITION_LOOPS(baseline, , SAFT_BYTE_COUNT_TABLE)
+#if SAFT_X86_DISPATCH
+SAFT_DEFINE_POSITION_LOOPS(avx2, SAFT_TARGET_AVX2, __builtin_popcount)
+#endif
+#undef SAFT_BYTE_COUNT_TABLE
+#undef SAFT_DEFINE_POSITION_LOOPS
+
+#if SAFT_X86_DISPATCH
+#define SAFT_DISPATCH_POSITION_LOOP(name, ...) \
+  (isa >= kIsaAvx2 ? name##_avx2(__VA_ARGS__) : name##_baseline(__VA_ARGS__))
+#else
+#define SAFT_DISPATCH_POSITION_LOOP(name, ...) ((void)isa, name##_baseline(__VA_ARGS__))
+#endif
+
+inline index_t count_bits(Isa isa, const uint64_t* words, index_t num_words) {
+  return SAFT_DISPATCH_POSITION_LOOP(count_bits, words, num_words);
+}
+inline index_t positions(Isa isa, const uint64_t* words, index_t num_words, uint16_t* list) {
+  return SAFT_DISPATCH_POSITION_LOOP(positions, words, num_words, list);
+}
+inline void widen(Isa isa, const uint16_t* list, index_t n, index_t base, index_t* out) {
+  SAFT_DISPATCH_POSITION_LOOP(widen, list, n, base, out);
+}
+#undef SAFT_DISPATCH_POSITION_LOOP
+
+}  // namespace saft

@@ -1,0 +1,147 @@
+// topk_magnitude / cpu / filter: one tile's survivors of a bracket.
+//
+// Algorithm  blocks of 1,024 elements are compared into bits, then the set bits are visited, while they are in L1.
+// Traffic    reads each element once; writes 2 B per survivor and a key per band element, or 1 bit per element for
+//            the sure ones and for the band 2 B and a key per element (1 bit when the bracket is one key).
+// Contract   counts exact; positions ascending; non-finite elements are counted whatever the bracket.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "topk_magnitude/cpu_compare.h"
+#include "topk_magnitude/cpu_tiles.h"
+
+namespace saft {
+namespace topk_cpu {
+
+constexpr index_t kBlockWords = 16;  // compared, then scanned, while its 4 KB of fp32 are in L1
+
+// The bracket in a tensor's own keys.
+template <class Key, class scalar_t>
+struct Thresholds {
+  using key_t = typename KeyTraits<scalar_t>::key_t;
+  signed_key_t<scalar_t> survivor, sure;
+  explicit Thresholds(const Bracket<Key>& bracket)
+      : survivor(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.lo) - 1))),
+        sure(signed_key_t<scalar_t>(key_t(first_native_key<Key, scalar_t>(bracket.hi + 1) - 1))) {}
+};
+
+// Compares up to kBlockWords words from x[first]; bits past the end of the tile are cleared.
+template <bool kCheckFinite, class scalar_t>
+bool compare_block(Isa isa, const scalar_t* x, index_t first, index_t n, signed_key_t<scalar_t> above,
+                   uint64_t* words) {
+  const index_t count = std::min(n - first, kBlockWords * 64);
+  bool nonfinite = compare<kCheckFinite>(isa, x + first, count / 64, above, words);
+  if (const index_t rest = count % 64) {
+    scalar_t tail[64] = {};
+    std::copy_n(x + first + count - rest, rest, tail);
+    uint64_t& word = words[count / 64];
+    nonfinite |= compare_baseline<kCheckFinite>(tail, 1, above, &word);
+    word &= ~(~uint64_t(0) << rest);
+  }
+  return nonfinite;
+}
+
+// Calls visit(bit) for the set bits of up to kBlockWords sparse words, ascending. Empty words are left out
+// first: skipping them one by one would mispredict.
+template <class Visit>
+void visit_bits(const uint64_t* words, index_t num_words, const Visit& visit) {
+  uint8_t occupied[kBlockWords];
+  uint32_t num_occupied = 0;
+  for (index_t w = 0; w < num_words; ++w) {
+    occupied[num_occupied] = uint8_t(w);
+    num_occupied += words[w] != 0;
+  }
+  for (uint32_t i = 0; i < num_occupied; ++i) {
+    uint64_t word = words[occupied[i]];
+    do {
+      visit(index_t(occupied[i]) * 64 + __builtin_ctzll(word));
+      word &= word - 1;
+    } while (word != 0);
+  }
+}
+
+template <class Key, class scalar_t>
+void filter_to_lists(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key, scalar_t>& above,
+                     Workspace<Key>& workspace, Survivors<Key>& out) {
+  using key_t = typename KeyTraits<scalar_t>::key_t;
+  uint16_t* sure = workspace.positions.reserve(size_t(n) + 1);
+  uint16_t* band = workspace.band_positions.reserve(size_t(n) + 1);
+  Key* band_keys = workspace.band_keys.reserve(size_t(n) + 1);
+  uint32_t num_sure = 0, num_band = 0;
+  index_t num_nonfinite = 0;
+  // inf and NaN are visited, to be counted, also where the bracket starts above them
+  const signed_key_t<scalar_t> visited = std::min(above.survivor, kBelowInf<scalar_t>);
+  for (index_t first = 0; first < n; first += kBlockWords * 64) {
+    uint64_t words[kBlockWords];
+    compare_block<false>(isa, x, first, n, visited, words);
+    visit_bits(words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
+      // written to both lists, kept in one or none: no branch on the data
+      const index_t position = first + bit;
+      const key_t key = native_key(x[position]);
+      const bool is_survivor = signed_key_t<scalar_t>(key) > above.survivor;
+      const bool is_sure = signed_key_t<scalar_t>(key) > above.sure;
+      sure[num_sure] = uint16_t(position);
+      num_sure += is_sure;
+      band[num_band] = uint16_t(position);
+      band_keys[num_band] = widen_key<Key, scalar_t>(key);
+      num_band += is_survivor && !is_sure;
+      num_nonfinite += key >= KeyTraits<scalar_t>::kInf;
+    });
+  }
+  out.num_sure = num_sure;
+  out.num_band = num_band;
+  out.sure_list = sure;
+  out.band_list = band;
+  out.band_keys = band_keys;
+  workspace.positions.keep(num_sure);
+  workspace.band_positions.keep(num_band);
+  workspace.band_keys.keep(num_band);
+  workspace.num_nonfinite += num_nonfinite;
+}
+
+template <class Key, class scalar_t>
+void filter_to_words(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key, scalar_t>& above,
+                     bool keep_keys, Workspace<Key>& workspace, Survivors<Key>& out) {
+  const index_t num_words = (n + 63) / 64;
+  uint64_t* sure = workspace.words.reserve(size_t(num_words));
+  workspace.words.keep(size_t(num_words));
+  uint64_t* band = keep_keys ? workspace.scratch_words : workspace.words.reserve(size_t(num_words));
+  if (!keep_keys) workspace.words.keep(size_t(num_words));
+  uint16_t* list = keep_keys ? workspace.band_positions.reserve(size_t(n)) : nullptr;
+  Key* keys = keep_keys ? workspace.band_keys.reserve(size_t(n)) : nullptr;
+  uint32_t num_band = 0;
+  bool nonfinite = false;
+  for (index_t first = 0; first < num_words; first += kBlockWords) {
+    nonfinite |= compare_block<true>(isa, x, first * 64, n, above.survivor, band + first);
+    compare_block<false>(isa, x, first * 64, n, above.sure, sure + first);
+    const index_t last = std::min(num_words, first + kBlockWords);
+    for (index_t w = first; w < last; ++w) band[w] &= ~sure[w];
+    if (!keep_keys) continue;
+    visit_bits(band + first, last - first, [&](index_t bit) {
+      const index_t position = first * 64 + bit;
+      list[num_band] = uint16_t(position);
+      keys[num_band] = widen_key<Key, scalar_t>(native_key(x[position]));
+      ++num_band;
+    });
+  }
+  out.num_sure = uint32_t(count_bits(isa, sure, num_words));
+  out.num_band = keep_keys ? num_band : uint32_t(count_bits(isa, band, num_words));
+  out.sure_words = sure;
+  if (keep_keys) {
+    workspace.band_positions.keep(num_band);
+    workspace.band_keys.keep(num_band);
+    out.band_list = list;
+    out.band_keys = keys;
+  } else {
+    out.band_words = band;
+  }
+  if (nonfinite) {
+    for (index_t i = 0; i < n; ++i) workspace.num_nonfinite += native_key(x[i]) >= KeyTraits<scalar_t>::kInf;
+  }
+}
+
+}  // namespace topk_cpu
+}  // namespace saft

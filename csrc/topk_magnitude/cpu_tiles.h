@@ -1,0 +1,146 @@
+// topk_magnitude / cpu: tiles, what the filter leaves of each, and the memory for it.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "topk_magnitude/cpu_compare.h"
+#include "topk_magnitude/topk_magnitude.h"
+
+namespace saft {
+namespace topk_cpu {
+
+constexpr index_t kTileNumel = 65536;  // a position in a tile is 16 bits
+constexpr index_t kTileWords = kTileNumel / 64;
+constexpr index_t kSmallNumel = index_t(1) << 17;  // up to here everything is band; no sample
+constexpr index_t kBandBudget = 64;                // band keys: at most numel / kBandBudget
+
+struct Tile {
+  index_t tensor;
+  index_t first;
+  index_t numel;
+};
+
+// Bounds on the k-th key, and how many survivors (key >= lo) to expect.
+template <class Key>
+struct Bracket {
+  Key lo, hi;
+  double survivor_share;
+};
+
+// Survivors of one tile, ascending. Sure: a list or a bitmap. Band: a list with keys; when the bracket is one
+// key, a list or a bitmap without.
+template <class Key>
+struct Survivors {
+  uint32_t num_sure = 0;
+  uint32_t num_band = 0;
+  uint32_t num_greater = 0;  // band keys above the threshold
+  uint32_t num_equal = 0;    // band keys equal to it
+  const uint16_t* sure_list = nullptr;
+  const uint64_t* sure_words = nullptr;
+  const uint16_t* band_list = nullptr;
+  const uint64_t* band_words = nullptr;
+  const Key* band_keys = nullptr;
+};
+
+// A growing array that never moves: room for one more tile is reserved, then what was used is kept.
+template <class T>
+class Slab {
+ public:
+  T* reserve(size_t n) {
+    if (n > available_) {
+      available_ = std::max(n, kPartBytes / sizeof(T));
+      parts_.emplace_back(new T[available_]);  // untouched until written
+      next_ = parts_.back().get();
+    }
+    return next_;
+  }
+  void keep(size_t n) {
+    next_ += n;
+    available_ -= n;
+  }
+
+ private:
+  static constexpr size_t kPartBytes = size_t(1) << 20;
+  std::vector<std::unique_ptr<T[]>> parts_;
+  T* next_ = nullptr;
+  size_t available_ = 0;
+};
+
+template <class Key>
+struct Workspace {
+  Slab<uint16_t> positions;
+  Slab<uint16_t> band_positions;
+  Slab<Key> band_keys;
+  Slab<uint64_t> words;
+  alignas(64) uint64_t scratch_words[kTileWords];
+  alignas(64) uint16_t selected[kTileNumel + kPositionsOverrun];
+  std::vector<double> gathered;  // a strided tile, made contiguous; double for alignment
+  index_t num_nonfinite = 0;
+
+  void clear() {
+    positions = {};
+    band_positions = {};
+    band_keys = {};
+    words = {};
+    num_nonfinite = 0;
+  }
+};
+
+template <class scalar_t>
+struct Tag {
+  using type = scalar_t;
+};
+
+template <class Fn>
+void dispatch(ScalarType dtype, const Fn& fn) {
+  switch (dtype) {
+    case ScalarType::kFloat32:
+      return fn(Tag<float>{});
+    case ScalarType::kBFloat16:
+      return fn(Tag<bfloat16>{});
+    case ScalarType::kFloat16:
+      return fn(Tag<float16>{});
+    case ScalarType::kFloat64:
+      return fn(Tag<double>{});
+  }
+}
+
+// Elements [first, first + n) of a strided tensor in logical order. Storage of 2, 4 or 8 bytes.
+template <class scalar_t>
+void gather_run(const TensorDesc& tensor, index_t first, index_t n, scalar_t* out) {
+  const scalar_t* data = static_cast<const scalar_t*>(tensor.data);
+  const index_t inner = tensor.layout[tensor.ndim - 1];
+  const index_t stride = tensor.layout[2 * tensor.ndim - 1];
+  while (n > 0) {
+    const index_t count = std::min(n, inner - first % inner);
+    const scalar_t* x = data + storage_offset(first, tensor.ndim, tensor.layout);
+    for (index_t i = 0; i < count; ++i) out[i] = x[i * stride];
+    out += count;
+    first += count;
+    n -= count;
+  }
+}
+
+// The elements of one tile, contiguous.
+template <class scalar_t>
+const scalar_t* load_tile(const TensorDesc& tensor, const Tile& tile, std::vector<double>& gathered) {
+  if (tensor.ndim == 0) return static_cast<const scalar_t*>(tensor.data) + tile.first;
+  gathered.resize((kTileNumel * sizeof(scalar_t) + 7) / 8);
+  scalar_t* out = reinterpret_cast<scalar_t*>(gathered.data());
+  gather_run(tensor, tile.first, tile.numel, out);
+  return out;
+}
+
+inline int bit_width(uint64_t x) {
+  int n = 0;
+  for (; x != 0; x >>= 1) ++n;
+  return n;
+}
+
+}  // namespace topk_cpu
+}  // namespace saft

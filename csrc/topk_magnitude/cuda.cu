@@ -1,0 +1,220 @@
+// topk_magnitude / cuda: one read of the data, whatever k, and nothing that waits for the host.
+//
+// Algorithm  guess and verify (Floyd & Rivest 1975; Monroe et al. 2011), all decisions taken on the device.
+//   sample   a stratified sample brackets the k-th key: [lo, hi]
+//   filter   the only full read. key > hi: sure, one bit per element or a list of 16-bit positions, whichever
+//            is smaller; lo <= key <= hi: band, position and key. Counts are exact
+//   select   radix select over the band's keys finds the exact k-th key. If the bracket missed it, or if the
+//            band outgrew its cache, it reads the data instead and a second filter uses the exact key
+//   count    per tile, band keys above and equal to the threshold; a scan gives every tile its place in the
+//            output and its share of the ties, which go to the lowest positions
+//   emit     sorted positions
+//            Kernels that are not needed return at once.
+// Traffic    reads sizeof(scalar_t) B/elem once; writes 2 B (at most 1 bit per element) and then 8 B per
+//            selected element; 6 B (10 B with fp64) per band element, of which N / 100 are typical at most.
+// Contract   the sample only steers; no atomic decides what is selected or in what order. Integer sums alone.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "topk_magnitude/cuda_emit.h"
+#include "topk_magnitude/cuda_filter.h"
+#include "topk_magnitude/cuda_sample.h"
+#include "topk_magnitude/cuda_select.h"
+#include "topk_magnitude/topk_magnitude.h"
+
+namespace saft {
+namespace topk_cuda {
+
+// ---- host: plan, table, launches ----
+
+index_t itemsize_of(ScalarType dtype) {
+  return dtype == ScalarType::kFloat64 ? 8 : dtype == ScalarType::kFloat32 ? 4 : 2;
+}
+
+index_t shift_of(const TensorDesc& tensor) {
+  if (tensor.ndim != 0) return 0;
+  return index_t(reinterpret_cast<uintptr_t>(tensor.data) % 16) / itemsize_of(tensor.dtype);
+}
+
+// The parts of the workspace, one after the other.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(index_t n) {
+    char* const at = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += ceil_div(n * index_t(sizeof(T)), 256) * 256;
+    return reinterpret_cast<T*>(at);
+  }
+  index_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  index_t bytes_ = 0;
+};
+
+// Fills the pointers into the workspace; returns its size. `zeroed`: bytes at its start to clear.
+template <class Key>
+index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, index_t* zeroed) {
+  const index_t num_chunks = ceil_div(plan.num_tiles, kChunkTiles);
+  Carver carver(workspace);
+  p.state = carver.take<State<Key>>(1);
+  p.sample_histograms = carver.take<uint32_t>(kSamplePasses * 2 * kBins);
+  p.select_histograms = carver.take<uint64_t>(kSelectPasses<Key> * kBins);
+  *zeroed = carver.bytes();
+  p.tile_tensor = carver.take<uint32_t>(plan.num_tiles);
+  p.tile_counts = carver.take<uint32_t>(plan.num_tiles);
+  p.tile_band_offset = carver.take<uint32_t>(plan.num_tiles);
+  p.tile_selected = carver.take<uint32_t>(plan.num_tiles);
+  p.chunk_greater = carver.take<uint64_t>(num_chunks);
+  p.chunk_equal = carver.take<uint64_t>(num_chunks);
+  p.sample = carver.take<Key>(plan.num_sampled_runs * kRunNumel);
+  p.band_keys = carver.take<Key>(plan.band_capacity);
+  p.band_positions = carver.take<uint16_t>(plan.band_capacity);
+  p.slab = carver.take<char>(plan.slab_bytes);
+  return carver.bytes();
+}
+
+int sampled_runs_log2(index_t numel) {
+  return numel > kLargeNumel ? kLargeSampledRunsLog2 : kSampledRunsLog2;
+}
+
+// Room for twice the band that the bracket's width implies, and for runs of equal keys at its ends.
+index_t band_capacity(index_t numel, index_t k) {
+  const double sampled = double(kRunNumel) * double(index_t(1) << sampled_runs_log2(numel));
+  const double share = double(k) / double(std::max<index_t>(numel, 1));
+  const double margin = kSigmas * std::sqrt(share * sampled * (1 - share)) + kSigmas * kSigmas / 2;
+  const double expected = 2 * margin / sampled * double(numel);
+  const index_t capacity = SAFT_CUDA_MIN_BAND_CAPACITY + numel / 256 + index_t(2 * expected);
+  return std::min({capacity, numel, index_t(std::numeric_limits<uint32_t>::max())});
+}
+
+template <class Key>
+void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace, index_t* indices,
+            index_t* result, cudaStream_t stream, int max_blocks) {
+  Problem<Key> p{};
+  index_t zeroed = 0;
+  carve(plan, workspace, p, &zeroed);
+  p.tensors = static_cast<const DeviceTensor*>(device_table);
+  p.num_tensors = plan.num_tensors;
+  p.num_tiles = plan.num_tiles;
+  p.num_runs = plan.num_runs;
+  p.num_sampled_runs = plan.num_sampled_runs;
+  p.sampled_runs_log2 = sampled_runs_log2(plan.numel);
+  p.numel = plan.numel;
+  p.k = plan.k;
+  p.band_capacity = plan.band_capacity;
+  p.indices = indices;
+  p.result = result;
+
+  const auto grid = [max_blocks](index_t work, int blocks_per_sm) {
+    return grid_size(work, blocks_per_sm, max_blocks);
+  };
+  const index_t num_sampled = plan.num_sampled_runs * kRunNumel;
+  const unsigned sample_grid = grid(ceil_div(std::max(num_sampled, plan.num_tiles), kThreads), kBlocksPerSm);
+  const unsigned filter_grid = grid(ceil_div(plan.num_tiles, kWarps), kFilterBlocksPerSm<Key>);
+  const unsigned select_grid = grid(ceil_div(plan.num_tiles, kWarps), kBlocksPerSm);
+  const unsigned chunk_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kChunkBlocksPerSm);
+
+  cuda_check(cudaMemsetAsync(workspace, 0, size_t(zeroed), stream), "cudaMemsetAsync");
+  SAFT_LAUNCH(sample_kernel<Key>, sample_grid, kThreads, stream, p);
+  for (int pass = 1; pass < kSamplePasses; ++pass) {
+    SAFT_LAUNCH(refine_kernel<Key>, sample_grid, kThreads, stream, p, pass);
+  }
+  SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 0);
+  for (int pass = 0; pass < kSelectPasses<Key>; ++pass) {
+    SAFT_LAUNCH(select_kernel<Key>, select_grid, kThreads, stream, p, pass);
+  }
+  SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 1);
+  SAFT_LAUNCH(count_kernel<Key>, chunk_grid, kThreads, stream, p);
+  SAFT_LAUNCH(emit_kernel<Key>, chunk_grid, kThreads, stream, p);
+}
+
+}  // namespace topk_cuda
+
+TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_tensors, index_t k) {
+  using namespace topk_cuda;
+  TopKCudaPlan plan{};
+  plan.num_tensors = num_tensors;
+  plan.k = k;
+  plan.table_bytes = num_tensors * index_t(sizeof(DeviceTensor));
+  for (index_t i = 0; i < num_tensors; ++i) {
+    const TensorDesc& x = tensors[i];
+    plan.any_double |= x.dtype == ScalarType::kFloat64;
+    plan.table_bytes += 2 * x.ndim * index_t(sizeof(index_t));
+    if (x.numel == 0) continue;
+    const index_t span = x.numel + shift_of(x);
+    plan.numel += x.numel;
+    plan.num_tiles += ceil_div(span, kTileNumel);
+    plan.num_runs += ceil_div(x.numel, kRunNumel);
+    plan.slab_bytes += ceil_div(span, kStripNumel) * kStripSlabBytes;
+  }
+  plan.num_sampled_runs = std::min(plan.num_runs, index_t(1) << sampled_runs_log2(plan.numel));
+  plan.band_capacity = band_capacity(plan.numel, k);
+  index_t zeroed;
+  Problem<uint32_t> p32;
+  Problem<uint64_t> p64;
+  plan.workspace_bytes =
+      plan.any_double ? carve(plan, nullptr, p64, &zeroed) : carve(plan, nullptr, p32, &zeroed);
+  plan.result_words = kResultOffsets + num_tensors;
+  return plan;
+}
+
+void topk_magnitude_cuda_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* table,
+                               const void* device_table) {
+  using namespace topk_cuda;
+  DeviceTensor* rows = static_cast<DeviceTensor*>(table);
+  index_t* layouts = reinterpret_cast<index_t*>(rows + plan.num_tensors);
+  const index_t* device_layouts =
+      reinterpret_cast<const index_t*>(static_cast<const DeviceTensor*>(device_table) + plan.num_tensors);
+  index_t first_tile = 0, first_run = 0, slab_offset = 0;
+  for (index_t i = 0; i < plan.num_tensors; ++i) {
+    const TensorDesc& x = tensors[i];
+    DeviceTensor& row = rows[i];
+    row.data = x.data;
+    row.layout = device_layouts;
+    row.numel = x.numel;
+    row.ndim = x.ndim;
+    row.first_tile = first_tile;
+    row.first_run = first_run;
+    row.slab_offset = slab_offset;
+    row.dtype = int32_t(x.dtype);
+    row.itemsize = int32_t(itemsize_of(x.dtype));
+    row.shift = shift_of(x);
+    std::copy_n(x.layout, 2 * x.ndim, layouts);
+    layouts += 2 * x.ndim;
+    device_layouts += 2 * x.ndim;
+    if (x.numel == 0) continue;
+    const index_t span = x.numel + row.shift;
+    first_tile += ceil_div(span, kTileNumel);
+    first_run += ceil_div(x.numel, kRunNumel);
+    slab_offset += ceil_div(span, kStripNumel) * kStripSlabBytes;
+  }
+}
+
+void topk_magnitude_cuda(const TopKCudaPlan& plan, const void* device_table, void* workspace,
+                         index_t* indices, index_t* result, void* stream, int max_blocks) {
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
+  if (plan.num_tiles == 0) {
+    cuda_check(cudaMemsetAsync(result, 0, size_t(plan.result_words) * sizeof(index_t), cuda_stream),
+               "cudaMemsetAsync");
+  } else if (plan.any_double != 0) {
+    topk_cuda::launch<uint64_t>(plan, device_table, workspace, indices, result, cuda_stream, max_blocks);
+  } else {
+    topk_cuda::launch<uint32_t>(plan, device_table, workspace, indices, result, cuda_stream, max_blocks);
+  }
+}
+
+double topk_magnitude_cuda_threshold(const TopKCudaPlan& plan, index_t key) {
+  if (plan.k == 0) return std::numeric_limits<double>::infinity();
+  if (plan.any_double != 0) {
+    if (uint64_t(key) == CommonKey<uint64_t>::kNaN) return std::numeric_limits<double>::quiet_NaN();
+    return bit_cast<double>(uint64_t(key));
+  }
+  if (uint32_t(key) == CommonKey<uint32_t>::kNaN) return std::numeric_limits<double>::quiet_NaN();
+  return bit_cast<double>(double_bits_from_float_bits(uint32_t(key)));
+}
+
+}  // namespace saft
