@@ -44,7 +44,7 @@ def test_this_torch_exports_what_the_compiled_walk_reads() -> None:
 
 def test_pointers(way: str) -> None:
     table = np.zeros((6, 3), dtype=np.int64)
-    column = walk.PointerColumn(table, 1)
+    column = walk.PointerColumn(table[:, 1])
     first, moved = tensors(), tensors()
     assert not column.move(first)
     assert column.move(first)
@@ -69,7 +69,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_other_change_is_told(way: str, change: str) -> None:
     before = tensors()
-    column = walk.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0)
+    column = walk.PointerColumn(np.zeros(6, dtype=np.int64))
     column.move(before)
     assert not column.move([CHANGES[change](before[0]), *before[1:]])
     assert not column.move(before)
@@ -78,7 +78,7 @@ def test_any_other_change_is_told(way: str, change: str) -> None:
 
 def test_fixed_pointers(way: str) -> None:
     before = tensors()
-    column = walk.PointerColumn(np.zeros((6, 1), dtype=np.int64), 0, is_fixed=True)
+    column = walk.PointerColumn(np.zeros(6, dtype=np.int64), is_fixed=True)
     column.move(before)
     assert column.move(before)
     assert not column.move([before[0].clone(), *before[1:]])
@@ -87,7 +87,7 @@ def test_fixed_pointers(way: str) -> None:
 def test_subclasses_take_the_interpreted_way(way: str) -> None:
     """Their pointer is theirs to tell."""
     table = np.zeros((6, 1), dtype=np.int64)
-    column = walk.PointerColumn(table, 0)
+    column = walk.PointerColumn(table[:, 0])
     before = tensors()
     column.move(before)
     odd = [before[0].as_subclass(Subclass), *before[1:]]

@@ -82,7 +82,7 @@ def compile_all(arch: int) -> Iterator[dict[str, Any]]:
         }
         signature = {**dict(zip(names, types, strict=False)), **dict.fromkeys(constants, "constexpr")}
         assert list(signature) == list(names)
-        aligned = [*range(4), names.index("row_length")]
+        aligned = [*range(4), names.index("padded_tokens")]
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
         source = ASTSource(fn=module.dot_kernel, signature=signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": module.TUNING.num_warps, **OPTIONS}

@@ -362,8 +362,8 @@ def test_tiles_beyond_2_32() -> None:
 
     cut = coordinates.tiles(np.array([2**33 + 5, 0, 3]), np.array([2**20, 256, 256]))
     assert len(cut) == 2**13 + 2
-    assert cut[2**13].tolist() == [0, 2**33, 2**33 + 5]
-    assert cut[-1].tolist() == [2, 0, 3]
+    assert cut[2**13].tolist() == (0, 2**33, 2**33 + 5)
+    assert cut[-1].tolist() == (2, 0, 3)
 
 
 # ---- ahead of time ----

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import test_gather_scatter
 import test_sparse_adamw
@@ -38,7 +39,7 @@ from cuda_kernels import (
 from test_sparse_adamw import DTYPES, OPTIONS, Options, mixed_problems, opmath, step_together
 from torch import Tensor
 
-from saft_kernels.ops import cpu, cuda
+from saft_kernels.ops import cpu, cuda, tables
 from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment, HostHyper
 
 CPU = Backend("cpu-baseline", "cpu", isa=0)
@@ -694,5 +695,7 @@ def test_plan_packs_the_numbers_of_the_cpu_backend() -> None:
     hyper = AdamWHyper(0.1, 0.9, 0.999, 1e-8, 0.01, 7)
     host: HostHyper = hyper.on_host()
     plan = cuda.Plan([AdamWSegment(torch.zeros(1), torch.zeros(1), torch.zeros(1))])
-    numbers = cuda.Plan._HYPER.unpack(plan._pack(hyper, (0, 0), []))
-    assert numbers[5:7] == (host.bias_correction1, host.bias_correction2_sqrt)
+    (packed,) = np.frombuffer(plan._pack(hyper, (0, 0), []), tables.ADAMW_CUDA_HYPER)
+    numbers = packed["number"]
+    assert numbers["bias_correction1"] == host.bias_correction1
+    assert numbers["bias_correction2_sqrt"] == host.bias_correction2_sqrt

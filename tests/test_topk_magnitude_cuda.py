@@ -208,7 +208,7 @@ class HostKernels:
     ) -> tuple[TopK, int]:
         """The result, and how often the data was read. `fill`: a byte, or -1 for random ones."""
         layouts = tables.Layouts()
-        rows = tables.table((layouts.tensor_desc(t) for t in tensors), 5)
+        rows = tables.tensor_table(layouts, tensors)
         plan = Plan()
         self.library.topk_plan(
             ctypes.c_void_p(rows.ctypes.data), ctypes.c_int64(len(tensors)), ctypes.c_int64(k), ctypes.byref(plan)

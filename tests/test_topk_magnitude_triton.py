@@ -241,15 +241,15 @@ def test_tables_of_tensors_beyond_2_32() -> None:
     numel = 2**33 + 5
     tensors = [torch.empty(numel, dtype=FP32, device="meta"), torch.zeros(1).expand(2**32)]
     cut = pieces.cut(tensors, pieces.Sizes(16, 4096, 65_536))
-    direct, gathered = cut.segments
+    direct, gathered = cut.spans
     assert direct.num_tiles == 2**33 // 65_536
     assert gathered.num_tiles == -(-(5 + 2**32) // 4096)
     assert cut.num_words == 2**28 + gathered.num_tiles * 128
     assert cut.num_lines == 2**29 + 1 + 2**28
-    rows = cut.table[: cut.num_pieces * pieces.PIECE_COLUMNS].reshape(-1, pieces.PIECE_COLUMNS)
-    assert rows[:, 1].tolist() == [0, 2**33, 0]  # base
-    assert rows[:, 2].tolist() == [0, 0, 5]  # start in the segment
-    assert rows[:, 3].tolist() == [2**33, 5, 2**32]
+    rows = cut.table[: cut.num_pieces * pieces.rows.PIECE_WORDS.value].view(pieces.rows.PIECE)
+    assert rows["first"].tolist() == [0, 2**33, 0]
+    assert rows["start"].tolist() == [0, 0, 5]  # in the span
+    assert rows["numel"].tolist() == [2**33, 5, 2**32]
 
 
 # ---- guesses that fail ----
@@ -340,7 +340,7 @@ def recorded(tensors: Sequence[Tensor], k: int) -> Specs:
         run = triton_topk._Run(tensors, k)
         run.guess()
         run.filter()
-        run.select_in_data(run.emit())
+        run.select_in_data(run.emit()[0])
     return specs
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import checks, tables
-from .adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
+from .adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from .dtypes import DTYPE_CODES
-from .tables import AdamWColumn
 from .types import TopK
 from .walk import PointerColumn
 
@@ -45,7 +43,7 @@ def description() -> str:
 def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     """See `saft_kernels.ops.topk_magnitude`."""
     layouts = tables.Layouts()
-    table = tables.table((layouts.tensor_desc(t) for t in tensors), 5)
+    table = tables.tensor_table(layouts, tensors)
     indices = torch.empty(k, dtype=torch.int64)
     counts = torch.zeros(len(tensors), dtype=torch.int64)
     threshold, num_nonfinite = _C.topk_magnitude(
@@ -100,10 +98,11 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
     _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA)
 
 
+_pack_hyper = tables.packer(tables.ADAMW_HYPER)
+
+
 class Plan:
     """The segment table. Between steps only pointers that moved are written again."""
-
-    _HYPER = struct.Struct("9d")  # saft::AdamWHyper
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
@@ -112,8 +111,9 @@ class Plan:
         self._address = self._table.ctypes.data
         self._params = [s.param for s in self.segments]
         self._numels = [p.numel() for p in self._params]
-        self._params_column = PointerColumn(self._table, AdamWColumn.PARAM)
-        self._grads_column = PointerColumn(self._table, AdamWColumn.GRAD)
+        self._dtypes = [p.dtype for p in self._params]
+        self._params_column = PointerColumn(self._table["param"]["data"])
+        self._grads_column = PointerColumn(self._table["grad"]["data"])
         self._is_filled = False  # for tensors of the form that the columns have seen, in place
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
@@ -121,18 +121,12 @@ class Plan:
         on_host = [hyper.on_host() for hyper in hypers]
         if any(hyper.found_inf for hyper in on_host):
             return
-        packed = b"".join([self._pack(hyper) for hyper in on_host])
+        packed = b"".join(map(_pack_hyper, on_host))
         copies = self._follow(grads)
         # before the kernel: after it, what torch holds of a parameter is out of the cache
         torch.autograd.graph.increment_version(self._params)
         _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
         del copies
-
-    def _pack(self, h: HostHyper) -> bytes:
-        return self._HYPER.pack(
-            *(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay),
-            *(h.bias_correction1, h.bias_correction2_sqrt, h.grad_scale, h.maximize),
-        )
 
     def _follow(self, grads: list[Tensor]) -> list[Tensor]:
         """Makes the table that of these gradients, and of the parameters as they are now.
@@ -141,47 +135,49 @@ class Plan:
         """
         was_filled, self._is_filled = self._is_filled, False
         same = self._params_column.move(self._params) & self._grads_column.move(grads)
-        if same and was_filled:
-            self._is_filled = True
-            return []  # the steady state: at most pointers have moved
-        copies = []
-        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
-            laid_out = self._fill(row, segment, grad)
-            if laid_out is not grad:
-                copies.append(laid_out)
-        self._is_filled = not copies
+        copies = [] if same and was_filled else self._fill(grads)
+        self._is_filled = not copies  # the steady state: at most pointers have moved
         return copies
 
-    def _fill(self, row: int, segment: AdamWSegment, grad: Tensor) -> Tensor:
-        """Writes one row's parameter and gradient columns; returns the gradient it points to."""
-        columns = self._table[row]
-        param, exp_avg = segment.param, segment.exp_avg
-        if param.numel() != self._numels[row] or DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
-            raise StalePlan(
-                f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
-                f"got {param.numel()} of {param.dtype}; prepare another step"
-            )
-        compact = is_compact(grad, param, segment.count)
-        if compact:
-            grad = grad.contiguous()
-        if segment.indices is None and not exp_avg.is_contiguous():
-            # the walk is over memory: all of them have to be laid out alike
-            if not same_memory_order(param, exp_avg):
-                raise ValueError(
-                    f"`exp_avgs[{row}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
-                    f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
+    def _fill(self, grads: list[Tensor]) -> list[Tensor]:
+        """Writes what depends on the form of parameters and gradients; returns gradients laid out anew."""
+        copies: list[Tensor] = []
+        param_layouts, grad_layouts, grad_dtypes, are_compact = [], [], [], []
+        grad_data = self._table["grad"]["data"]
+        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
+            param, exp_avg = segment.param, segment.exp_avg
+            if param.numel() != self._numels[row] or param.dtype != self._dtypes[row]:
+                raise StalePlan(
+                    f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
+                    f"got {param.numel()} of {param.dtype}; prepare another step"
                 )
-            if not same_memory_order(param, grad):
-                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad.view(param.shape) if compact else grad)
-        in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, grad)
-        layouts = ((), ()) if in_memory_order else (tables.layout(param), tables.layout(grad))
-        columns[AdamWColumn.PARAM] = param.data_ptr()
-        columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(layouts[0])
-        columns[AdamWColumn.GRAD] = grad.data_ptr()
-        columns[AdamWColumn.GRAD_DTYPE] = DTYPE_CODES[grad.dtype]
-        columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(layouts[1])
-        columns[AdamWColumn.COMPACT] = compact
-        return grad
+            laid_out = grad
+            compact = is_compact(grad, param, segment.count)
+            if compact:
+                laid_out = grad.contiguous()
+            if segment.indices is None and not exp_avg.is_contiguous():
+                # the walk is over memory: all of them have to be laid out alike
+                if not same_memory_order(param, exp_avg):
+                    raise ValueError(
+                        f"`exp_avgs[{row}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
+                        f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
+                    )
+                if not same_memory_order(param, laid_out):
+                    values = laid_out.view(param.shape) if compact else laid_out
+                    laid_out = torch.empty_like(param, dtype=grad.dtype).copy_(values)
+            if laid_out is not grad:
+                copies.append(laid_out)
+                grad_data[row] = laid_out.data_ptr()
+            in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, laid_out)
+            param_layouts.append(() if in_memory_order else tables.layout(param))
+            grad_layouts.append(() if in_memory_order else tables.layout(laid_out))
+            grad_dtypes.append(DTYPE_CODES[grad.dtype])
+            are_compact.append(compact)
+        self._layouts.write(self._table["param"], param_layouts)
+        self._layouts.write(self._table["grad"], grad_layouts)
+        self._table["grad"]["dtype"] = grad_dtypes
+        self._table["grad_is_compact"] = are_compact
+        return copies
 
 
 prepare_sparse_adamw = Plan

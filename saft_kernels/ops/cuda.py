@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..common.names import short
 from . import tables
-from .adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from .adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
 from .dtypes import DTYPE_CODES
-from .tables import AdamWColumn
 from .types import TopK
 from .walk import PointerColumn
 
@@ -101,15 +100,7 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
     device = tensors[0].device
     with torch.cuda.device(device):
         layouts = tables.Layouts()
-        codes = DTYPE_CODES
-        # the GPU idles meanwhile, so no call per tensor that a contiguous one does not need
-        rows = tables.table(
-            [
-                (t.data_ptr(), t.numel(), codes[t.dtype], 0, 0) if t.is_contiguous() else layouts.tensor_desc(t)
-                for t in tensors
-            ],
-            5,
-        )
+        rows = tables.tensor_table(layouts, tensors)
         plan = _C.topk_magnitude_cuda_plan(rows.ctypes.data, len(tensors), k)
         # torch keeps pinned memory until the copy out of it is done
         host_table = torch.empty(plan.table_bytes, dtype=torch.uint8, pin_memory=True)
@@ -196,6 +187,24 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
 # ---- sparse_adamw_ ----
 
 
+@dataclass(frozen=True, slots=True)
+class CudaHyper:
+    """saft::AdamWCudaHyper: numbers, and device addresses that replace them; 0: none."""
+
+    number: HostHyper
+    lr: int
+    step: int
+    grad_scale: int
+    found_inf: int
+    lr_dtype: int
+    step_dtype: int
+    grad_scale_dtype: int
+    found_inf_dtype: int
+
+
+_pack_hyper = tables.packer(tables.ADAMW_CUDA_HYPER)
+
+
 class Plan:
     """One launch per step, on torch's current stream of the parameters' device. Nothing waits for the device.
 
@@ -213,17 +222,17 @@ class Plan:
     Streams: steps write the same memory; order streams as for any other writes.
     """
 
-    _HYPER = struct.Struct("9d8q")  # saft::AdamWCudaHyper
-
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
         self._params = [s.param for s in self.segments]
+        self._numels = [p.numel() for p in self._params]
+        self._dtypes = [p.dtype for p in self._params]
         self._device = self._params[0].device
         self._layouts = tables.Layouts()
         self._rows = tables.adamw_table(self.segments)
         self._rows_address = self._rows.ctypes.data
-        self._params_column = PointerColumn(self._rows, AdamWColumn.PARAM, is_fixed=True)
-        self._grads_column = PointerColumn(self._rows, AdamWColumn.GRAD)
+        self._params_column = PointerColumn(self._rows["param"]["data"], is_fixed=True)
+        self._grads_column = PointerColumn(self._rows["grad"]["data"])
         self._table: Tensor | None = None
         self._table_stream = 0
         self._captured_tables: set[Tensor] = set()
@@ -259,16 +268,32 @@ class Plan:
         return 0.0, value.data_ptr(), DTYPE_CODES[value.dtype]
 
     def _pack(self, hyper: AdamWHyper, found_inf: tuple[int, int], held: list[Tensor]) -> bytes:
-        lr, lr_address, lr_code = self._scalar(hyper.lr, held)
-        step, step_address, step_code = self._scalar(hyper.step, held)
-        grad_scale, scale_address, scale_code = self._scalar(hyper.grad_scale, held)
-        return self._HYPER.pack(
-            *(lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay),
-            # where `step` is a tensor, the kernel computes these
-            *((1.0, 1.0) if step_address else (1.0 - hyper.beta1**step, math.sqrt(1.0 - hyper.beta2**step))),
-            *(grad_scale, float(hyper.maximize)),
-            *(lr_address, step_address, scale_address, found_inf[0]),
-            *(lr_code, step_code, scale_code, found_inf[1]),
+        lr, lr_address, lr_dtype = self._scalar(hyper.lr, held)
+        step, step_address, step_dtype = self._scalar(hyper.step, held)
+        grad_scale, scale_address, scale_dtype = self._scalar(hyper.grad_scale, held)
+        number = HostHyper(
+            lr=lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            step=math.inf if step_address else step,  # then the kernel computes the bias corrections; these are 1
+            maximize=hyper.maximize,
+            grad_scale=grad_scale,
+            found_inf=False,
+        )
+        return _pack_hyper(
+            CudaHyper(
+                number,
+                lr=lr_address,
+                step=step_address,
+                grad_scale=scale_address,
+                found_inf=found_inf[0],
+                lr_dtype=lr_dtype,
+                step_dtype=step_dtype,
+                grad_scale_dtype=scale_dtype,
+                found_inf_dtype=found_inf[1],
+            )
         )
 
     def _device_table(self, grads: list[Tensor], stream: int) -> Tensor:
@@ -293,14 +318,13 @@ class Plan:
 
     def _fill_rows(self, grads: Sequence[Tensor]) -> None:
         """Writes what depends on the form of parameters and gradients."""
+        param_layouts, grad_layouts, are_compact = [], [], []
         for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
-            columns = self._rows[row]
             param, exp_avg = segment.param, segment.exp_avg
-            numel = int(columns[AdamWColumn.PARAM + 1])
-            if param.numel() != numel or DTYPE_CODES[param.dtype] != columns[AdamWColumn.PARAM_DTYPE]:
+            if param.numel() != self._numels[row] or param.dtype != self._dtypes[row]:
                 raise StalePlan(
-                    f"`params[{row}]`: expected {numel} elements of the dtype the step was prepared for, got "
-                    f"{param.numel()} of {short(param.dtype)}; prepare another step"
+                    f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
+                    f"got {param.numel()} of {short(param.dtype)}; prepare another step"
                 )
             compact = is_compact(grad, param, segment.count)
             if segment.indices is None and not exp_avg.is_contiguous():
@@ -313,10 +337,13 @@ class Plan:
                 order = sorted(range(param.dim()), key=param.stride, reverse=True)
                 grad = grad.view(param.shape).permute(order) if compact else grad.permute(order)
                 param, compact = param.permute(order), False
-            columns[AdamWColumn.PARAM_NDIM : AdamWColumn.PARAM_NDIM + 2] = self._layouts.columns(tables.layout(param))
-            columns[AdamWColumn.GRAD_DTYPE] = DTYPE_CODES[grad.dtype]
-            columns[AdamWColumn.GRAD_NDIM : AdamWColumn.GRAD_NDIM + 2] = self._layouts.columns(tables.layout(grad))
-            columns[AdamWColumn.COMPACT] = compact
+            param_layouts.append(tables.layout(param))
+            grad_layouts.append(tables.layout(grad))
+            are_compact.append(compact)
+        self._layouts.write(self._rows["param"], param_layouts)
+        self._layouts.write(self._rows["grad"], grad_layouts)
+        self._rows["grad"]["dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
+        self._rows["grad_is_compact"] = are_compact
 
 
 def _is_capturing() -> bool:

@@ -1,8 +1,14 @@
-"""Tables of int64 that mirror the C structs of csrc/: what the compiled backends read."""
+"""The structs of csrc/ as numpy dtypes, and tables of them: what the compiled backends read.
+
+A field has one name, there and here. Every field is 64 bits wide. tests/test_tables.py compares the two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct as binary
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +17,66 @@ from torch import Tensor
 from .adamw import AdamWSegment
 from .dtypes import DTYPE_CODES
 
-Table = npt.NDArray[np.int64]
+Table = npt.NDArray[np.void]
+"""Rows of one of the structs below, or one field of them that is a struct itself."""
+
+Words = npt.NDArray[np.int64]
+
+
+def struct(*fields: str | tuple[str, np.dtype[np.void]], of: type = np.int64) -> np.dtype[np.void]:
+    """A dtype of named fields, one after the other; those without a dtype are `of` 64 bits."""
+    return np.dtype([(field, of) if isinstance(field, str) else field for field in fields])
+
+
+def names(row: np.dtype[np.void]) -> tuple[str, ...]:
+    """The fields of a struct, in order."""
+    assert row.names is not None
+    return row.names
+
+
+def packer(row: np.dtype[np.void]) -> Callable[[Any], bytes]:
+    """A function that packs one row out of an object which has the struct's fields as attributes."""
+
+    def flat(row: np.dtype[np.void], prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name in names(row):
+            field = row[name]
+            if field.names:
+                yield from flat(field, f"{prefix}{name}.")
+            else:
+                yield prefix + name, {np.int64: "q", np.float64: "d"}[field.type]
+
+    fields, formats = zip(*flat(row), strict=True)
+    read, pack = attrgetter(*fields), binary.Struct("".join(formats)).pack
+    return lambda source: pack(*read(source))
+
+
+TENSOR_DESC = struct("data", "numel", "dtype", "ndim", "layout")
+ADAMW_SEGMENT = struct(
+    *(("param", TENSOR_DESC), ("grad", TENSOR_DESC)),
+    *("indices", "index_bytes", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"),
+    *("count", "grad_is_compact", "hyper"),
+)
+ADAMW_HYPER = struct(
+    *("lr", "beta1", "beta2", "eps", "weight_decay", "bias_correction1", "bias_correction2_sqrt"),
+    *("grad_scale", "maximize"),
+    of=np.float64,
+)
+ADAMW_CUDA_HYPER = struct(
+    ("number", ADAMW_HYPER),
+    *("lr", "step", "grad_scale", "found_inf"),
+    *("lr_dtype", "step_dtype", "grad_scale_dtype", "found_inf_dtype"),
+)
+GATHER_SEGMENT = struct(
+    *("data", "itemsize", "ndim", "layout", "indices", "index_bytes", "values", "count", "numel"),
+)
+SDDMM_FACTOR = struct("data", "token_stride", "channel_stride")
+SDDMM_PARAMS = struct(
+    *(("dy", SDDMM_FACTOR), ("x", SDDMM_FACTOR)),
+    *("dtype", "num_tokens", "num_outputs", "num_inputs", "indices", "index_bytes", "values", "k", "accumulate"),
+)
+
+
+# ---- layouts ----
 
 
 def layout(tensor: Tensor) -> tuple[int, ...]:
@@ -33,88 +98,97 @@ def layout(tensor: Tensor) -> tuple[int, ...]:
 
 
 class Layouts:
-    """Owns the layout arrays that table rows point to; keep it as long as the table."""
+    """Owns the arrays that `layout` fields point to; keep it as long as the table."""
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[int, ...], Table] = {}
+        self._arrays: dict[tuple[int, ...], Words] = {}
 
-    def columns(self, shape_and_strides: tuple[int, ...]) -> tuple[int, int]:
-        """The `ndim` and `layout` fields of one tensor."""
-        if not shape_and_strides:
-            return 0, 0
-        array = self._arrays.get(shape_and_strides)
+    def write(self, rows: Table, layouts: Sequence[tuple[int, ...]]) -> None:
+        """The fields `ndim` and `layout` of rows: of each, what `layout()` says of its tensor."""
+        rows["ndim"] = [len(sizes_and_strides) // 2 for sizes_and_strides in layouts]
+        rows["layout"] = [self._address(sizes_and_strides) if sizes_and_strides else 0 for sizes_and_strides in layouts]
+
+    def _address(self, sizes_and_strides: tuple[int, ...]) -> int:
+        array = self._arrays.get(sizes_and_strides)
         if array is None:
-            array = self._arrays[shape_and_strides] = np.array(shape_and_strides, dtype=np.int64)
-        return len(shape_and_strides) // 2, array.ctypes.data
-
-    def tensor_desc(self, tensor: Tensor) -> tuple[int, int, int, int, int]:
-        """saft::TensorDesc."""
-        return (
-            tensor.data_ptr(),
-            tensor.numel(),
-            DTYPE_CODES[tensor.dtype],
-            *self.columns(layout(tensor)),
-        )
+            array = self._arrays[sizes_and_strides] = np.array(sizes_and_strides, dtype=np.int64)
+        return array.ctypes.data
 
 
-def table(rows: Iterable[Sequence[int]], num_columns: int) -> Table:
-    """Rows of equal length as one C-contiguous int64 array."""
-    return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)
+# ---- tables. Column by column: half the time of row by row ----
 
 
-def sddmm_params(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> Table:
-    """saft::SddmmParams."""
-    factors = [(t.data_ptr(), *t.stride()) for t in (dy, x)]
-    sizes = (DTYPE_CODES[dy.dtype], dy.shape[0], dy.shape[1], x.shape[1])
-    selected = (indices.data_ptr(), indices.itemsize, out.data_ptr(), indices.numel(), accumulate)
-    return np.array([*factors[0], *factors[1], *sizes, *selected], dtype=np.int64)
+def _write_layouts(layouts: Layouts, rows: Table, tensors: Sequence[Tensor]) -> None:
+    """Of rows that are zero: mostly, nothing is to write."""
+    if not all(map(Tensor.is_contiguous, tensors)):
+        layouts.write(rows, [layout(t) for t in tensors])
+
+
+def tensor_table(layouts: Layouts, tensors: Sequence[Tensor]) -> Table:
+    """TENSOR_DESC rows."""
+    table = np.zeros(len(tensors), TENSOR_DESC)
+    table["data"] = [t.data_ptr() for t in tensors]
+    table["numel"] = [t.numel() for t in tensors]
+    table["dtype"] = [DTYPE_CODES[t.dtype] for t in tensors]
+    _write_layouts(layouts, table, tensors)
+    return table
 
 
 def gather_table(
     layouts: Layouts, tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Table:
-    """saft::GatherSegment rows; indices and values are contiguous."""
-    contiguous = (0, 0)
-    rows = [
-        (
-            tensor.data_ptr(),
-            tensor.itemsize,
-            *(contiguous if tensor.is_contiguous() else layouts.columns(layout(tensor))),
-            index.data_ptr(),
-            index.itemsize,
-            value.data_ptr(),
-            index.numel(),
-            tensor.numel(),
-        )
-        for tensor, index, value in zip(tensors, indices, values, strict=True)
-    ]
-    return table(rows, 9)
+    """GATHER_SEGMENT rows; indices and values are contiguous."""
+    table = np.zeros(len(tensors), GATHER_SEGMENT)
+    table["data"] = [t.data_ptr() for t in tensors]
+    table["itemsize"] = [t.itemsize for t in tensors]
+    _write_layouts(layouts, table, tensors)
+    table["indices"] = [i.data_ptr() for i in indices]
+    table["index_bytes"] = [i.itemsize for i in indices]
+    table["values"] = [v.data_ptr() for v in values]
+    table["count"] = [i.numel() for i in indices]
+    table["numel"] = [t.numel() for t in tensors]
+    return table
 
 
-class AdamWColumn:
-    """Columns of saft::AdamWSegment."""
+def sddmm_params(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> Table:
+    """One SDDMM_PARAMS row."""
+    fields = {
+        "dy": (dy.data_ptr(), *dy.stride()),
+        "x": (x.data_ptr(), *x.stride()),
+        "dtype": DTYPE_CODES[dy.dtype],
+        "num_tokens": dy.shape[0],
+        "num_outputs": dy.shape[1],
+        "num_inputs": x.shape[1],
+        "indices": indices.data_ptr(),
+        "index_bytes": indices.itemsize,
+        "values": out.data_ptr(),
+        "k": indices.numel(),
+        "accumulate": accumulate,
+    }
+    return np.array([tuple(map(fields.__getitem__, names(SDDMM_PARAMS)))], dtype=SDDMM_PARAMS)
 
-    PARAM, PARAM_DTYPE, PARAM_NDIM = 0, 2, 3
-    GRAD, GRAD_DTYPE, GRAD_NDIM = 5, 7, 8
-    COMPACT = 17
-    COUNT = 19  # of columns
+
+def adamw_table(segments: Sequence[AdamWSegment]) -> Table:
+    """ADAMW_SEGMENT rows. What depends on where and how parameter and gradient lie is the plan's to fill in."""
+    table = np.zeros(len(segments), ADAMW_SEGMENT)
+    table["param"]["numel"] = table["grad"]["numel"] = [s.param.numel() for s in segments]
+    table["param"]["dtype"] = [DTYPE_CODES[s.param.dtype] for s in segments]
+    table["indices"] = [address(s.indices) for s in segments]
+    table["index_bytes"] = [8 if s.indices is None else s.indices.itemsize for s in segments]
+    table["exp_avg"] = [s.exp_avg.data_ptr() for s in segments]
+    table["exp_avg_sq"] = [s.exp_avg_sq.data_ptr() for s in segments]
+    table["max_exp_avg_sq"] = [address(s.max_exp_avg_sq) for s in segments]
+    table["master"] = [address(s.master) for s in segments]
+    table["count"] = [s.count for s in segments]
+    table["hyper"] = [s.hyper for s in segments]
+    return table
 
 
-def adamw_table(segments: Iterable[AdamWSegment]) -> Table:
-    """saft::AdamWSegment rows. What depends on where and how parameter and gradient lie is the plan's to fill in."""
+def table(rows: Iterable[Sequence[int]], num_columns: int) -> Words:
+    """Rows of equal length as one C-contiguous int64 array."""
+    return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)
 
-    def row(segment: AdamWSegment) -> tuple[int, ...]:
-        state = (segment.exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
-        indices = segment.indices
-        return (
-            *(0, segment.param.numel(), DTYPE_CODES[segment.param.dtype], 0, 0),
-            *(0, segment.param.numel(), 0, 0, 0),
-            0 if indices is None else indices.data_ptr(),
-            8 if indices is None else indices.itemsize,
-            *(0 if t is None else t.data_ptr() for t in state),
-            segment.count,
-            0,
-            segment.hyper,
-        )
 
-    return table(map(row, segments), AdamWColumn.COUNT)
+def address(tensor: Tensor | None) -> int:
+    """Where its elements are; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

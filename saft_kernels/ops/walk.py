@@ -18,7 +18,6 @@ try:
 except ImportError:
     _C = None  # type: ignore[assignment]
 
-Table = npt.NDArray[np.int64]
 
 _reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
 if _reader is not None and not _reader.is_available:
@@ -31,10 +30,10 @@ class PointerColumn:
     With `is_fixed`, a pointer that has moved is such a change, too.
     """
 
-    def __init__(self, table: Table, column: int, is_fixed: bool = False) -> None:
-        self._column = table[:, column]
-        self._address, self._row_bytes = self._column.ctypes.data, self._column.strides[0]
-        self._forms = np.zeros(len(table), dtype=np.uint64)
+    def __init__(self, column: npt.NDArray[np.int64], is_fixed: bool = False) -> None:
+        self._column = column
+        self._address, self._row_bytes = column.ctypes.data, column.strides[0]
+        self._forms = np.zeros(len(column), dtype=np.uint64)
         self._forms_address = self._forms.ctypes.data
         self._is_fixed = is_fixed
         self._interpreted: list[tuple[object, ...]] | None = None

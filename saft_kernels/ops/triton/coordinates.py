@@ -11,45 +11,62 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
-from ..tables import Table
+from ..tables import Table, Words
+from .constants import row_dtype
 from .launch import device_function
 
-TILE_COLUMNS: tl.constexpr = tl.constexpr(3)  # segment, first coordinate, last coordinate + 1
+TILE_SEGMENT = tl.constexpr(0)
+TILE_FIRST = tl.constexpr(1)  # coordinate
+TILE_LAST = tl.constexpr(2)  # coordinate, and 1
+TILE_WORDS = tl.constexpr(3)
+TILE = row_dtype("TILE", globals())
+
+LAYOUT_SIZE = tl.constexpr(0)
+LAYOUT_STRIDE = tl.constexpr(1)
+LAYOUT_WORDS = tl.constexpr(2)  # per dimension
 
 
 # ---- host ----
 
 
 class Layouts:
-    """Rows (size, stride) from the innermost dimension out: what `storage_offset` walks."""
+    """Size and stride of each dimension, from the innermost out: what `storage_offset` walks."""
 
     def __init__(self) -> None:
-        self.words: list[int] = []
+        self._words: list[int] = []
         self._first: dict[tuple[int, ...], int] = {}
 
-    def columns(self, tensor: Tensor) -> tuple[int, int]:
+    def add(self, tensor: Tensor) -> tuple[int, int]:
         """Number of dimensions, and where they start; (0, 0) when the tensor is contiguous."""
         merged = tables.layout(tensor)
         ndim = len(merged) // 2
-        first = self._first.setdefault(merged, len(self.words)) if ndim else 0
-        if first == len(self.words):
+        first = self._first.setdefault(merged, len(self._words)) if ndim else 0
+        if first == len(self._words):
             for d in reversed(range(ndim)):
-                self.words += (merged[d], merged[ndim + d])
+                self._words += (merged[d], merged[ndim + d])
         return ndim, first
 
+    def words(self) -> Words:
+        """All of them; never empty, for kernels take its address."""
+        return np.array(self._words or [0], dtype=np.int64)
 
-def tiles(counts: Table, sizes: Table) -> Table:
-    """The tiles of segments of `counts` coordinates, cut every `sizes`: one row of TILE_COLUMNS for each."""
+
+def tiles(counts: Words, sizes: Words) -> Table:
+    """TILE rows of segments of `counts` coordinates, cut every `sizes`."""
     per_segment = -(-counts // sizes)
     segment = np.repeat(np.arange(len(counts)), per_segment)
     tile = np.arange(len(segment)) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
     first = tile * sizes[segment]
-    return np.stack([segment, first, np.minimum(first + sizes[segment], counts[segment])], axis=1)
+    table = np.zeros(len(segment), TILE)
+    table["segment"], table["first"] = segment, first
+    table["last"] = np.minimum(first + sizes[segment], counts[segment])
+    return table
 
 
-def align(parts: Sequence[Table]) -> tuple[Table, list[int]]:
-    """One table of all parts, each at a multiple of 16 B, where every kernel may expect it; and where each starts."""
-    flat = [np.pad(part.reshape(-1), (0, -part.size % 2)) for part in parts]
+def align(parts: Sequence[Table | Words]) -> tuple[Words, list[int]]:
+    """All parts as words, each at a multiple of 16 B, where every kernel may expect it; and where each starts."""
+    words = [part.view(np.int64).reshape(-1) for part in parts]
+    flat = [np.pad(part, (0, -len(part) % 2)) for part in words]
     ends = np.cumsum([len(part) for part in flat])
     return np.concatenate(flat), [0, *ends[:-1].tolist()]
 
@@ -77,8 +94,9 @@ def storage_offset(layouts, ndim, first, index):
         offset = index * 0
         rest = index
         for d in range(ndim):
-            size = tl.load(layouts + first + 2 * d)
+            dimension = layouts + first + d * LAYOUT_WORDS
+            size = tl.load(dimension + LAYOUT_SIZE)
             outer = rest // size
-            offset += (rest - outer * size) * tl.load(layouts + first + 2 * d + 1)
+            offset += (rest - outer * size) * tl.load(dimension + LAYOUT_STRIDE)
             rest = outer
     return offset

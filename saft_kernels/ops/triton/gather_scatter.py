@@ -15,18 +15,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tables
-from .coordinates import TILE_COLUMNS, Layouts, align, load_index, storage_offset, tiles
+from .constants import row_dtype
+from .coordinates import (
+    TILE_FIRST,
+    TILE_LAST,
+    TILE_SEGMENT,
+    TILE_WORDS,
+    Layouts,
+    align,
+    load_index,
+    storage_offset,
+    tiles,
+)
 from .launch import INTERPRETED, device_function, launch, to_device
 
-ROW_COLUMNS: tl.constexpr = tl.constexpr(8)
-DATA: tl.constexpr = tl.constexpr(0)  # addresses
-VALUES: tl.constexpr = tl.constexpr(1)
-INDICES: tl.constexpr = tl.constexpr(2)
-INDEX_BYTES: tl.constexpr = tl.constexpr(3)
-ITEM: tl.constexpr = tl.constexpr(4)  # log2 of its bytes
-NDIM: tl.constexpr = tl.constexpr(5)
-LAYOUT: tl.constexpr = tl.constexpr(6)
+SEGMENT_DATA = tl.constexpr(0)
+SEGMENT_VALUES = tl.constexpr(1)
+SEGMENT_INDICES = tl.constexpr(2)
+SEGMENT_INDEX_BYTES = tl.constexpr(3)
+SEGMENT_LOG2_ITEMSIZE = tl.constexpr(4)
+SEGMENT_NDIM = tl.constexpr(5)
+SEGMENT_LAYOUT = tl.constexpr(6)  # where in the layouts it begins
+SEGMENT_WORDS = tl.constexpr(8)
+SEGMENT = row_dtype("SEGMENT", globals())
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def _copy(data, values, offset, position, valid, WORD: tl.constexpr, SCATTER: tl
 
 
 @triton.jit
-def copy_items_kernel(rows, layouts, tiles, ITEMS: tl.constexpr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
+def copy_items_kernel(segments, layouts, tiles, ITEMS: tl.constexpr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
     """gather, scatter: elements of many tensors to and from packed values. ITEMS: sizes there are, a bit for each.
 
     Traffic    per coordinate: a 32-byte sector read (gather) or read and written (scatter); packed value and index.
@@ -62,15 +73,15 @@ def copy_items_kernel(rows, layouts, tiles, ITEMS: tl.constexpr, SCATTER: tl.con
     Contract   bits are copied as integers: NaN payloads survive. Indices to write are distinct: no atomics.
     Launch     one program per tile of BLOCK coordinates.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
-    row = rows + tl.load(tile) * ROW_COLUMNS
-    position = tl.load(tile + 1) + tl.arange(0, BLOCK)
-    valid = position < tl.load(tile + 2)
-    index = load_index(tl.load(row + INDICES), tl.load(row + INDEX_BYTES), position, valid)
-    offset = storage_offset(layouts, tl.load(row + NDIM), tl.load(row + LAYOUT), index)
-    data = tl.load(row + DATA)
-    values = tl.load(row + VALUES)
-    item = tl.load(row + ITEM)
+    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_WORDS
+    segment = segments + tl.load(tile + TILE_SEGMENT) * SEGMENT_WORDS
+    position = tl.load(tile + TILE_FIRST) + tl.arange(0, BLOCK)
+    valid = position < tl.load(tile + TILE_LAST)
+    index = load_index(tl.load(segment + SEGMENT_INDICES), tl.load(segment + SEGMENT_INDEX_BYTES), position, valid)
+    offset = storage_offset(layouts, tl.load(segment + SEGMENT_NDIM), tl.load(segment + SEGMENT_LAYOUT), index)
+    data = tl.load(segment + SEGMENT_DATA)
+    values = tl.load(segment + SEGMENT_VALUES)
+    item = tl.load(segment + SEGMENT_LOG2_ITEMSIZE)
     if ITEMS & 1:
         if item == 0:
             _copy(data, values, offset, position, valid, tl.int8, SCATTER)
@@ -97,23 +108,15 @@ def _copy_items(
         return
     device = tensors[0].device
     layouts = Layouts()
-    rows = tables.table(
-        (
-            (
-                tensor.data_ptr(),
-                value.data_ptr(),
-                index.data_ptr(),
-                index.itemsize,
-                tensor.itemsize.bit_length() - 1,
-                *layouts.columns(tensor),
-                0,
-            )
-            for tensor, index, value in zip(tensors, indices, values, strict=True)
-        ),
-        ROW_COLUMNS.value,
-    )
+    segments = np.zeros(len(tensors), SEGMENT)
+    segments["data"] = [t.data_ptr() for t in tensors]
+    segments["values"] = [v.data_ptr() for v in values]
+    segments["indices"] = [i.data_ptr() for i in indices]
+    segments["index_bytes"] = [i.itemsize for i in indices]
+    segments["log2_itemsize"] = [t.itemsize.bit_length() - 1 for t in tensors]
+    segments["ndim"], segments["layout"] = zip(*map(layouts.add, tensors), strict=True)
     cut = tiles(counts, np.full_like(counts, TUNING.block))
-    words, (_, layouts_at, tiles_at) = align([rows, np.array(layouts.words or [0], dtype=np.int64), cut])
+    words, (_, layouts_at, tiles_at) = align([segments, layouts.words(), cut])
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         table = to_device(words, device)
         launch(

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tables import Table
+from ..tables import Words
 
 triton_version: str = triton.__version__
 
@@ -39,13 +39,13 @@ def launch(kernel: Any, num_programs: int, *args: object, num_warps: int, **cons
         kernel[(num_programs,)](*args, num_warps=num_warps, **OPTIONS, **constants)
 
 
-def staged(table: Table, device: torch.device) -> Tensor:
+def staged(table: Words, device: torch.device) -> Tensor:
     """A copy in pinned memory, which torch keeps until copies out of it are done: they need not wait."""
     host = torch.empty(len(table), dtype=torch.int64, pin_memory=device.type == "cuda")
     host.numpy()[:] = table
     return host
 
 
-def to_device(table: Table, device: torch.device) -> Tensor:
+def to_device(table: Words, device: torch.device) -> Tensor:
     """A copy that does not wait for the device."""
     return staged(table, device).to(device, non_blocking=True)

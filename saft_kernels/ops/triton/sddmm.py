@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .launch import INTERPRETED, launch
 
-_ALIGNMENT = 16  # tokens: rows of the transposed factors start where a vector load may
+_ALIGNMENT = 16  # tokens: channels of the transposed factors start where a vector load may
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,30 @@ def dot_kernel(
     values,
     k,
     num_inputs,
-    row_length,
+    padded_tokens,
     ACCUMULATE: tl.constexpr,
     OPMATH: tl.constexpr,
     ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """values[j] (+)= dot(dy[i_j, :], x[c_j, :]), for ENTRIES entries per program.
+    """values[j] (+)= dot(dy[output_j, :], x[input_j, :]), for ENTRIES entries per program.
 
-    Traffic    per entry and token 2 * itemsize B, from L2 where the factors fit it; entries of one row of the weight
-               are consecutive, so that the channel of dy comes from L1.
+    Traffic    per entry and token 2 * itemsize B, from L2 where the factors fit it; entries of one output are
+               consecutive, so that dy's channel comes from L1.
     Contract   TOKENS running sums per entry, folded by tl.sum: the order depends on the number of tokens alone.
     """
     j = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     valid = j < k
     flat = tl.load(indices + j, mask=valid, other=0).to(tl.int64)
-    row = flat // num_inputs
-    dy_row = dy + row[:, None] * row_length
-    x_row = x + (flat - row * num_inputs)[:, None] * row_length
+    output = flat // num_inputs
+    dy_channel = dy + output[:, None] * padded_tokens
+    x_channel = x + (flat - output * num_inputs)[:, None] * padded_tokens
     sums = tl.zeros([ENTRIES, TOKENS], dtype=OPMATH)
-    for first in range(0, row_length, TOKENS):
+    for first in range(0, padded_tokens, TOKENS):
         token = first + tl.arange(0, TOKENS)[None, :]
-        mask = valid[:, None] & (token < row_length)
-        a = tl.load(dy_row + token, mask=mask, other=0.0).to(OPMATH)
-        sums += a * tl.load(x_row + token, mask=mask, other=0.0).to(OPMATH)
+        mask = valid[:, None] & (token < padded_tokens)
+        a = tl.load(dy_channel + token, mask=mask, other=0.0).to(OPMATH)
+        sums += a * tl.load(x_channel + token, mask=mask, other=0.0).to(OPMATH)
     total = tl.sum(sums, axis=1)
     if ACCUMULATE:
         total += tl.load(values + j, mask=valid, other=0.0)
@@ -82,11 +82,11 @@ def _by_channel(factor: Tensor) -> Tensor:
 def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `saft_kernels.ops.sddmm`. Nothing waits for the device. Workspace: both factors once more."""
     with torch.cuda.device(dy.device) if dy.device.type == "cuda" else contextlib.nullcontext():
-        dy_rows, x_rows = _by_channel(dy), _by_channel(x)
+        dy_channels, x_channels = _by_channel(dy), _by_channel(x)
         launch(
             dot_kernel,
             triton.cdiv(indices.numel(), TUNING.entries),
-            *(dy_rows, x_rows, indices, out, indices.numel(), x.shape[1], dy_rows.shape[1]),
+            *(dy_channels, x_channels, indices, out, indices.numel(), x.shape[1], dy_channels.shape[1]),
             ACCUMULATE=accumulate,
             OPMATH=tl.float64 if out.dtype == torch.float64 else tl.float32,
             ENTRIES=TUNING.entries,

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import tables
 from ...adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
 from ...dtypes import DTYPE_CODES
-from ...tables import Table
+from ...tables import Table, Words
 from ...walk import PointerColumn
 from ..coordinates import Layouts, align, tiles
 from ..launch import INTERPRETED, launch, staged, to_device
@@ -48,17 +48,16 @@ if INTERPRETED:  # few, large numpy operations
     TUNING = Tuning(block=2**15, direct_block=2**14, direct_tile=2**17)
 
 _FP64 = DTYPE_CODES[torch.float64]
-_SCALAR_COLUMNS = kernels.SCALAR_COLUMNS.value
-_NUM_INPUTS = kernels.LR_AT.value  # fp64; the addresses follow
+_SCALAR_WORDS = kernels.SCALAR_WORDS.value
 
 
 class Mirror:
     """Words on the host, and the same words on the device as of the last call."""
 
-    def __init__(self, words: Table, device: torch.device) -> None:
+    def __init__(self, words: Words, device: torch.device) -> None:
         self.words = words
         self._device = device
-        self._sent: Table | None = None
+        self._sent: Words | None = None
         self._copy = torch.empty(0, dtype=torch.int64)
 
     def on_device(self, prefix: int) -> Tensor:
@@ -93,11 +92,11 @@ class Plan:
         self._numels = [p.numel() for p in self._params]
         self._codes = [DTYPE_CODES[p.dtype] for p in self._params]
         self._tiles = self._cut()
-        self._addresses = np.zeros((len(self.segments), 2), dtype=np.int64)  # of parameters and gradients
-        self._params_column = PointerColumn(self._addresses, 0)
-        self._grads_column = PointerColumn(self._addresses, 1)
+        self._addresses = np.zeros(len(self.segments), kernels.ADDRESS)
+        self._params_column = PointerColumn(self._addresses["param"])
+        self._grads_column = PointerColumn(self._addresses["grad"])
         self._is_filled = False  # for tensors of the form that the columns have seen
-        # rows, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
+        # segments, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
         self._fixed = Mirror(np.zeros(0, dtype=np.int64), self._device)
         self._layouts_at = 0
         self._launches: list[tuple[int, int, int]] = []
@@ -111,7 +110,7 @@ class Plan:
         counts = np.array([s.count for s in self.segments], dtype=np.int64)
         whole = np.array([s.indices is None for s in self.segments], dtype=bool)
         cut = tiles(counts, np.where(whole, TUNING.direct_tile, TUNING.block))
-        is_fp64 = np.array(self._codes)[cut[:, 0]] == _FP64
+        is_fp64 = np.array(self._codes)[cut["segment"]] == _FP64
         return [part for part in (cut[~is_fp64], cut[is_fp64]) if len(part)]
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
@@ -130,29 +129,30 @@ class Plan:
         was_filled, self._is_filled = self._is_filled, False
         same = self._params_column.move(self._params) & self._grads_column.move(grads)
         if not (same and was_filled):
-            self._fill_rows(grads)
+            self._fill(grads)
         self._is_filled = True
         if not self._launches:
             return
-        num_rows = 1 << (len(hypers) - 1).bit_length()  # a power of two, for the kernel that computes scalars
-        num_words = num_rows * _SCALAR_COLUMNS
-        if len(self._moving.words) != num_words + 2 * len(self._params):
-            self._moving = Mirror(np.zeros(num_words + 2 * len(self._params), dtype=np.int64), self._device)
-        self._moving.words[num_words:] = self._addresses.reshape(-1)
-        rows = self._moving.words[:num_words].reshape(-1, _SCALAR_COLUMNS)
+        num_hypers = 1 << (len(hypers) - 1).bit_length()  # a power of two, for the kernel that computes scalars
+        num_words = num_hypers * _SCALAR_WORDS
+        addresses = self._addresses.view(np.int64)
+        if len(self._moving.words) != num_words + len(addresses):
+            self._moving = Mirror(np.zeros(num_words + len(addresses), dtype=np.int64), self._device)
+        self._moving.words[num_words:] = addresses
+        words = self._moving.words[:num_words]
         converted: list[Tensor] = []  # alive until the kernels are enqueued
         on_device = any(self._is_here(x) for h in hypers for x in (h.lr, h.step, h.grad_scale, h.found_inf))
-        for row, hyper in zip(rows, [*hypers, *[hypers[-1]] * (num_rows - len(hypers))], strict=True):
+        for at, hyper in enumerate([*hypers, *[hypers[-1]] * (num_hypers - len(hypers))]):
             if on_device:
-                self._write_inputs(row, hyper, converted)
+                self._write_inputs(words.view(kernels.INPUT)[at : at + 1], hyper, converted)
             else:
-                self._write_scalars(row, hyper)
+                self._write_scalars(words.view(kernels.SCALAR)[at : at + 1], hyper)
         if is_capturing:
             moving = self._moving.captured(self._captured, is_fixed=False)
             fixed = self._fixed.captured(self._captured, is_fixed=True)
         else:
             moving, fixed = self._moving.on_device(num_words), self._fixed.on_device(0)
-        scalars = self._compute_scalars(moving, num_rows, is_capturing) if on_device else moving
+        scalars = self._compute_scalars(moving, num_hypers, is_capturing) if on_device else moving
         for kinds, tiles_at, num_tiles in self._launches:
             launch(
                 kernels.sparse_adamw_kernel,
@@ -181,23 +181,27 @@ class Plan:
         for name, scalar in (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale)):
             self._number(name, scalar)
         h = hyper.on_host()
-        row[: kernels.SKIP.value + 1].view(np.float64)[:] = (
-            *(1 - h.lr * h.weight_decay, 1 - h.beta1, h.beta2, 1 - h.beta2),
-            *(h.lr / h.bias_correction1, h.bias_correction2_sqrt, h.eps),
-            *((-1.0 if h.maximize else 1.0) / h.grad_scale, 0.0),
-        )
+        row["decay"] = 1 - h.lr * h.weight_decay
+        row["one_minus_beta1"] = 1 - h.beta1
+        row["beta2"] = h.beta2
+        row["one_minus_beta2"] = 1 - h.beta2
+        row["step_size"] = h.lr / h.bias_correction1
+        row["bias_correction2_sqrt"] = h.bias_correction2_sqrt
+        row["eps"] = h.eps
+        row["inverse_grad_scale"] = (-1.0 if h.maximize else 1.0) / h.grad_scale
+        row["skip"] = 0.0
 
     def _write_inputs(self, row: Table, hyper: AdamWHyper, converted: list[Tensor]) -> None:
         """What scalars_kernel reads: numbers, and the addresses of what is on the device."""
-        named = (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale))
-        beta1, beta2 = float(hyper.beta1), float(hyper.beta2)
-        row[:_NUM_INPUTS].view(np.float64)[:] = (
-            *(0.0 if self._is_here(scalar) else self._number(name, scalar) for name, scalar in named),
-            *(beta1, beta2, *(math.log(beta) if beta else -math.inf for beta in (beta1, beta2))),
-            *(float(hyper.eps), float(hyper.weight_decay), -1.0 if hyper.maximize else 1.0),
-        )
-        tensors = (hyper.lr, hyper.step, hyper.grad_scale, hyper.found_inf)
-        row[_NUM_INPUTS : _NUM_INPUTS + len(tensors)] = [self._address(scalar, converted) for scalar in tensors]
+        for name, scalar in (("lr", hyper.lr), ("step", hyper.step), ("grad_scale", hyper.grad_scale)):
+            row[name] = 0.0 if self._is_here(scalar) else self._number(name, scalar)
+            row[f"{name}_at"] = self._address(scalar, converted)
+        row["found_inf_at"] = self._address(hyper.found_inf, converted)
+        for name, beta in (("beta1", float(hyper.beta1)), ("beta2", float(hyper.beta2))):
+            row[name] = beta
+            row[f"log_{name}"] = math.log(beta) if beta else -math.inf
+        row["eps"], row["weight_decay"] = float(hyper.eps), float(hyper.weight_decay)
+        row["sign"] = -1.0 if hyper.maximize else 1.0
 
     def _address(self, scalar: float | Tensor | None, converted: list[Tensor]) -> int:
         """Of an fp64 value, or that of an fp32 one and 1; 0 where there is a number."""
@@ -210,65 +214,61 @@ class Plan:
             converted.append(scalar)
         return scalar.data_ptr()
 
-    def _compute_scalars(self, inputs: Tensor, num_rows: int, is_capturing: bool) -> Tensor:
+    def _compute_scalars(self, inputs: Tensor, num_hypers: int, is_capturing: bool) -> Tensor:
         scalars = self._scalars
-        if is_capturing or len(scalars) != num_rows * _SCALAR_COLUMNS:
-            scalars = torch.empty(num_rows * _SCALAR_COLUMNS, dtype=torch.int64, device=self._device)
+        if is_capturing or len(scalars) != num_hypers * _SCALAR_WORDS:
+            scalars = torch.empty(num_hypers * _SCALAR_WORDS, dtype=torch.int64, device=self._device)
             if is_capturing:
                 self._captured.append(scalars)
             else:
                 self._scalars = scalars
-        launch(kernels.scalars_kernel, 1, inputs, scalars, ROWS=num_rows, num_warps=1)
+        launch(kernels.scalars_kernel, 1, inputs, scalars, HYPERS=num_hypers, num_warps=1)
         return scalars
 
-    # ---- rows ----
+    # ---- segments ----
 
-    def _fill_rows(self, grads: list[Tensor]) -> None:
-        """Rows, layouts and launches for these forms."""
+    def _fill(self, grads: list[Tensor]) -> None:
+        """Segments, layouts and launches for these forms."""
+        table = np.zeros(len(self.segments), kernels.SEGMENT)
         layouts = Layouts()
-        rows = tables.table(
-            (self._row(i, s, g, layouts) for i, (s, g) in enumerate(zip(self.segments, grads, strict=True))),
-            kernels.ROW_COLUMNS.value,
-        )
-        words, (_, self._layouts_at, *tiles_at) = align(
-            [rows, np.array(layouts.words or [0], dtype=np.int64), *self._tiles]
-        )
+        contiguous = (0, 0)
+        param_layouts, grad_layouts, kinds, are_compact, like_param = [], [], [], [], []
+        for i, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
+            param, exp_avg, indices = segment.param, segment.exp_avg, segment.indices
+            if param.numel() != self._numels[i] or DTYPE_CODES.get(param.dtype) != self._codes[i]:
+                raise StalePlan(
+                    f"`params[{i}]`: expected {self._numels[i]} elements of the dtype the step was prepared for, "
+                    f"got {param.numel()} of {param.dtype}; prepare another step"
+                )
+            state_like_param = indices is None and not exp_avg.is_contiguous()
+            if state_like_param and not same_memory_order(param, exp_avg):
+                raise ValueError(
+                    f"`exp_avgs[{i}]`: expected the strides of a wholly selected parameter, {param.stride()}, or "
+                    f"contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
+                )
+            in_memory_order = indices is None and same_memory_order(param, exp_avg, grad)
+            param_layouts.append(contiguous if in_memory_order else layouts.add(param))
+            grad_layouts.append(contiguous if in_memory_order else layouts.add(grad))
+            kinds.append(kernels.KINDS[param.dtype, grad.dtype])
+            are_compact.append(is_compact(grad, param, segment.count))
+            like_param.append(state_like_param and not in_memory_order)
+        table["indices"] = [tables.address(s.indices) for s in self.segments]
+        table["index_bytes"] = [0 if s.indices is None else s.indices.itemsize for s in self.segments]
+        table["exp_avg"] = [s.exp_avg.data_ptr() for s in self.segments]
+        table["exp_avg_sq"] = [s.exp_avg_sq.data_ptr() for s in self.segments]
+        table["max_exp_avg_sq"] = [tables.address(s.max_exp_avg_sq) for s in self.segments]
+        table["master"] = [tables.address(s.master) for s in self.segments]
+        table["grad_is_compact"], table["state_like_param"] = are_compact, like_param
+        table["hyper"], table["kind"] = [s.hyper for s in self.segments], kinds
+        table["param_ndim"], table["param_layout"] = zip(*param_layouts, strict=True)
+        table["grad_ndim"], table["grad_layout"] = zip(*grad_layouts, strict=True)
+        words, (_, self._layouts_at, *tiles_at) = align([table, layouts.words(), *self._tiles])
         if not np.array_equal(words, self._fixed.words):
             self._fixed = Mirror(words, self._device)
-        kinds = rows[:, kernels.KIND.value]
         self._launches = [
-            (int(np.bitwise_or.reduce(1 << kinds[part[:, 0]])), at, len(part))
+            (int(np.bitwise_or.reduce(1 << table["kind"][part["segment"]])), at, len(part))
             for part, at in zip(self._tiles, tiles_at, strict=True)
         ]
-
-    def _row(self, i: int, segment: AdamWSegment, grad: Tensor, layouts: Layouts) -> tuple[int, ...]:
-        param, exp_avg, indices = segment.param, segment.exp_avg, segment.indices
-        code = self._codes[i]
-        if param.numel() != self._numels[i] or DTYPE_CODES.get(param.dtype) != code:
-            raise StalePlan(
-                f"`params[{i}]`: expected {self._numels[i]} elements of the dtype the step was prepared for, "
-                f"got {param.numel()} of {param.dtype}; prepare another step"
-            )
-        state_like_param = indices is None and not exp_avg.is_contiguous()
-        if state_like_param and not same_memory_order(param, exp_avg):
-            raise ValueError(
-                f"`exp_avgs[{i}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
-                f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
-            )
-        in_memory_order = indices is None and same_memory_order(param, exp_avg, grad)
-        state = (exp_avg, segment.exp_avg_sq, segment.max_exp_avg_sq, segment.master)
-        return (
-            0 if indices is None else indices.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in state),
-            0 if indices is None else indices.itemsize,
-            segment.hyper,
-            code + 3 * (param.itemsize == 2 and grad.dtype == torch.float32),
-            is_compact(grad, param, segment.count),
-            state_like_param and not in_memory_order,
-            *((0, 0) if in_memory_order else layouts.columns(param)),
-            *((0, 0) if in_memory_order else layouts.columns(grad)),
-            *(0, 0),
-        )
 
 
 prepare_sparse_adamw = Plan

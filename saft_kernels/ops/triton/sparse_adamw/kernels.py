@@ -5,66 +5,81 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
-from ..coordinates import TILE_COLUMNS, load_index, storage_offset
+from ...dtypes import DTYPE_CODES
+from ..constants import BF16, FP16, FP32, FP64, HAS_BF16, HAS_FP16, HAS_FP32, HAS_FP64, row_dtype
+from ..coordinates import TILE_FIRST, TILE_LAST, TILE_SEGMENT, TILE_WORDS, load_index, storage_offset
 from ..launch import device_function
 
-# One row per segment, int64. Addresses of what it may lack are 0. The two addresses that move from step to step, of
-# the parameter and of the gradient, are in a table of their own.
-ROW_COLUMNS: tl.constexpr = tl.constexpr(16)
-INDICES: tl.constexpr = tl.constexpr(0)
-EXP_AVG: tl.constexpr = tl.constexpr(1)
-EXP_AVG_SQ: tl.constexpr = tl.constexpr(2)
-MAX_EXP_AVG_SQ: tl.constexpr = tl.constexpr(3)
-MASTER: tl.constexpr = tl.constexpr(4)
-INDEX_BYTES: tl.constexpr = tl.constexpr(5)
-HYPER: tl.constexpr = tl.constexpr(6)  # the row of scalars that applies
-KIND: tl.constexpr = tl.constexpr(7)
-COMPACT: tl.constexpr = tl.constexpr(8)  # whether the gradient has one value per coordinate
-STATE_LIKE_PARAM: tl.constexpr = tl.constexpr(9)  # whether the state has the parameter's strides
-PARAM_NDIM: tl.constexpr = tl.constexpr(10)
-PARAM_LAYOUT: tl.constexpr = tl.constexpr(11)
-GRAD_NDIM: tl.constexpr = tl.constexpr(12)
-GRAD_LAYOUT: tl.constexpr = tl.constexpr(13)
+# One segment. Addresses of what it may lack are 0; its two addresses that move from step to step are a row of their own
+SEGMENT_INDICES = tl.constexpr(0)
+SEGMENT_INDEX_BYTES = tl.constexpr(1)
+SEGMENT_EXP_AVG = tl.constexpr(2)
+SEGMENT_EXP_AVG_SQ = tl.constexpr(3)
+SEGMENT_MAX_EXP_AVG_SQ = tl.constexpr(4)
+SEGMENT_MASTER = tl.constexpr(5)
+SEGMENT_GRAD_IS_COMPACT = tl.constexpr(6)  # one value per coordinate
+SEGMENT_HYPER = tl.constexpr(7)  # the row of scalars that applies
+SEGMENT_KIND = tl.constexpr(8)  # see below
+SEGMENT_STATE_LIKE_PARAM = tl.constexpr(9)  # whether the state has the parameter's strides
+SEGMENT_PARAM_NDIM = tl.constexpr(10)
+SEGMENT_PARAM_LAYOUT = tl.constexpr(11)  # where in the layouts it begins
+SEGMENT_GRAD_NDIM = tl.constexpr(12)
+SEGMENT_GRAD_LAYOUT = tl.constexpr(13)
+SEGMENT_WORDS = tl.constexpr(16)
+SEGMENT = row_dtype("SEGMENT", globals())
 
-# saft::ScalarType of the parameter; plus 3 for a 16-bit parameter with an fp32 gradient
-FP32: tl.constexpr = tl.constexpr(0)
-BF16: tl.constexpr = tl.constexpr(1)
-FP16: tl.constexpr = tl.constexpr(2)
-FP64: tl.constexpr = tl.constexpr(3)
-BF16_FP32: tl.constexpr = tl.constexpr(4)
-FP16_FP32: tl.constexpr = tl.constexpr(5)
+ADDRESS_PARAM = tl.constexpr(0)
+ADDRESS_GRAD = tl.constexpr(1)
+ADDRESS_WORDS = tl.constexpr(2)
+ADDRESS = row_dtype("ADDRESS", globals())
 
-# What the element math needs: one row per (param group, step count), fp64
-SCALAR_COLUMNS: tl.constexpr = tl.constexpr(16)
-DECAY: tl.constexpr = tl.constexpr(0)
-ONE_MINUS_BETA1: tl.constexpr = tl.constexpr(1)
-BETA2: tl.constexpr = tl.constexpr(2)
-ONE_MINUS_BETA2: tl.constexpr = tl.constexpr(3)
-STEP_SIZE: tl.constexpr = tl.constexpr(4)
-BIAS_CORRECTION2_SQRT: tl.constexpr = tl.constexpr(5)
-EPS: tl.constexpr = tl.constexpr(6)
-INVERSE_GRAD_SCALE: tl.constexpr = tl.constexpr(7)  # negative to maximize
-SKIP: tl.constexpr = tl.constexpr(8)
+# The kind of a segment is its parameter's dtype, or that of a 16-bit parameter whose gradient is fp32
+BF16_FP32 = tl.constexpr(len(DTYPE_CODES))
+FP16_FP32 = tl.constexpr(len(DTYPE_CODES) + 1)
+HAS_BF16_FP32 = tl.constexpr(1 << BF16_FP32.value)
+HAS_FP16_FP32 = tl.constexpr(1 << FP16_FP32.value)
+KINDS = {
+    **{(dtype, dtype): code for dtype, code in DTYPE_CODES.items()},
+    (torch.bfloat16, torch.float32): BF16_FP32.value,
+    (torch.float16, torch.float32): FP16_FP32.value,
+}
 
-# What they are computed from where some are on the device: fp64 up to SIGN, then int64
-LR: tl.constexpr = tl.constexpr(0)
-STEP: tl.constexpr = tl.constexpr(1)
-GRAD_SCALE: tl.constexpr = tl.constexpr(2)
-BETA1: tl.constexpr = tl.constexpr(3)
-INPUT_BETA2: tl.constexpr = tl.constexpr(4)
-LOG_BETA1: tl.constexpr = tl.constexpr(5)
-LOG_BETA2: tl.constexpr = tl.constexpr(6)
-INPUT_EPS: tl.constexpr = tl.constexpr(7)
-WEIGHT_DECAY: tl.constexpr = tl.constexpr(8)
-SIGN: tl.constexpr = tl.constexpr(9)
+# What the element math needs of one hyper, fp64
+SCALAR_DECAY = tl.constexpr(0)
+SCALAR_ONE_MINUS_BETA1 = tl.constexpr(1)
+SCALAR_BETA2 = tl.constexpr(2)
+SCALAR_ONE_MINUS_BETA2 = tl.constexpr(3)
+SCALAR_STEP_SIZE = tl.constexpr(4)
+SCALAR_BIAS_CORRECTION2_SQRT = tl.constexpr(5)
+SCALAR_EPS = tl.constexpr(6)
+SCALAR_INVERSE_GRAD_SCALE = tl.constexpr(7)  # negative to maximize
+SCALAR_SKIP = tl.constexpr(8)  # the same in every row
+SCALAR_WORDS = tl.constexpr(16)
+SCALAR = row_dtype("SCALAR", globals(), of=np.float64)
+
+# What they are computed from where some are on the device
+INPUT_LR = tl.constexpr(0)
+INPUT_STEP = tl.constexpr(1)
+INPUT_GRAD_SCALE = tl.constexpr(2)
+INPUT_BETA1 = tl.constexpr(3)
+INPUT_BETA2 = tl.constexpr(4)
+INPUT_LOG_BETA1 = tl.constexpr(5)
+INPUT_LOG_BETA2 = tl.constexpr(6)
+INPUT_EPS = tl.constexpr(7)
+INPUT_WEIGHT_DECAY = tl.constexpr(8)
+INPUT_SIGN = tl.constexpr(9)  # of the gradient: -1 to maximize
 # addresses of fp64 values, or of fp32 ones and 1: no address of a value is odd. 0: the number above applies
-LR_AT: tl.constexpr = tl.constexpr(10)
-STEP_AT: tl.constexpr = tl.constexpr(11)
-GRAD_SCALE_AT: tl.constexpr = tl.constexpr(12)
-FOUND_INF_AT: tl.constexpr = tl.constexpr(13)
+INPUT_LR_AT = tl.constexpr(10)
+INPUT_STEP_AT = tl.constexpr(11)
+INPUT_GRAD_SCALE_AT = tl.constexpr(12)
+INPUT_FOUND_INF_AT = tl.constexpr(13)
+INPUT_WORDS = tl.constexpr(SCALAR_WORDS.value)  # one row of words, one of each
+INPUT = row_dtype("INPUT", globals(), of=np.float64)
 
 
 # ---- scalars ----
@@ -81,47 +96,40 @@ def _scalar(number, address):
 
 
 @triton.jit
-def scalars_kernel(inputs, scalars, ROWS: tl.constexpr):
+def scalars_kernel(inputs, scalars, HYPERS: tl.constexpr):
     """sparse_adamw / scalars: lr, step, grad_scale and found_inf from where they are on the device.
 
-    Traffic    256 B per row, and the tensors.
+    Traffic    256 B per hyper, and the tensors.
     Algorithm  beta^step as exp(step * log(beta)); the logarithm comes from the host. All in fp64: done once here, as
                some GPUs have one fp64 unit for 64 fp32 units, and every program of the step would repeat it.
     Contract   what the host computes when it knows the numbers, to some roundings of 2^-53.
     Launch     one program, and only when there are tensors to read.
     """
-    row = tl.arange(0, ROWS)
-    words = inputs + row * SCALAR_COLUMNS
-    values = inputs.to(tl.pointer_type(tl.float64)) + row * SCALAR_COLUMNS
-    lr = _scalar(tl.load(values + LR), tl.load(words + LR_AT))
-    step = _scalar(tl.load(values + STEP), tl.load(words + STEP_AT))
-    grad_scale = _scalar(tl.load(values + GRAD_SCALE), tl.load(words + GRAD_SCALE_AT))
-    found_inf = _scalar(lr * 0.0, tl.load(words + FOUND_INF_AT))
+    hyper = tl.arange(0, HYPERS)
+    words = inputs + hyper * INPUT_WORDS
+    values = inputs.to(tl.pointer_type(tl.float64)) + hyper * INPUT_WORDS
+    lr = _scalar(tl.load(values + INPUT_LR), tl.load(words + INPUT_LR_AT))
+    step = _scalar(tl.load(values + INPUT_STEP), tl.load(words + INPUT_STEP_AT))
+    grad_scale = _scalar(tl.load(values + INPUT_GRAD_SCALE), tl.load(words + INPUT_GRAD_SCALE_AT))
+    found_inf = _scalar(lr * 0.0, tl.load(words + INPUT_FOUND_INF_AT))
     skip = tl.max((found_inf != 0.0).to(tl.int32), axis=0)
-    beta1 = tl.load(values + BETA1)
+    beta1 = tl.load(values + INPUT_BETA1)
     beta2 = tl.load(values + INPUT_BETA2)
-    bias_correction1 = 1.0 - tl.exp(step * tl.load(values + LOG_BETA1))
-    bias_correction2 = 1.0 - tl.exp(step * tl.load(values + LOG_BETA2))
-    out = scalars.to(tl.pointer_type(tl.float64)) + row * SCALAR_COLUMNS
-    tl.store(out + DECAY, 1.0 - lr * tl.load(values + WEIGHT_DECAY))
-    tl.store(out + ONE_MINUS_BETA1, 1.0 - beta1)
-    tl.store(out + BETA2, beta2)
-    tl.store(out + ONE_MINUS_BETA2, 1.0 - beta2)
-    tl.store(out + STEP_SIZE, lr / bias_correction1)
-    tl.store(out + BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2))
-    tl.store(out + EPS, tl.load(values + INPUT_EPS))
-    tl.store(out + INVERSE_GRAD_SCALE, tl.load(values + SIGN) / grad_scale)
-    tl.store(out + SKIP, tl.full((ROWS,), 0.0, tl.float64) + skip.to(tl.float64))
+    bias_correction1 = 1.0 - tl.exp(step * tl.load(values + INPUT_LOG_BETA1))
+    bias_correction2 = 1.0 - tl.exp(step * tl.load(values + INPUT_LOG_BETA2))
+    out = scalars.to(tl.pointer_type(tl.float64)) + hyper * SCALAR_WORDS
+    tl.store(out + SCALAR_DECAY, 1.0 - lr * tl.load(values + INPUT_WEIGHT_DECAY))
+    tl.store(out + SCALAR_ONE_MINUS_BETA1, 1.0 - beta1)
+    tl.store(out + SCALAR_BETA2, beta2)
+    tl.store(out + SCALAR_ONE_MINUS_BETA2, 1.0 - beta2)
+    tl.store(out + SCALAR_STEP_SIZE, lr / bias_correction1)
+    tl.store(out + SCALAR_BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2))
+    tl.store(out + SCALAR_EPS, tl.load(values + INPUT_EPS))
+    tl.store(out + SCALAR_INVERSE_GRAD_SCALE, tl.load(values + INPUT_SIGN) / grad_scale)
+    tl.store(out + SCALAR_SKIP, tl.full((HYPERS,), 0.0, tl.float64) + skip.to(tl.float64))
 
 
 # ---- elements ----
-
-
-@device_function
-def _vector_bytes(TYPE: tl.constexpr):
-    """4 elements of 16 bits as well: with 8, Triton moves the moments between threads through shared memory."""
-    size: tl.constexpr = 8 if TYPE.primitive_bitwidth == 16 else 16
-    return size
 
 
 @device_function
@@ -130,7 +138,9 @@ def _load(address, offset, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     STORED: tl.constexpr = tl.int16 if TYPE == tl.bfloat16 else TYPE
     pointer = address.to(tl.pointer_type(STORED)) + offset
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, _vector_bytes(TYPE))
+        # 4 elements of 16 bits as well: with 8, Triton moves the moments between threads through shared memory
+        VECTOR: tl.constexpr = 8 if TYPE.primitive_bitwidth == 16 else 16
+        pointer = tl.multiple_of(pointer, VECTOR)
     return tl.load(pointer, mask=mask)
 
 
@@ -139,7 +149,8 @@ def _store(address, offset, stored, mask, TYPE: tl.constexpr, ALIGNED: tl.conste
     STORED: tl.constexpr = tl.int16 if TYPE == tl.bfloat16 else TYPE
     pointer = address.to(tl.pointer_type(STORED)) + offset
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, _vector_bytes(TYPE))
+        VECTOR: tl.constexpr = 8 if TYPE.primitive_bitwidth == 16 else 16
+        pointer = tl.multiple_of(pointer, VECTOR)
     tl.store(pointer, stored, mask=mask)
 
 
@@ -234,8 +245,8 @@ def _block(
 
 @device_function
 def _tile(
-    row,
-    pointers,
+    segment,
+    moving,
     layouts,
     hyper,
     first,
@@ -248,25 +259,25 @@ def _tile(
     """Coordinates [first, last) of one segment."""
     OPMATH: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     scalars = (
-        tl.load(hyper + DECAY).to(OPMATH),
-        tl.load(hyper + ONE_MINUS_BETA1).to(OPMATH),
-        tl.load(hyper + BETA2).to(OPMATH),
-        tl.load(hyper + ONE_MINUS_BETA2).to(OPMATH),
-        tl.load(hyper + STEP_SIZE).to(OPMATH),
-        tl.load(hyper + BIAS_CORRECTION2_SQRT).to(OPMATH),
-        tl.load(hyper + EPS).to(OPMATH),
-        tl.load(hyper + INVERSE_GRAD_SCALE).to(OPMATH),
+        tl.load(hyper + SCALAR_DECAY).to(OPMATH),
+        tl.load(hyper + SCALAR_ONE_MINUS_BETA1).to(OPMATH),
+        tl.load(hyper + SCALAR_BETA2).to(OPMATH),
+        tl.load(hyper + SCALAR_ONE_MINUS_BETA2).to(OPMATH),
+        tl.load(hyper + SCALAR_STEP_SIZE).to(OPMATH),
+        tl.load(hyper + SCALAR_BIAS_CORRECTION2_SQRT).to(OPMATH),
+        tl.load(hyper + SCALAR_EPS).to(OPMATH),
+        tl.load(hyper + SCALAR_INVERSE_GRAD_SCALE).to(OPMATH),
     )
-    param = tl.load(pointers)
-    grad = tl.load(pointers + 1)
-    exp_avg = tl.load(row + EXP_AVG)
-    exp_avg_sq = tl.load(row + EXP_AVG_SQ)
-    max_exp_avg_sq = tl.load(row + MAX_EXP_AVG_SQ)
-    master = tl.load(row + MASTER)
+    param = tl.load(moving + ADDRESS_PARAM)
+    grad = tl.load(moving + ADDRESS_GRAD)
+    exp_avg = tl.load(segment + SEGMENT_EXP_AVG)
+    exp_avg_sq = tl.load(segment + SEGMENT_EXP_AVG_SQ)
+    max_exp_avg_sq = tl.load(segment + SEGMENT_MAX_EXP_AVG_SQ)
+    master = tl.load(segment + SEGMENT_MASTER)
     addresses = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master)
-    indices = tl.load(row + INDICES)
-    param_ndim = tl.load(row + PARAM_NDIM)
-    grad_ndim = tl.load(row + GRAD_NDIM)
+    indices = tl.load(segment + SEGMENT_INDICES)
+    param_ndim = tl.load(segment + SEGMENT_PARAM_NDIM)
+    grad_ndim = tl.load(segment + SEGMENT_GRAD_NDIM)
 
     aligned = ((param | grad | exp_avg | exp_avg_sq | max_exp_avg_sq | master) & 15) == 0
     if (indices == 0) & (param_ndim == 0) & (grad_ndim == 0) & aligned:
@@ -276,11 +287,11 @@ def _tile(
             _block(addresses, position, position, position, None, scalars, PARAM, GRAD, True)
         first = direct_last
 
-    index_bytes = tl.load(row + INDEX_BYTES)
-    compact = tl.load(row + COMPACT) != 0
-    state_like_param = tl.load(row + STATE_LIKE_PARAM) != 0
-    param_layout = tl.load(row + PARAM_LAYOUT)
-    grad_layout = tl.load(row + GRAD_LAYOUT)
+    index_bytes = tl.load(segment + SEGMENT_INDEX_BYTES)
+    compact = tl.load(segment + SEGMENT_GRAD_IS_COMPACT) != 0
+    state_like_param = tl.load(segment + SEGMENT_STATE_LIKE_PARAM) != 0
+    param_layout = tl.load(segment + SEGMENT_PARAM_LAYOUT)
+    grad_layout = tl.load(segment + SEGMENT_GRAD_LAYOUT)
     for start in range(first, last, BLOCK):
         position = start + tl.arange(0, BLOCK)
         valid = position < last
@@ -294,8 +305,8 @@ def _tile(
 @triton.jit
 def sparse_adamw_kernel(
     scalars,
-    pointers,  # (num_segments, 2): parameter, gradient
-    rows,
+    addresses,  # of parameters and gradients: a row per segment
+    segments,
     layouts,
     tiles,
     KINDS: tl.constexpr,  # which there are, one bit for each
@@ -315,32 +326,32 @@ def sparse_adamw_kernel(
     Contract   one launch for all; unselected elements keep their bits; indices are distinct, so no atomics.
     Launch     one program per tile.
     """
-    # the same in every row; from the first, so that no load waits for it
-    skip = tl.load(scalars.to(tl.pointer_type(tl.float64)) + SKIP)
-    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_COLUMNS
-    segment = tl.load(tile)
-    first = tl.load(tile + 1)
-    last = tl.load(tile + 2)
-    row = rows + segment * ROW_COLUMNS
-    pair = pointers + segment * 2
-    hyper = scalars.to(tl.pointer_type(tl.float64)) + tl.load(row + HYPER) * SCALAR_COLUMNS
-    kind = tl.load(row + KIND)
+    # from the first row, so that no load waits for it
+    skip = tl.load(scalars.to(tl.pointer_type(tl.float64)) + SCALAR_SKIP)
+    tile = tiles + tl.program_id(0).to(tl.int64) * TILE_WORDS
+    number = tl.load(tile + TILE_SEGMENT)
+    first = tl.load(tile + TILE_FIRST)
+    last = tl.load(tile + TILE_LAST)
+    segment = segments + number * SEGMENT_WORDS
+    moving = addresses + number * ADDRESS_WORDS
+    hyper = scalars.to(tl.pointer_type(tl.float64)) + tl.load(segment + SEGMENT_HYPER) * SCALAR_WORDS
+    kind = tl.load(segment + SEGMENT_KIND)
     if skip == 0:
-        if KINDS & 1:
+        if HAS_FP32 & KINDS:
             if kind == FP32:
-                _tile(row, pair, layouts, hyper, first, last, tl.float32, tl.float32, BLOCK, DIRECT_BLOCK)
-        if KINDS & 2:
+                _tile(segment, moving, layouts, hyper, first, last, tl.float32, tl.float32, BLOCK, DIRECT_BLOCK)
+        if HAS_BF16 & KINDS:
             if kind == BF16:
-                _tile(row, pair, layouts, hyper, first, last, tl.bfloat16, tl.bfloat16, BLOCK, DIRECT_BLOCK)
-        if KINDS & 4:
+                _tile(segment, moving, layouts, hyper, first, last, tl.bfloat16, tl.bfloat16, BLOCK, DIRECT_BLOCK)
+        if HAS_FP16 & KINDS:
             if kind == FP16:
-                _tile(row, pair, layouts, hyper, first, last, tl.float16, tl.float16, BLOCK, DIRECT_BLOCK)
-        if KINDS & 8:
+                _tile(segment, moving, layouts, hyper, first, last, tl.float16, tl.float16, BLOCK, DIRECT_BLOCK)
+        if HAS_FP64 & KINDS:
             if kind == FP64:
-                _tile(row, pair, layouts, hyper, first, last, tl.float64, tl.float64, BLOCK, DIRECT_BLOCK)
-        if KINDS & 16:
+                _tile(segment, moving, layouts, hyper, first, last, tl.float64, tl.float64, BLOCK, DIRECT_BLOCK)
+        if HAS_BF16_FP32 & KINDS:
             if kind == BF16_FP32:
-                _tile(row, pair, layouts, hyper, first, last, tl.bfloat16, tl.float32, BLOCK, DIRECT_BLOCK)
-        if KINDS & 32:
+                _tile(segment, moving, layouts, hyper, first, last, tl.bfloat16, tl.float32, BLOCK, DIRECT_BLOCK)
+        if HAS_FP16_FP32 & KINDS:
             if kind == FP16_FP32:
-                _tile(row, pair, layouts, hyper, first, last, tl.float16, tl.float32, BLOCK, DIRECT_BLOCK)
+                _tile(segment, moving, layouts, hyper, first, last, tl.float16, tl.float32, BLOCK, DIRECT_BLOCK)

@@ -35,7 +35,7 @@ from ...types import TopK
 from ..launch import INTERPRETED, launch, to_device
 from . import exact_kernels as exact
 from . import guess_kernels as guess
-from . import scalars as scalars
+from . import rows as rows
 from .pieces import GATHERED, ITEM_SIZES, Sizes, cut
 
 
@@ -77,7 +77,7 @@ class _Run:
         self.k = k
         self.numel = sum(t.numel() for t in tensors)
         self.dtypes = sum({1 << DTYPE_CODES[t.dtype] for t in tensors})
-        self.key64 = self.dtypes >= 8
+        self.key64 = any(t.dtype == torch.float64 for t in tensors)
         self.max_key = 2**63 - 1 if self.key64 else 2**31 - 1
         self.pieces = pieces = cut(tensors, self.tuning.sizes)
         num_sampled = min(pieces.num_lines, self.tuning.sample_lines)
@@ -85,20 +85,20 @@ class _Run:
         grains = {torch.bfloat16: 2**16, torch.float16: 2**13}  # zero bits at the end of the common key
         grain = 1 if self.key64 else min(grains.get(t.dtype, 1) for t in tensors)
         self.capacity = min(self.numel, self.tuning.small_numel + min(self.numel // 64, k))
-        header = np.zeros(scalars.HEADER_SIZE, dtype=np.int64)
-        header[: len(scalars.HEADER)] = (
-            *(k, self.numel, pieces.num_lines, num_sampled, pieces.num_pieces, pieces.num_tiles),
-            *(grain, self.capacity, pieces.max_ndim),
-        )
-        table = to_device(np.concatenate([header, pieces.table]), self.device)
-        self.header, self.table = table, table[scalars.HEADER_SIZE :]
+        header = np.zeros(1, rows.HEADER)
+        header["k"], header["numel"], header["max_ndim"] = k, self.numel, pieces.max_ndim
+        header["num_lines"], header["num_sampled_lines"] = pieces.num_lines, num_sampled
+        header["num_pieces"], header["num_tiles"] = pieces.num_pieces, pieces.num_tiles
+        header["grain"], header["capacity"] = grain, self.capacity
+        table = to_device(np.concatenate([header.view(np.int64), pieces.table]), self.device)
+        self.header, self.table = table, table[rows.HEADER_WORDS.value :]
         self.layouts = self.table[pieces.layouts_offset :]
 
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        self.result = torch.zeros(scalars.STATE_SIZE + self.num_tensors, dtype=torch.int64, device=self.device)
-        self.state, self.selected = self.result[: scalars.STATE_SIZE], self.result[scalars.STATE_SIZE :]
+        self.result = torch.zeros(rows.STATE_WORDS.value + self.num_tensors, dtype=torch.int64, device=self.device)
+        self.state, self.selected = self.result[: rows.STATE_WORDS.value], self.result[rows.STATE_WORDS.value :]
         self.sure_words = empty(pieces.num_words, dtype=torch.int32)
         self.band_words = empty(pieces.num_words, dtype=torch.int32)
         self.counts = empty(2, pieces.num_tiles)
@@ -117,15 +117,15 @@ class _Run:
                 s.num_tiles,
                 sizes.gathered_tile if s.kind == GATHERED else sizes.direct_tile,
             )
-            for s in self.pieces.segments
+            for s in self.pieces.spans
         ]
 
     def guess(self) -> None:
         """The bracket: [0, NaN] when the band may hold everything, [NaN, NaN] when nothing is wanted."""
         if self.num_sampled == 0:
-            self.state[scalars.HI.value : scalars.HI.value + 1].fill_(self.max_key)
+            self.state[rows.STATE_HI.value].fill_(self.max_key)
             if self.k == 0:
-                self.state[scalars.LO.value : scalars.LO.value + 1].fill_(self.max_key)
+                self.state[rows.STATE_LO.value].fill_(self.max_key)
             return
         side = 1 << (guess.SAMPLE_BITS.value // 2)
         histogram = torch.zeros(side * side, dtype=torch.int32, device=self.device)
@@ -144,12 +144,12 @@ class _Run:
     def filter(self) -> None:
         """Words and counts for the bracket."""
         tuning = self.tuning
-        for kind, segments, num_tiles, tile in self.by_kind():
+        for kind, spans, num_tiles, tile in self.by_kind():
             if kind == GATHERED:
                 launch(
                     guess.filter_gathered_kernel,
                     num_tiles,
-                    *(self.header, self.table, self.layouts, segments, self.state),
+                    *(self.header, self.table, self.layouts, spans, self.state),
                     *(self.sure_words, self.band_words, self.counts),
                     DTYPES=self.dtypes,
                     TILE=tile,
@@ -160,7 +160,7 @@ class _Run:
             launch(
                 guess.filter_kernel,
                 num_tiles,
-                *(self.header, self.table, segments, self.state, self.sure_words, self.band_words, self.counts),
+                *(self.header, self.table, spans, self.state, self.sure_words, self.band_words, self.counts),
                 KIND=kind,
                 KEY64=self.key64,
                 TILE=tile,
@@ -168,15 +168,15 @@ class _Run:
                 num_warps=tuning.filter_warps,
             )
 
-    def emit(self) -> list[int]:
+    def emit(self) -> tuple[np.void, list[int]]:
         """Everything after the filter; the state and the counts per tensor."""
         tuning = self.tuning
         sums = self.counts.cumsum(1)
-        for kind, segments, num_tiles, tile in self.by_kind():
+        for kind, spans, num_tiles, tile in self.by_kind():
             launch(
                 exact.collect_kernel,
                 num_tiles,
-                *(self.header, self.table, self.layouts, segments, self.state, self.band_words),
+                *(self.header, self.table, self.layouts, spans, self.state, self.band_words),
                 *(self.counts, sums, self.listed),
                 KIND=kind,
                 DTYPES=self.dtypes,
@@ -203,11 +203,11 @@ class _Run:
             num_warps=1,
         )
         tally_sums = self.tallies.cumsum(1)
-        for kind, segments, num_tiles, tile in self.by_kind():
+        for kind, spans, num_tiles, tile in self.by_kind():
             launch(
                 exact.emit_kernel,
                 num_tiles,
-                *(self.header, self.table, segments, self.state, self.sure_words, self.band_words),
+                *(self.header, self.table, spans, self.state, self.sure_words, self.band_words),
                 *(self.counts, sums, self.tallies, tally_sums, self.listed, self.indices, self.selected),
                 KIND=kind,
                 TILE=tile,
@@ -221,22 +221,22 @@ class _Run:
             count()
             launch(exact.narrow_kernel, 1, self.state, self.digits, num_warps=8)
 
-    def select_in_data(self, state: list[int]) -> None:
+    def select_in_data(self, state: np.void) -> None:
         """The exact k-th key becomes the bracket."""
-        bracketed = state[scalars.FAILED.value] == 2  # the bracket was right, the band too large for its buffer
-        fresh = np.zeros(scalars.STATE_SIZE, dtype=np.int64)
-        fresh[scalars.SELECT_LO.value] = state[scalars.LO.value] if bracketed else 0
-        fresh[scalars.SELECT_HI.value] = state[scalars.HI.value] if bracketed else self.max_key
-        fresh[scalars.RANK.value] = state[scalars.RANK.value] if bracketed else self.k
+        bracketed = state["failed"] == 2  # the bracket was right, the band too large for its buffer
+        fresh = np.zeros(1, rows.STATE)
+        fresh["select_lo"] = state["lo"] if bracketed else 0
+        fresh["select_hi"] = state["hi"] if bracketed else self.max_key
+        fresh["rank"] = state["rank"] if bracketed else self.k
         self.result.zero_()
-        self.state.copy_(to_device(fresh, self.device))
+        self.state.copy_(to_device(fresh.view(np.int64), self.device))
 
         def count_data() -> None:
-            for kind, segments, num_tiles, tile in self.by_kind():
+            for kind, spans, num_tiles, tile in self.by_kind():
                 launch(
                     exact.histogram_data_kernel,
                     num_tiles,
-                    *(self.header, self.table, self.layouts, segments, self.state, self.digits),
+                    *(self.header, self.table, self.layouts, spans, self.state, self.digits),
                     KIND=kind,
                     DTYPES=self.dtypes,
                     TILE=tile,
@@ -245,12 +245,14 @@ class _Run:
                 )
 
         self.select(count_data)
-        self.state[: scalars.SELECT_LO.value].copy_(self.state[scalars.SELECT_LO.value : scalars.RANK.value])
+        for end, found in ((rows.STATE_LO, rows.STATE_SELECT_LO), (rows.STATE_HI, rows.STATE_SELECT_HI)):
+            self.state[end.value].copy_(self.state[found.value])
 
-    def read(self) -> list[int]:
-        """The result so far: the only wait for the device."""
-        values: list[int] = self.result.tolist()
-        return values
+    def read(self) -> tuple[np.void, list[int]]:
+        """The state, and the counts per tensor: the only wait for the device."""
+        words = self.result.cpu().numpy()
+        (state,) = words[: rows.STATE_WORDS.value].view(rows.STATE)
+        return state, words[rows.STATE_WORDS.value :].tolist()
 
     def run(self) -> TopK:
         """Guess, verify, and when the guess was wrong, know."""
@@ -258,15 +260,16 @@ class _Run:
         self.filter()
         if self.k == 0:
             empty = tuple(self.indices[:0].clone() for _ in range(self.num_tensors))
-            return TopK(empty, math.inf, self.read()[scalars.NONFINITE.value])
-        result = self.emit()
-        if result[scalars.FAILED.value]:
-            self.select_in_data(result)
+            state, _ = self.read()
+            return TopK(empty, math.inf, int(state["num_nonfinite"]))
+        state, counts = self.emit()
+        if state["failed"]:
+            self.select_in_data(state)
             self.filter()
-            result = self.emit()
+            state, counts = self.emit()
         dtype = torch.float64 if self.key64 else torch.float32
-        threshold = key_to_float(result[scalars.SELECT_LO.value], dtype)
-        return TopK(self.indices.split(result[scalars.STATE_SIZE :]), threshold, result[scalars.NONFINITE.value])
+        threshold = key_to_float(int(state["select_lo"]), dtype)
+        return TopK(self.indices.split(counts), threshold, int(state["num_nonfinite"]))
 
 
 def words_warps(tile: int, tuning: Tuning) -> int:

@@ -8,11 +8,34 @@ import triton
 import triton.language as tl
 
 from ..launch import device_function
-from .keys import GATHERED, PIECE_COLUMNS, bit_number, find_piece, find_segment, pop_lowest, popcount, segment_keys
-from .scalars import CAPACITY, FAILED, HI, LO, MAX_NDIM, NUM_LISTED, NUM_TILES, RANK, SELECT_HI, SELECT_LO, K
+from .keys import bit_number, find_piece, find_span, pop_lowest, popcount, span_keys
+from .rows import (
+    GATHERED,
+    HEADER_CAPACITY,
+    HEADER_K,
+    HEADER_MAX_NDIM,
+    HEADER_NUM_TILES,
+    PIECE_FIRST,
+    PIECE_START,
+    PIECE_TENSOR,
+    PIECE_WORDS,
+    SPAN_FIRST_PIECE,
+    SPAN_FIRST_SLOT,
+    SPAN_FIRST_TILE,
+    SPAN_FIRST_WORD,
+    SPAN_NUM_PIECES,
+    SPAN_NUMEL,
+    STATE_FAILED,
+    STATE_HI,
+    STATE_LO,
+    STATE_NUM_LISTED,
+    STATE_RANK,
+    STATE_SELECT_HI,
+    STATE_SELECT_LO,
+)
 
-DIGIT_BITS: tl.constexpr = tl.constexpr(11)
-NUM_DIGITS: tl.constexpr = tl.constexpr(2048)
+DIGIT_BITS = tl.constexpr(11)
+NUM_DIGITS = tl.constexpr(2048)
 
 
 # ---- collect ----
@@ -23,7 +46,7 @@ def collect_kernel(
     header,
     pieces,
     layouts,
-    segments,
+    spans,
     state,
     band_words,
     counts,
@@ -41,39 +64,40 @@ def collect_kernel(
     Launch     one program per tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    num_tiles = tl.load(header + NUM_TILES)
+    num_tiles = tl.load(header + HEADER_NUM_TILES)
     num_sure = tl.load(sums + num_tiles - 1)
     num_band = tl.load(sums + 2 * num_tiles - 1)
-    rank = tl.load(header + K) - num_sure
-    lo = tl.load(state + LO)
-    hi = tl.load(state + HI)
+    rank = tl.load(header + HEADER_K) - num_sure
+    lo = tl.load(state + STATE_LO)
+    hi = tl.load(state + STATE_HI)
     bracketed = (rank >= 1) & (rank <= num_band)
     num_listed = tl.where((lo < hi) & bracketed, num_band, 0)
-    failed = (not bracketed) | (num_listed > tl.load(header + CAPACITY))
+    failed = (not bracketed) | (num_listed > tl.load(header + HEADER_CAPACITY))
     num_listed = tl.where(failed, 0, num_listed)
     if tile == 0:  # of every launch: all store the same
-        tl.store(state + SELECT_LO, lo)
-        tl.store(state + SELECT_HI, hi)
-        tl.store(state + RANK, rank)
-        tl.store(state + FAILED, failed.to(tl.int64) + (bracketed & failed).to(tl.int64))
-        tl.store(state + NUM_LISTED, num_listed)
-    segment = find_segment(segments, tile)
-    local = tile - tl.load(segment)
-    slot = tl.load(segment + 1) + local + num_tiles
+        tl.store(state + STATE_SELECT_LO, lo)
+        tl.store(state + STATE_SELECT_HI, hi)
+        tl.store(state + STATE_RANK, rank)
+        tl.store(state + STATE_FAILED, failed.to(tl.int64) + (bracketed & failed).to(tl.int64))
+        tl.store(state + STATE_NUM_LISTED, num_listed)
+    span = find_span(spans, tile)
+    local = tile - tl.load(span + SPAN_FIRST_TILE)
+    slot = tl.load(span + SPAN_FIRST_SLOT) + local + num_tiles
     in_tile = tl.load(counts + slot)
     if (in_tile > 0) & (num_listed > 0):
         index = tl.arange(0, TILE // 32)
-        inside = index * 32 < tl.load(segment + 3) - local * TILE
-        words = tl.load(band_words + tl.load(segment + 2) + local * (TILE // 32) + index, mask=inside, other=0)
+        inside = index * 32 < tl.load(span + SPAN_NUMEL) - local * TILE
+        first_word = tl.load(span + SPAN_FIRST_WORD) + local * (TILE // 32)
+        words = tl.load(band_words + first_word + index, mask=inside, other=0)
         words = words.to(tl.uint32, bitcast=True)
         count = popcount(words)
         place = tl.load(sums + slot) - in_tile + (tl.cumsum(count, axis=0) - count)
-        max_ndim = tl.load(header + MAX_NDIM)
+        max_ndim = tl.load(header + HEADER_MAX_NDIM)
         for _ in range(tl.max(count, axis=0)):
             some = words != 0
             bit, words = pop_lowest(words)
             position = local * TILE + index * 32 + bit_number(bit)
-            keys = segment_keys(pieces, layouts, max_ndim, segment, position, some, KIND, DTYPES)
+            keys = span_keys(pieces, layouts, max_ndim, span, position, some, KIND, DTYPES)
             tl.store(listed + place, keys, mask=some)
             place += 1
 
@@ -107,9 +131,9 @@ def histogram_list_kernel(state, listed, histogram, BLOCK: tl.constexpr):
     Launch     a grid-stride loop of few programs: each of them adds up to 2,048 counts.
     """
     pid = tl.program_id(0).to(tl.int64)
-    num_listed = tl.load(state + NUM_LISTED)
-    lo = tl.load(state + SELECT_LO)
-    hi = tl.load(state + SELECT_HI)
+    num_listed = tl.load(state + STATE_NUM_LISTED)
+    lo = tl.load(state + STATE_SELECT_LO)
+    hi = tl.load(state + STATE_SELECT_HI)
     if (lo < hi) & (pid * BLOCK < num_listed):
         shift = _digit_shift(lo, hi)
         counted = tl.full((NUM_DIGITS,), 0, tl.int32)
@@ -127,7 +151,7 @@ def histogram_data_kernel(
     header,
     pieces,
     layouts,
-    segments,
+    spans,
     state,
     histogram,
     KIND: tl.constexpr,
@@ -143,19 +167,19 @@ def histogram_data_kernel(
     Launch     one program per tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    segment = find_segment(segments, tile)
-    first = (tile - tl.load(segment)) * TILE
-    end = tl.minimum(tl.load(segment + 3), first + TILE)
-    lo = tl.load(state + SELECT_LO)
-    hi = tl.load(state + SELECT_HI)
+    span = find_span(spans, tile)
+    first = (tile - tl.load(span + SPAN_FIRST_TILE)) * TILE
+    end = tl.minimum(tl.load(span + SPAN_NUMEL), first + TILE)
+    lo = tl.load(state + STATE_SELECT_LO)
+    hi = tl.load(state + STATE_SELECT_HI)
     if lo < hi:
         shift = _digit_shift(lo, hi)
-        max_ndim = tl.load(header + MAX_NDIM)
+        max_ndim = tl.load(header + HEADER_MAX_NDIM)
         counted = tl.full((NUM_DIGITS,), 0, tl.int32)
         for start in range(first, end, BLOCK):
             position = start + tl.arange(0, BLOCK)
             valid = position < end
-            keys = segment_keys(pieces, layouts, max_ndim, segment, position, valid, KIND, DTYPES)
+            keys = span_keys(pieces, layouts, max_ndim, span, position, valid, KIND, DTYPES)
             counted += _count_digits(keys, valid, lo, hi, shift)
         index = tl.arange(0, NUM_DIGITS)
         tl.atomic_add(histogram + index, counted.to(tl.int64), mask=counted > 0, sem="relaxed")
@@ -170,11 +194,11 @@ def narrow_kernel(state, histogram):
     Contract   the rank is kept relative to the bracket; the histogram is zero afterwards, for the next digit.
     Launch     one program.
     """
-    lo = tl.load(state + SELECT_LO)
-    hi = tl.load(state + SELECT_HI)
-    if (lo < hi) & (tl.load(state + FAILED) == 0):
+    lo = tl.load(state + STATE_SELECT_LO)
+    hi = tl.load(state + STATE_SELECT_HI)
+    if (lo < hi) & (tl.load(state + STATE_FAILED) == 0):
         shift = _digit_shift(lo, hi)
-        rank = tl.load(state + RANK)
+        rank = tl.load(state + STATE_RANK)
         index = tl.arange(0, NUM_DIGITS)
         counted = tl.load(histogram + index)
         digit = tl.sum((tl.cumsum(counted, axis=0, reverse=True) >= rank).to(tl.int32), axis=0) - 1
@@ -182,9 +206,9 @@ def narrow_kernel(state, histogram):
         above = tl.sum(tl.where(index > digit, counted, 0), axis=0)
         lo += digit.to(tl.int64) << shift
         width = tl.full((), 1, tl.int64) << shift
-        tl.store(state + SELECT_LO, lo)
-        tl.store(state + SELECT_HI, tl.minimum(hi - lo, width - 1) + lo)
-        tl.store(state + RANK, rank - above)
+        tl.store(state + STATE_SELECT_LO, lo)
+        tl.store(state + STATE_SELECT_HI, tl.minimum(hi - lo, width - 1) + lo)
+        tl.store(state + STATE_RANK, rank - above)
         tl.store(histogram + index, tl.full((NUM_DIGITS,), 0, tl.int64))
 
 
@@ -201,13 +225,13 @@ def tally_kernel(header, state, counts, sums, listed, tallies, BLOCK: tl.constex
     Launch     one program of one warp per tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    num_tiles = tl.load(header + NUM_TILES)
+    num_tiles = tl.load(header + HEADER_NUM_TILES)
     in_tile = tl.load(counts + num_tiles + tile)
     end = tl.load(sums + num_tiles + tile)
     greater = tl.full((), 0, tl.int64)
     equal = in_tile  # the bracket is the threshold
-    if tl.load(state + NUM_LISTED) > 0:
-        threshold = tl.load(state + SELECT_LO)
+    if tl.load(state + STATE_NUM_LISTED) > 0:
+        threshold = tl.load(state + STATE_SELECT_LO)
         equal = tl.full((), 0, tl.int64)
         for start in range(end - in_tile, end, BLOCK):
             index = start + tl.arange(0, BLOCK)
@@ -236,7 +260,7 @@ def _first_bits(words, number):
 def emit_kernel(
     header,
     pieces,
-    segments,
+    spans,
     state,
     sure_words,
     band_words,
@@ -259,11 +283,11 @@ def emit_kernel(
     Launch     one program per tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    k = tl.load(header + K)
-    num_tiles = tl.load(header + NUM_TILES)
-    segment = find_segment(segments, tile)
-    local = tile - tl.load(segment)
-    slot = tl.load(segment + 1) + local
+    k = tl.load(header + HEADER_K)
+    num_tiles = tl.load(header + HEADER_NUM_TILES)
+    span = find_span(spans, tile)
+    local = tile - tl.load(span + SPAN_FIRST_TILE)
+    slot = tl.load(span + SPAN_FIRST_SLOT) + local
     in_sure = tl.load(counts + slot)
     in_band = tl.load(counts + num_tiles + slot)
     greater = tl.load(tallies + slot)
@@ -276,16 +300,16 @@ def emit_kernel(
     ties_here = tl.minimum(ties - ties_before, equal)
     out = tl.load(sums + slot) - in_sure + greater_before + ties_before
     total = in_sure + greater + ties_here
-    if (tl.load(state + FAILED) == 0) & (total > 0):
+    if (tl.load(state + STATE_FAILED) == 0) & (total > 0):
         index = tl.arange(0, TILE // 32)
-        inside = index * 32 < tl.load(segment + 3) - local * TILE
-        first_word = tl.load(segment + 2) + local * (TILE // 32)
+        inside = index * 32 < tl.load(span + SPAN_NUMEL) - local * TILE
+        first_word = tl.load(span + SPAN_FIRST_WORD) + local * (TILE // 32)
         words = tl.load(sure_words + first_word + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
         if greater + ties_here > 0:
             band = tl.load(band_words + first_word + index, mask=inside, other=0).to(tl.uint32, bitcast=True)
             tied = band
-            if tl.load(state + NUM_LISTED) > 0:
-                threshold = tl.load(state + SELECT_LO)
+            if tl.load(state + STATE_NUM_LISTED) > 0:
+                threshold = tl.load(state + STATE_SELECT_LO)
                 count = popcount(band)
                 place = tl.load(sums + num_tiles + slot) - in_band + (tl.cumsum(count, axis=0) - count)
                 tied = band ^ band
@@ -299,24 +323,24 @@ def emit_kernel(
             if ties_here < equal:
                 tied = _first_bits(tied, ties_here)
             words = words | tied
-        first_piece = tl.load(segment + 4)
-        num_pieces = tl.load(segment + 5)
+        first_piece = tl.load(span + SPAN_FIRST_PIECE)
+        num_pieces = tl.load(span + SPAN_NUM_PIECES)
         count = popcount(words)
         place = out + (tl.cumsum(count, axis=0) - count)
         if KIND != GATHERED:
-            row = pieces + first_piece * PIECE_COLUMNS
-            base = tl.load(row + 1) + local * TILE
-            tl.atomic_add(selected + tl.load(row + 6), total, sem="relaxed")
+            row = pieces + first_piece * PIECE_WORDS
+            base = tl.load(row + PIECE_FIRST) + local * TILE
+            tl.atomic_add(selected + tl.load(row + PIECE_TENSOR), total, sem="relaxed")
         for _ in range(tl.max(count, axis=0)):
             some = words != 0
             bit, words = pop_lowest(words)
             position = index * 32 + bit_number(bit)
             if KIND == GATHERED:
                 position = tl.where(some, position + local * TILE, 0)
-                piece = find_piece(pieces, first_piece, num_pieces, position, 2)
-                row = pieces + piece * PIECE_COLUMNS
-                flat = tl.load(row + 1) + position - tl.load(row + 2)
-                tl.atomic_add(selected + tl.load(row + 6), some.to(tl.int64), mask=some, sem="relaxed")
+                piece = find_piece(pieces, first_piece, num_pieces, position, PIECE_START)
+                row = pieces + piece * PIECE_WORDS
+                flat = tl.load(row + PIECE_FIRST) + position - tl.load(row + PIECE_START)
+                tl.atomic_add(selected + tl.load(row + PIECE_TENSOR), some.to(tl.int64), mask=some, sem="relaxed")
             else:
                 flat = base + position
             tl.store(indices + place, flat, mask=some & (place < k))

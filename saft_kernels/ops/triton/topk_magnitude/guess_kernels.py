@@ -7,42 +7,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..constants import FP64, HAS_FP64
 from ..launch import device_function
 from .keys import (
-    FP64,
-    GATHERED,
-    PIECE_COLUMNS,
     common_inf,
     common_max,
     find_piece,
-    find_segment,
+    find_span,
     gather_keys,
     item_size,
     last_native_key,
     native_inf,
     native_key,
-    segment_keys,
+    span_keys,
     typed_pointer,
 )
-from .scalars import (
-    GRAIN,
-    HI,
-    LO,
-    MAX_NDIM,
-    NONFINITE,
-    NUM_LINES,
-    NUM_PIECES,
-    NUM_SAMPLED_LINES,
-    NUM_TILES,
-    NUMEL,
-    SAMPLED,
-    K,
+from .rows import (
+    GATHERED,
+    HEADER_GRAIN,
+    HEADER_K,
+    HEADER_MAX_NDIM,
+    HEADER_NUM_LINES,
+    HEADER_NUM_PIECES,
+    HEADER_NUM_SAMPLED_LINES,
+    HEADER_NUM_TILES,
+    HEADER_NUMEL,
+    PIECE_DATA,
+    PIECE_FIRST,
+    PIECE_FIRST_LINE,
+    PIECE_NUMEL,
+    PIECE_WORDS,
+    SPAN_FIRST_PIECE,
+    SPAN_FIRST_SLOT,
+    SPAN_FIRST_TILE,
+    SPAN_FIRST_WORD,
+    SPAN_NUMEL,
+    STATE_HI,
+    STATE_LO,
+    STATE_NUM_NONFINITE,
+    STATE_NUM_SAMPLED,
 )
 
 # Half-width of the bracket in binomial standard deviations. Gradients are correlated along rows and columns:
 # structured gradients gave rank errors up to 2.4 sigma with this sample.
-SIGMAS: tl.constexpr = tl.constexpr(6.0)
-SAMPLE_BITS: tl.constexpr = tl.constexpr(16)
+SIGMAS = tl.constexpr(6.0)
+SAMPLE_BITS = tl.constexpr(16)
 
 
 # ---- sample ----
@@ -75,23 +84,23 @@ def sample_kernel(
     Launch     one program per LINES lines.
     """
     pid = tl.program_id(0).to(tl.int64)
-    num_lines = tl.load(header + NUM_LINES)
-    num_sampled = tl.load(header + NUM_SAMPLED_LINES)
+    num_lines = tl.load(header + HEADER_NUM_LINES)
+    num_sampled = tl.load(header + HEADER_NUM_SAMPLED_LINES)
     j = pid * LINES + tl.arange(0, LINES).to(tl.int64)
     sampled = j < num_sampled
     jitter = _mix((j + 1).to(tl.uint32)).to(tl.int64) & 0xFFFF
     stride = (num_lines << 16) // num_sampled
     line = tl.minimum((j * stride + ((jitter * stride) >> 16)) >> 16, num_lines - 1)
-    piece = find_piece(pieces, tl.full((), 0, tl.int64), tl.load(header + NUM_PIECES), line, 7)
-    row = pieces + piece * PIECE_COLUMNS
-    element = ((line - tl.load(row + 7)) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
-    valid = sampled[:, None] & (element < tl.load(row + 3)[:, None])
+    piece = find_piece(pieces, tl.full((), 0, tl.int64), tl.load(header + HEADER_NUM_PIECES), line, PIECE_FIRST_LINE)
+    row = pieces + piece * PIECE_WORDS
+    element = ((line - tl.load(row + PIECE_FIRST_LINE)) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
+    valid = sampled[:, None] & (element < tl.load(row + PIECE_NUMEL)[:, None])
     piece = piece[:, None] + tl.full((1, LINE), 0, tl.int64)
-    keys = gather_keys(pieces, layouts, tl.load(header + MAX_NDIM), piece, element, valid, DTYPES)
-    shift: tl.constexpr = (63 if DTYPES >= 8 else 31) - SAMPLE_BITS
+    keys = gather_keys(pieces, layouts, tl.load(header + HEADER_MAX_NDIM), piece, element, valid, DTYPES)
+    shift: tl.constexpr = (63 if (HAS_FP64 & DTYPES) != 0 else 31) - SAMPLE_BITS
     bins = (keys >> shift).to(tl.int32)
     count = tl.sum(valid.to(tl.int32))
-    tl.atomic_add(state + SAMPLED, count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(state + STATE_NUM_SAMPLED, count.to(tl.int64), sem="relaxed")
     counted = valid & (bins > 0)
     largest = tl.max(tl.where(valid, bins, 0))
     smallest = tl.min(tl.where(valid, bins, largest))
@@ -102,14 +111,14 @@ def sample_kernel(
 
 
 @device_function
-def _bin_at_rank(histogram, row_sums, rank, SIDE: tl.constexpr):
+def _bin_at_rank(histogram, group_sums, rank, SIDE: tl.constexpr):
     """The bin that holds descending rank `rank` (1 = largest) among SIDE * SIDE; 0 when the bins hold fewer."""
-    from_here = tl.cumsum(row_sums, axis=0, reverse=True)
-    row = tl.maximum(tl.sum((from_here >= rank).to(tl.int32), axis=0) - 1, 0)
-    above = tl.sum(tl.where(tl.arange(0, SIDE) > row, row_sums, 0), axis=0)
-    bins = tl.load(histogram + row * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    from_here = tl.cumsum(group_sums, axis=0, reverse=True)
+    group = tl.maximum(tl.sum((from_here >= rank).to(tl.int32), axis=0) - 1, 0)
+    above = tl.sum(tl.where(tl.arange(0, SIDE) > group, group_sums, 0), axis=0)
+    bins = tl.load(histogram + group * SIDE + tl.arange(0, SIDE)).to(tl.int64)
     from_here = tl.cumsum(bins, axis=0, reverse=True) + above
-    return row * SIDE + tl.maximum(tl.sum((from_here >= rank).to(tl.int32), axis=0) - 1, 0)
+    return group * SIDE + tl.maximum(tl.sum((from_here >= rank).to(tl.int32), axis=0) - 1, 0)
 
 
 @triton.jit
@@ -117,30 +126,30 @@ def bracket_kernel(header, state, histogram, KEY64: tl.constexpr, SIDE: tl.const
     """topk_magnitude / bracket: from the sample's histogram to [lo, hi].
 
     Traffic    reads 256 KB from L2; writes 16 B.
-    Algorithm  the sample's bins at the rank of k in it, SIGMAS standard deviations to either side: sums of rows of the
-               histogram, then a scan of one row.
+    Algorithm  the sample's bins at the rank of k in it, SIGMAS standard deviations to either side: sums of groups of
+               SIDE bins, then a scan of one group.
     Contract   it only steers: the verdict of collect decides. Where the sample is too small for a bound, there is none.
     Launch     one program.
     """
     index = tl.arange(0, SIDE)
-    row_sums = tl.sum(tl.load(histogram + index[:, None] * SIDE + index[None, :]), axis=1).to(tl.int64)
-    sampled = tl.load(state + SAMPLED)
-    k = tl.load(header + K)
-    numel = tl.load(header + NUMEL)
+    group_sums = tl.sum(tl.load(histogram + index[:, None] * SIDE + index[None, :]), axis=1).to(tl.int64)
+    sampled = tl.load(state + STATE_NUM_SAMPLED)
+    k = tl.load(header + HEADER_K)
+    numel = tl.load(header + HEADER_NUMEL)
     share = k.to(tl.float32) / numel.to(tl.float32)
     rank = share * sampled.to(tl.float32)
     margin = SIGMAS * tl.sqrt(rank * (1.0 - share)) + SIGMAS * SIGMAS / 2
     lower_rank = (rank + margin).to(tl.int64) + 1
     upper_rank = (rank - margin).to(tl.int64)
     shift: tl.constexpr = (63 if KEY64 else 31) - SAMPLE_BITS
-    lo = _bin_at_rank(histogram, row_sums, lower_rank, SIDE).to(tl.int64) << shift
-    upper_bin = _bin_at_rank(histogram, row_sums, upper_rank, SIDE).to(tl.int64)
-    grain = tl.load(header + GRAIN)  # keys are multiples of it: only NaN's is not
+    lo = _bin_at_rank(histogram, group_sums, lower_rank, SIDE).to(tl.int64) << shift
+    upper_bin = _bin_at_rank(histogram, group_sums, upper_rank, SIDE).to(tl.int64)
+    grain = tl.load(header + HEADER_GRAIN)
     hi = ((upper_bin + 1) << shift) - 1
     hi = tl.where(hi < common_inf(KEY64), hi - (hi & (grain - 1)), hi)
     hi = tl.where(upper_bin == 0, 0, hi)  # fewer non-zeros than k: zero is what fills that bin
-    tl.store(state + LO, tl.where(lower_rank >= sampled, 0, lo))
-    tl.store(state + HI, tl.where(upper_rank < 1, common_max(KEY64), hi))
+    tl.store(state + STATE_LO, tl.where(lower_rank >= sampled, 0, lo))
+    tl.store(state + STATE_HI, tl.where(upper_rank < 1, common_max(KEY64), hi))
 
 
 # ---- filter ----
@@ -164,7 +173,7 @@ def _store_bits(sure_words, band_words, unit, packed):
 def filter_kernel(
     header,
     pieces,
-    segments,
+    spans,
     state,
     sure_words,
     band_words,
@@ -187,15 +196,15 @@ def filter_kernel(
                Two-dimensional on purpose: with one more dimension, versions of Triton lay threads out differently.
     """
     tile = tl.program_id(0).to(tl.int64)
-    segment = find_segment(segments, tile)
-    local = tile - tl.load(segment)
-    numel = tl.minimum(tl.load(segment + 3) - local * TILE, TILE)
-    row = pieces + tl.load(segment + 4) * PIECE_COLUMNS
-    address = tl.load(row) + (tl.load(row + 1) + local * TILE) * item_size(KIND)
+    span = find_span(spans, tile)
+    local = tile - tl.load(span + SPAN_FIRST_TILE)
+    numel = tl.minimum(tl.load(span + SPAN_NUMEL) - local * TILE, TILE)
+    row = pieces + tl.load(span + SPAN_FIRST_PIECE) * PIECE_WORDS
+    address = tl.load(row + PIECE_DATA) + (tl.load(row + PIECE_FIRST) + local * TILE) * item_size(KIND)
     data = typed_pointer(address, KIND)
-    first_unit = tl.load(segment + 2) * 2 + local * (TILE // 16)
-    above_lo = last_native_key(tl.load(state + LO) - 1, KIND, KEY64)
-    above_hi = last_native_key(tl.load(state + HI), KIND, KEY64)
+    first_unit = tl.load(span + SPAN_FIRST_WORD) * 2 + local * (TILE // 16)
+    above_lo = last_native_key(tl.load(state + STATE_LO) - 1, KIND, KEY64)
+    above_hi = last_native_key(tl.load(state + STATE_HI), KIND, KEY64)
     if KIND != FP64:
         above_lo = above_lo.to(tl.int32)
         above_hi = above_hi.to(tl.int32)
@@ -230,7 +239,7 @@ def filter_kernel(
         _store_bits(sure_words, band_words, first_unit + b * (4 * UNITS) + block_units, packed)
         counted += flags0 + flags1 + flags2 + flags3
         largest = tl.maximum(largest, tl.maximum(tl.maximum(keys0, keys1), tl.maximum(keys2, keys3)))
-    _store_counts(header, segment, local, counts, counted)
+    _store_counts(header, span, local, counts, counted)
     if tl.max(largest) >= native_inf(KIND):  # rare: read the tile again
         nonfinite = tl.full((UNITS, 16), 0, tl.int32)
         for b in range(4 * num_blocks):
@@ -240,17 +249,17 @@ def filter_kernel(
 
 
 @device_function
-def _store_counts(header, segment, local, counts, counted):
-    slot = counts + tl.load(segment + 1) + local
+def _store_counts(header, span, local, counts, counted):
+    slot = counts + tl.load(span + SPAN_FIRST_SLOT) + local
     tl.store(slot, tl.sum(counted & 0xFFFF).to(tl.int64))
     band = tl.sum((counted >> 16) & 0xFFFF)
-    tl.store(slot + tl.load(header + NUM_TILES), band.to(tl.int64))
+    tl.store(slot + tl.load(header + HEADER_NUM_TILES), band.to(tl.int64))
 
 
 @device_function
 def _add_nonfinite(state, nonfinite):
     total = tl.sum(nonfinite)
-    tl.atomic_add(state + NONFINITE, total.to(tl.int64), sem="relaxed")
+    tl.atomic_add(state + STATE_NUM_NONFINITE, total.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -258,7 +267,7 @@ def filter_gathered_kernel(
     header,
     pieces,
     layouts,
-    segments,
+    spans,
     state,
     sure_words,
     band_words,
@@ -275,13 +284,13 @@ def filter_gathered_kernel(
     Launch     one program per tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    segment = find_segment(segments, tile)
-    local = tile - tl.load(segment)
+    span = find_span(spans, tile)
+    local = tile - tl.load(span + SPAN_FIRST_TILE)
     first = local * TILE
-    numel = tl.load(segment + 3)
-    lo = tl.load(state + LO)
-    hi = tl.load(state + HI)
-    max_ndim = tl.load(header + MAX_NDIM)
+    numel = tl.load(span + SPAN_NUMEL)
+    lo = tl.load(state + STATE_LO)
+    hi = tl.load(state + STATE_HI)
+    max_ndim = tl.load(header + HEADER_MAX_NDIM)
     units = tl.arange(0, UNITS)
     columns = tl.arange(0, 16)[None, :]
     positions = units[:, None] * 16 + columns
@@ -290,12 +299,12 @@ def filter_gathered_kernel(
     for b in range(TILE // (UNITS * 16)):
         position = first + b * (UNITS * 16) + positions
         valid = position < numel
-        keys = segment_keys(pieces, layouts, max_ndim, segment, position, valid, GATHERED, DTYPES).to(tl.int64)
+        keys = span_keys(pieces, layouts, max_ndim, span, position, valid, GATHERED, DTYPES).to(tl.int64)
         keys = tl.where(valid, keys, -1)
         flags, packed = _classify(keys, lo - 1, hi, 1 << columns)
-        unit = tl.load(segment + 2) * 2 + local * (TILE // 16) + b * UNITS + units
+        unit = tl.load(span + SPAN_FIRST_WORD) * 2 + local * (TILE // 16) + b * UNITS + units
         _store_bits(sure_words, band_words, unit, packed)
         counted += flags
-        nonfinite += (keys >= common_inf(DTYPES >= 8)).to(tl.int32)
-    _store_counts(header, segment, local, counts, counted)
+        nonfinite += (keys >= common_inf((HAS_FP64 & DTYPES) != 0)).to(tl.int32)
+    _store_counts(header, span, local, counts, counted)
     _add_nonfinite(state, nonfinite)

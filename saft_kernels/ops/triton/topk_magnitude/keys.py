@@ -6,18 +6,23 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ..constants import BF16, FP16, FP32, FP64, HAS_BF16, HAS_FP16, HAS_FP32, HAS_FP64
+from ..coordinates import storage_offset
 from ..launch import device_function
-
-# saft::ScalarType, and pieces.GATHERED
-FP32: tl.constexpr = tl.constexpr(0)
-BF16: tl.constexpr = tl.constexpr(1)
-FP16: tl.constexpr = tl.constexpr(2)
-FP64: tl.constexpr = tl.constexpr(3)
-GATHERED: tl.constexpr = tl.constexpr(4)
-
-PIECE_COLUMNS: tl.constexpr = tl.constexpr(8)
-SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(8)
-
+from .rows import (
+    GATHERED,
+    PIECE_DATA,
+    PIECE_DTYPE,
+    PIECE_FIRST,
+    PIECE_LAYOUT,
+    PIECE_START,
+    PIECE_WORDS,
+    SPAN_FIRST_PIECE,
+    SPAN_FIRST_TILE,
+    SPAN_NUM_PIECES,
+    SPAN_NUM_SPANS,
+    SPAN_WORDS,
+)
 
 # ---- keys: csrc/topk_magnitude/topk_magnitude.h says what they are ----
 
@@ -138,81 +143,74 @@ def last_native_key(common, DTYPE: tl.constexpr, KEY64: tl.constexpr):
 
 
 @device_function
-def find_segment(segments, tile):
-    """The row of the segment that holds a tile of its kind."""
-    high = tl.load(segments + 6)
+def find_span(spans, tile):
+    """The row of the span that holds a tile of its kind."""
+    high = tl.load(spans + SPAN_NUM_SPANS)
     low = high * 0
     while high - low > 1:
         middle = (low + high) >> 1
-        below = tl.load(segments + middle * SEGMENT_COLUMNS) <= tile
+        below = tl.load(spans + middle * SPAN_WORDS + SPAN_FIRST_TILE) <= tile
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
-    return segments + low * SEGMENT_COLUMNS
+    return spans + low * SPAN_WORDS
 
 
 @device_function
-def find_piece(pieces, first, count, value, COLUMN: tl.constexpr):
-    """Per element: the last of `count` pieces from `first` on whose column is <= value."""
+def find_piece(pieces, first, count, value, FIELD: tl.constexpr):
+    """Per element: the last of `count` pieces from `first` on whose field is <= value."""
     low = value * 0 + first
     high = low + count
-    span = count
-    while span > 1:
+    while count > 1:
         middle = (low + high) >> 1
-        below = tl.load(pieces + middle * PIECE_COLUMNS + COLUMN) <= value
+        below = tl.load(pieces + middle * PIECE_WORDS + FIELD) <= value
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
-        span = (span + 1) >> 1
+        count = (count + 1) >> 1
     return low
 
 
 @device_function
 def gather_keys(pieces, layouts, max_ndim, piece, element, valid, DTYPES: tl.constexpr):
     """Common keys of elements of any pieces; 0 where not `valid`. DTYPES: which there are, one bit for each code."""
-    row = pieces + piece * PIECE_COLUMNS
-    index = tl.load(row + 1) + element
+    row = pieces + piece * PIECE_WORDS
+    index = tl.load(row + PIECE_FIRST) + element
     offset = index
     if max_ndim > 0:
-        dims = layouts + tl.load(row + 5)
-        offset = index * 0
-        rest = index
-        for d in range(max_ndim):
-            size = tl.load(dims + 2 * d)
-            outer = rest // size
-            offset += (rest - outer * size) * tl.load(dims + 2 * d + 1)
-            rest = outer
-    code = tl.load(row + 4)
-    address = tl.load(row) + offset * tl.where(code == FP64, 8, tl.where(code == FP32, 4, 2))
-    KEY64: tl.constexpr = DTYPES >= 8
+        offset = storage_offset(layouts, max_ndim, tl.load(row + PIECE_LAYOUT), index)
+    code = tl.load(row + PIECE_DTYPE)
+    address = tl.load(row + PIECE_DATA) + offset * tl.where(code == FP64, 8, tl.where(code == FP32, 4, 2))
+    KEY64: tl.constexpr = (HAS_FP64 & DTYPES) != 0
     key = (index * 0).to(tl.int64 if KEY64 else tl.int32)
-    if DTYPES & 1:
+    if HAS_FP32 & DTYPES:
         single = tl.load(typed_pointer(address, FP32), mask=valid & (code == FP32), other=0)
         key = common_key(native_key(single, FP32), FP32, KEY64)
-    if DTYPES & 6:
+    if (HAS_BF16 | HAS_FP16) & DTYPES:
         half = tl.load(typed_pointer(address, BF16), mask=valid & ((code == BF16) | (code == FP16)), other=0)
         half_key = native_key(half, BF16)
-    if DTYPES & 2:
+    if HAS_BF16 & DTYPES:
         key = tl.where(code == BF16, common_key(half_key, BF16, KEY64), key)
-    if DTYPES & 4:
+    if HAS_FP16 & DTYPES:
         key = tl.where(code == FP16, common_key(half_key, FP16, KEY64), key)
-    if DTYPES & 8:
+    if HAS_FP64 & DTYPES:
         double = tl.load(typed_pointer(address, FP64), mask=valid & (code == FP64), other=0)
         key = tl.where(code == FP64, common_key(native_key(double, FP64), FP64, KEY64), key)
     return key
 
 
 @device_function
-def segment_keys(pieces, layouts, max_ndim, segment, position, valid, KIND: tl.constexpr, DTYPES: tl.constexpr):
-    """Common keys at positions of a segment; 0 where not `valid`."""
-    first_piece = tl.load(segment + 4)
+def span_keys(pieces, layouts, max_ndim, span, position, valid, KIND: tl.constexpr, DTYPES: tl.constexpr):
+    """Common keys at positions of a span; 0 where not `valid`."""
+    first_piece = tl.load(span + SPAN_FIRST_PIECE)
     if KIND == GATHERED:
         position = tl.where(valid, position, 0)
-        piece = find_piece(pieces, first_piece, tl.load(segment + 5), position, 2)
-        element = position - tl.load(pieces + piece * PIECE_COLUMNS + 2)
+        piece = find_piece(pieces, first_piece, tl.load(span + SPAN_NUM_PIECES), position, PIECE_START)
+        element = position - tl.load(pieces + piece * PIECE_WORDS + PIECE_START)
         return gather_keys(pieces, layouts, max_ndim, piece, element, valid, DTYPES)
     else:
-        row = pieces + first_piece * PIECE_COLUMNS
-        data = typed_pointer(tl.load(row) + tl.load(row + 1) * item_size(KIND), KIND)
-        return common_key(native_key(tl.load(data + position, mask=valid, other=0), KIND), KIND, DTYPES >= 8)
+        row = pieces + first_piece * PIECE_WORDS
+        data = typed_pointer(tl.load(row + PIECE_DATA) + tl.load(row + PIECE_FIRST) * item_size(KIND), KIND)
+        key = native_key(tl.load(data + position, mask=valid, other=0), KIND)
+        return common_key(key, KIND, (HAS_FP64 & DTYPES) != 0)
 
 
 # ---- words of 32 elements ----

@@ -1,4 +1,4 @@
-"""Many tensors as the tables that the kernels read: pieces, segments, tiles."""
+"""Many tensors as the tables that the kernels read: pieces, spans, tiles."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from ... import tables
-from ...dtypes import DTYPE_CODES
-from ...tables import Table
+from ...dtypes import DTYPE_CODES, FLOAT_DTYPES
+from ...tables import Words
+from . import rows
 
-GATHERED = 4
-"""The kind of a segment that is read element by element; the other kinds are the dtype codes."""
-
-ITEM_SIZES = np.array([4, 2, 2, 8], dtype=np.int64)  # by dtype code
-
-PIECE_COLUMNS = 8  # pointer, base, start, numel, dtype code, layout, tensor, first line
-SEGMENT_COLUMNS = 8  # first tile of its kind, first tile, first word, numel, first piece, number of pieces,
-# number of segments of the kind, 0
+GATHERED = rows.GATHERED.value
+ITEM_SIZES = np.array([dtype.itemsize for dtype in FLOAT_DTYPES], dtype=np.int64)  # by dtype code
 
 
 @dataclass(frozen=True)
@@ -27,13 +22,13 @@ class Sizes:
     """Elements per unit of work. All are powers of two, from the smallest to the largest."""
 
     line: int  # sampled together
-    gathered_tile: int  # of a gathered segment; a direct segment is a multiple of it
-    direct_tile: int  # of a direct segment
+    gathered_tile: int  # of a gathered span; a direct span is a multiple of it
+    direct_tile: int  # of a direct span
 
 
 @dataclass(frozen=True)
-class Segments:
-    """The segments of one kind."""
+class Spans:
+    """The spans of one kind."""
 
     kind: int
     offset: int  # of their rows in the table
@@ -42,18 +37,18 @@ class Segments:
 
 @dataclass(frozen=True)
 class Pieces:
-    """All tensors, in order, cut into pieces; consecutive pieces make a segment, and a segment is cut into tiles.
+    """All tensors, in order, cut into pieces; consecutive pieces make a span, and a span is cut into tiles.
 
     A piece is a range of one tensor. The aligned middle of a contiguous tensor, a multiple of the gathered tile, is
-    a direct segment: its tiles are read by vectors. Everything else, in runs as long as they come, is gathered:
+    a direct span: its tiles are read by vectors. Everything else, in runs as long as they come, is gathered:
     the ends of contiguous tensors, small tensors, strided ones. So 10^5 tiny tensors are a few tiles.
     """
 
-    table: Table  # pieces, layouts, segments by kind: one copy to the device
+    table: Words  # pieces, layouts, spans by kind: one copy to the device
     num_pieces: int
     layouts_offset: int
     max_ndim: int  # of the layouts; 0 when every tensor is contiguous
-    segments: list[Segments]
+    spans: list[Spans]
     num_tiles: int
     num_words: int  # 32 elements each
     num_lines: int
@@ -83,53 +78,47 @@ def cut(tensors: Sequence[Tensor], sizes: Sizes) -> Pieces:
     direct = part == 1
     num_pieces = len(parts)
 
-    new_segment = direct.copy()
-    new_segment[1:] |= direct[:-1]
-    new_segment[:1] = True
-    first_piece = new_segment.nonzero()[0]
+    new_span = direct.copy()
+    new_span[1:] |= direct[:-1]
+    new_span[:1] = True
+    first_piece = new_span.nonzero()[0]
     ends = np.cumsum(parts)
     starts = ends - parts
-    segment = np.cumsum(new_segment) - 1
-    segment_numel = np.add.reduceat(parts, first_piece) if num_pieces else parts
+    span = np.cumsum(new_span) - 1
+    span_numel = np.add.reduceat(parts, first_piece) if num_pieces else parts
     kind = np.where(direct, code[tensor], GATHERED)[first_piece]
     tile = np.where(kind == GATHERED, sizes.gathered_tile, sizes.direct_tile)
-    num_tiles = -(-segment_numel // tile)
-    num_words = -(-segment_numel // sizes.gathered_tile) * (sizes.gathered_tile // 32)
+    num_tiles = -(-span_numel // tile)
+    num_words = -(-span_numel // sizes.gathered_tile) * (sizes.gathered_tile // 32)
     lines = -(-parts // sizes.line)
 
-    rows = np.stack(
-        [
-            pointer[tensor],
-            bases,
-            starts - starts[first_piece][segment],
-            parts,
-            code[tensor],
-            layout[tensor],
-            tensor,
-            np.cumsum(lines) - lines,
-        ],
-        axis=1,
-    )
-    table = [_padded(rows), _padded(layouts)]
+    pieces = np.zeros(num_pieces, rows.PIECE)
+    pieces["data"] = pointer[tensor]
+    pieces["first"] = bases
+    pieces["start"] = starts - starts[first_piece][span]
+    pieces["numel"] = parts
+    pieces["dtype"] = code[tensor]
+    pieces["layout"] = layout[tensor]
+    pieces["tensor"] = tensor
+    pieces["first_line"] = np.cumsum(lines) - lines
+
+    every_span = np.zeros(len(first_piece), rows.SPAN)
+    every_span["first_slot"] = np.cumsum(num_tiles) - num_tiles
+    every_span["first_word"] = np.cumsum(num_words) - num_words
+    every_span["numel"] = span_numel
+    every_span["first_piece"] = first_piece
+    every_span["num_pieces"] = np.diff(np.append(first_piece, num_pieces))
+
+    table = [_padded(pieces), _padded(layouts)]
     offset = sum(map(len, table))
     groups = []
     for value in np.unique(kind):
-        chosen = (kind == value).nonzero()[0]
-        segment_rows = np.stack(
-            [
-                np.cumsum(num_tiles[chosen]) - num_tiles[chosen],
-                (np.cumsum(num_tiles) - num_tiles)[chosen],
-                (np.cumsum(num_words) - num_words)[chosen],
-                segment_numel[chosen],
-                first_piece[chosen],
-                np.append(first_piece, num_pieces)[chosen + 1] - first_piece[chosen],
-                np.full_like(chosen, len(chosen)),
-                np.zeros_like(chosen),
-            ],
-            axis=1,
-        )
-        groups.append(Segments(int(value), offset, int(num_tiles[chosen].sum())))
-        table.append(_padded(segment_rows))
+        chosen = kind == value
+        spans = every_span[chosen]
+        spans["first_tile"] = np.cumsum(num_tiles[chosen]) - num_tiles[chosen]
+        spans["num_spans"] = len(spans)
+        groups.append(Spans(int(value), offset, int(num_tiles[chosen].sum())))
+        table.append(_padded(spans))
         offset += len(table[-1])
     return Pieces(
         np.concatenate(table),
@@ -145,7 +134,7 @@ def cut(tensors: Sequence[Tensor], sizes: Sizes) -> Pieces:
 
 def _layouts(
     tensors: Sequence[Tensor], contiguous: np.ndarray[tuple[int], np.dtype[np.bool_]]
-) -> tuple[Table, Table, int]:
+) -> tuple[Words, Words, int]:
     """Rows (size, stride) from the innermost dimension out, all of max_ndim; the row of each tensor; max_ndim."""
     index: dict[tuple[int, ...], int] = {(2**62, 1): 0}  # every contiguous tensor
     layout = np.zeros(len(tensors), dtype=np.int64)
@@ -155,10 +144,10 @@ def _layouts(
         inside_out = tuple(x for d in reversed(range(ndim)) for x in (merged[d], merged[ndim + d]))
         layout[i] = index.setdefault(inside_out, len(index))
     max_ndim = max(len(key) // 2 for key in index)
-    rows = tables.table((key + (1, 0) * (max_ndim - len(key) // 2) for key in index), 2 * max_ndim)
-    return rows, layout * (2 * max_ndim), max_ndim if len(index) > 1 else 0
+    words = [key + (1, 0) * (max_ndim - len(key) // 2) for key in index]
+    return np.array(words, dtype=np.int64), layout * (2 * max_ndim), max_ndim if len(index) > 1 else 0
 
 
-def _padded(rows: Table) -> Table:
-    flat = rows.reshape(-1)
-    return np.pad(flat, (0, -len(flat) % _PADDING))
+def _padded(table: tables.Table | Words) -> Words:
+    words = table.view(np.int64).reshape(-1)
+    return np.pad(words, (0, -len(words) % _PADDING))
