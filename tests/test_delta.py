@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask
 from saft_kernels.delta import file as delta_file
+from saft_kernels.delta.changes import Changes
 
 State = dict[str, Tensor]
 
@@ -744,3 +746,42 @@ def test_parts_must_fit() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         hash(SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}))
     assert SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}) != "a delta"
+
+
+def test_the_record_is_what_the_delta_shows() -> None:
+    """One place holds the facts: what is learned or composed is what every attribute says."""
+    base, tuned = small(), changed(small())
+    whole = SparseDelta.diff(base, tuned, whole=True)
+    record = Changes(
+        whole.mask, whole.values, None, checksums=whole.checksums, rest=whole.rest, tied=whole.tied, numel=whole.numel
+    )
+    assert record == Changes(whole.mask, whole.values, whole.originals, rest=whole.rest, numel=whole.numel)
+    assert record != Changes(whole.mask, whole.originals, whole.originals, rest=whole.rest, numel=whole.numel)
+    delta = SparseDelta(
+        whole.mask, whole.values, None, checksums=whole.checksums, rest=whole.rest, tied=whole.tied, numel=whole.numel
+    )
+    assert delta == whole
+    assert delta.originals is None
+    delta.take_originals(base)
+    assert delta.originals is not None
+    assert_same_state(delta.originals, whole.originals)
+    with pytest.raises(AttributeError):  # device copies of them are kept
+        delta.values = {}
+
+
+def test_imports_of_delta_go_one_way() -> None:
+    """sparse_delta -> {compose, file, shira, targets, difference, originals} -> changes."""
+    folder = Path(delta_file.__file__).parent
+    allowed = {
+        "sparse_delta": {"changes", "compose", "difference", "file", "originals", "shira", "targets"},
+        **{name: {"changes"} for name in ("compose", "difference", "file", "shira", "targets")},
+        **{"changes": set(), "originals": set(), "__init__": {"originals", "sparse_delta"}},
+    }
+    assert {path.stem for path in folder.glob("*.py")} == set(allowed)
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        found = set(re.findall(r"^ *from \.(\w+) import", text, re.MULTILINE))
+        for names in re.findall(r"^ *from \. import (.+)", text, re.MULTILINE):
+            found |= set(names.split(", "))
+        assert found <= allowed[path.stem], path.name
+        assert "TYPE_CHECKING" not in text

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..common.files import safetensors_function
 from ..common.names import listing, plain_names
+from ..delta.changes import same_bits
 from ..delta.file import FORMAT
 from ..delta.sparse_delta import SparseDelta
-from ..delta.targets import same_bits
 from ..mask import SparseMask
 from .checkpoint_files import TORCH_SUFFIXES, Checkpoint, find_state_dict, read_torch
 from .summary import Row, grouped, natural, print_table, save_figure

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,12 @@ from ..common.files import safetensors_function
 from ..common.names import Model, listing, named_tensors, plain_names
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
-
-if TYPE_CHECKING:
-    from .sparse_delta import SparseDelta
+from .changes import Changes
 
 _PREFIX = "base_model.model."
 
 
-def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> SparseDelta:
+def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> Changes:
     """Writes the part of a delta that SHiRA can hold, the weights of nn.Linear modules, as an adapter.
 
     `peft.PeftModel.from_pretrained(base, folder)` loads it. Modules with fewer changes than r demands get further
@@ -41,22 +39,20 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
     two, the adapter is off by that rounding; a warning says in how many elements.
 
     Args:
-        delta: Its originals must be known, or `base` in the base's state.
+        delta: Its originals must be known.
         folder: Made if missing; the adapter's two files in it are replaced.
         base: A model that the delta fits. Not changed.
         partial: Leave out other changes (biases, norms, embeddings, nn.MultiheadAttention, which PEFT's SHiRA cannot
             hold) instead of refusing them.
 
     Returns:
-        A delta of what was left out.
+        What was left out.
 
     Raises:
         ValueError: Changes elsewhere, with partial=False; none in nn.Linear weights; more changes in one module than
             any r allows.
     """
-    if delta.originals is None:
-        delta.take_originals(base)
-    originals = delta._known_originals("to_shira")
+    originals = delta.known_originals("to_shira")
     linears = _linear_weights(base)
     changed = [name for name in delta.mask if delta.mask[name].numel()]
     inside = [name for name in changed if name in linears]
@@ -123,11 +119,11 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
         temporary.write_text(json.dumps(config, indent=2) + "\n")
     rest = SparseMask({n: delta.mask[n] for n in outside}, {n: delta.mask.shapes[n] for n in outside})
     tied = {name: owner for name, owner in delta.tied.items() if owner in outside}
-    return type(delta)(rest, delta.values, originals, tied=tied, numel=delta.numel)
+    return Changes(rest, delta.values, originals, tied=tied, numel=delta.numel)
 
 
-def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
-    """The delta of a SHiRA adapter on its base: the values that PEFT's `merge_and_unload` would write.
+def load(folder: str | os.PathLike[str], base: Model) -> Changes:
+    """The changes of a SHiRA adapter on its base: the values that PEFT's `merge_and_unload` would write.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors.
@@ -136,8 +132,6 @@ def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
     Raises:
         ValueError: Another kind of adapter, or another model.
     """
-    from .sparse_delta import SparseDelta
-
     folder = Path(folder)
     safe_open = safetensors_function("safe_open")
     try:
@@ -181,7 +175,7 @@ def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
         indices[name], originals[name], values[name] = index[differs], old[differs], new[differs]
     kept = [name for name in indices if indices[name].numel()]
     mask = SparseMask({name: indices[name] for name in kept}, {name: shapes[name] for name in kept})
-    return SparseDelta(mask, values, originals, numel=sum(tensor.numel() for tensor in tensors.values()))
+    return Changes(mask, values, originals, numel=sum(tensor.numel() for tensor in tensors.values()))
 
 
 def _added(original: Tensor, difference: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..common.names import Model, check_same_kind, listing, named_tensors
 from ..ops.dtypes import as_bits
-from .changes import checksum
+from .changes import Changes, checksum, rest_checksum, same_bits
 
 Named = Mapping[str, Tensor]
 
@@ -48,15 +48,12 @@ class Targets:
         self,
         argument: str,
         model: Model,
-        indices: Named,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, torch.dtype],
-        tied: Mapping[str, str],
+        changes: Changes,
         copies: Copies,
     ) -> None:
         tensors = named_tensors(argument, model)
-        aliases: dict[str, list[str]] = {name: [name] for name in shapes}
-        for name, owner in tied.items():
+        aliases: dict[str, list[str]] = {name: [name] for name in changes.mask}
+        for name, owner in changes.tied.items():
             aliases[owner].append(name)
         if missing := [name for name in aliases if not any(alias in tensors for alias in aliases[name])]:
             raise ValueError(
@@ -68,7 +65,7 @@ class Targets:
         for name in aliases:
             for alias in (alias for alias in aliases[name] if alias in tensors):
                 tensor = tensors[alias]
-                check_same_kind(argument, alias, tensor, shapes[name], dtypes[name])
+                check_same_kind(argument, alias, tensor, changes.mask.shapes[name], changes.values[name].dtype)
                 if _is_expanded(tensor):
                     raise ValueError(
                         f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor "
@@ -76,7 +73,7 @@ class Targets:
                     )
                 self.names.append(name)
                 self.tensors.append(tensor)
-        self._indices = indices
+        self._indices: Named = changes.mask
         self._copies = copies
         self._rows: dict[torch.device, list[int]] = {}
         for row, tensor in enumerate(self.tensors):
@@ -120,33 +117,13 @@ class Targets:
     def odd_rests(self, rests: Mapping[str, str]) -> list[str]:
         """Names whose other elements have another checksum. Reads every tensor."""
         pairs = zip(self.names, self.tensors, strict=True)
-        return [name for name, tensor in pairs if rest(tensor, self._indices[name].to(tensor.device)) != rests[name]]
+        return [
+            name
+            for name, tensor in pairs
+            if rest_checksum(tensor, self._indices[name].to(tensor.device)) != rests[name]
+        ]
 
 
 def _is_expanded(tensor: Tensor) -> bool:
     strides = tensor.stride()
     return 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one device hold the same bits."""
-    return a.dtype == b.dtype and torch.equal(as_bits(a), as_bits(b))
-
-
-def rest(tensor: Tensor, index: Tensor) -> str:
-    """Checksum of a tensor with the elements at `index` set to zero: base and tuned model share it."""
-    zeroed = as_bits(tensor).reshape(-1).clone()
-    zeroed[index.long()] = 0
-    return checksum(zeroed)
-
-
-def between(original: Tensor, value: Tensor, alpha: float) -> Tensor:
-    """original + alpha * (value - original), rounded once to their dtype; exact at 0 and 1."""
-    if alpha in (0.0, 1.0):
-        return value if alpha else original
-    if original.is_complex():
-        return torch.lerp(original, value, alpha)
-    if not original.is_floating_point():
-        return value if alpha >= 0.5 else original
-    dtype = torch.float64 if original.dtype == torch.float64 else torch.float32
-    return torch.lerp(original.to(dtype), value.to(dtype), alpha).to(original.dtype)
