@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import subprocess
 import sys
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from saft_kernels import SparseDelta, SparseMask
 from saft_kernels.cli import main, summary
+from saft_kernels.common import tensor_files
 
 State = dict[str, Tensor]
 MODELS = ("base.safetensors", "flat.bin", "nested.pt", "ddp.pth", "legacy.pt")
@@ -183,6 +185,8 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("diff base.safetensors nowhere.pt -o e.delta", "nowhere.pt"),
         ("diff base.safetensors d.delta -o e.delta", "got '.delta'"),
         ("diff base.safetensors tuned.safetensors -o nowhere/e.delta", "expected an existing folder"),
+        ("diff base.safetensors tuned.safetensors -o e.pt", "got '.pt'; name it e.safetensors"),
+        ("diff base.safetensors tuned.safetensors -o e.delta --exclude x*", "got 'x*', which matches none of 8; they"),
         ("summary base.safetensors", "its format is 'pt'"),
         ("summary flat.bin", "expected a dictionary of bool or 0/1 masks"),
         ("summary text.safetensors", "expected a mask or a delta"),
@@ -197,11 +201,11 @@ def test_a_full_disk_leaves_nothing(
     assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
     capsys.readouterr()
 
-    def full(content: Any, path: Any, *_: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise safetensors.SafetensorError("I/O error: No space left on device")
+    def full(file: Any, *_: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(tensor_files, "write", full)
     fails(capsys, files, "apply base.safetensors d.delta -o base.safetensors", "No space left")
     fails(capsys, files, "diff base.safetensors tuned.safetensors -o d.delta", "No space left")
 

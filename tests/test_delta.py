@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask
+from saft_kernels.common import tensor_files
 from saft_kernels.delta import file as delta_file
 from saft_kernels.delta.changes import Changes
 
@@ -312,6 +314,9 @@ def test_exclude() -> None:
     delta = SparseDelta.diff(base, tuned, exclude=["*_head", "a.*"], progress=True)
     assert list(delta.mask) == ["b.weight"]
     assert SparseDelta.diff(base, tuned, exclude="*_head").mask.keys() == small().keys()
+    with pytest.raises(ValueError, match=r"got 'head\*', which matches none of 5") as error:
+        SparseDelta.diff(base, tuned, exclude=["*_head", "head*"])
+    assert_message(error, ["`exclude`", "they are called 'a.weight', 'a.bias', 'b.weight' and 2 more"])
 
 
 # ---- originals ----
@@ -669,13 +674,45 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         SparseDelta.load(path)
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_equal_deltas_are_equal_files(original: bool, tmp_path: Path) -> None:
+    """From run to run: the order of nothing depends on a hash, and loading and saving is no change."""
+    base, tuned = every_dtype(), changed(every_dtype())
+    for path in ("a", "b", "c", "d"):
+        SparseDelta.diff(base, tuned, whole=True).save(tmp_path / path, include_original=original)
+    contents = {(tmp_path / path).read_bytes() for path in ("a", "b", "c", "d")}
+    assert len(contents) == 1
+    SparseDelta.load(tmp_path / "a").save(tmp_path / "a", include_original=original)
+    assert contents == {(tmp_path / "a").read_bytes()}
+
+
+@pytest.mark.parametrize("how", ["overwritten", "truncated"])
+def test_a_loaded_delta_does_not_follow_its_file(how: str, tmp_path: Path) -> None:
+    base = {"w": torch.zeros(100_000)}
+    tuned = {"w": torch.arange(100_000.0)}
+    path = tmp_path / "d"
+    SparseDelta.diff(base, tuned).save(path, include_original=True)
+    delta = SparseDelta.load(path)
+    if how == "truncated":
+        os.truncate(path, 0)
+    else:
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.write(b"\x01" * size)
+    model = copied(base)
+    delta.apply_(model)
+    assert_same_state(model, tuned)
+    delta.revert_(model)
+    assert_same_state(model, base)
+
+
 def with_metadata(content: bytes, **changes: str) -> bytes:
     """The file with other metadata and, unless given, a checksum that fits it."""
     tensors = safetensors.torch.load(content)
     (length,) = struct.unpack("<Q", content[:8])
     metadata = {**json.loads(content[8 : 8 + length])["__metadata__"], **changes}
     if "checksum" not in changes:
-        metadata["checksum"] = delta_file._file_checksum(metadata, tensors)
+        metadata["checksum"] = tensor_files.checksum(metadata, tensors)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -713,11 +750,11 @@ def test_other_files(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delta, content = saved(tmp_path)
 
-    def disk_full(tensors: Any, filename: Any, metadata: Any) -> None:
-        Path(filename).write_bytes(b"half")
+    def disk_full(file: Any, tensors: Any, metadata: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "write", disk_full)
     with pytest.raises(OSError, match="No space left"):
         delta.save(tmp_path / "d")
     assert (tmp_path / "d").read_bytes() == content

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.files import safetensors_function
+from ..common import tensor_files
 from ..common.names import listing, plain_names
 from ..delta.changes import same_bits
 from ..delta.file import FORMAT
@@ -155,8 +155,13 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    base, tuned = Checkpoint(args.base), Checkpoint(args.tuned)
+    if args.output.suffix in TORCH_SUFFIXES:
+        raise ValueError(
+            f"{args.output}: expected a name for a safetensors file, which a delta is, got {args.output.suffix!r}; "
+            f"name it {args.output.with_suffix('.safetensors').name}"
+        )
     _check_folder(args.output)
+    base, tuned = Checkpoint(args.base), Checkpoint(args.tuned)
     for checkpoint in (base, tuned):
         if checkpoint.others:
             print(f"{checkpoint.path}: left out, no tensors: {listing(checkpoint.others)}", file=sys.stderr)
@@ -283,9 +288,9 @@ def _load(path: Path) -> SparseMask | SparseDelta:
             )
         return SparseMask.from_dense({plain: masks[name] for plain, name in plain_names(masks).items()})
     try:
-        with safetensors_function("safe_open")(path, "pt") as file:
-            kind = (file.metadata() or {}).get("format")
-    except (OSError, ImportError):
+        with open(path, "rb") as file:
+            kind = tensor_files.read_header(file).metadata.get("format")
+    except OSError:
         raise
     except Exception as error:
         raise ValueError(f"{path}: expected a mask or a delta, got another file or a damaged one ({error})") from error
@@ -312,9 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `saft-kernels summary ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        # safetensors has an error of its own, for a full disk, say; what is none of these is a bug: show its traceback
-        expected = (OSError, ValueError, TypeError, ImportError, RuntimeError)
-        if not isinstance(error, expected) and type(error).__name__ != "SafetensorError":
+        # what is none of these is a bug: show its traceback
+        if not isinstance(error, (OSError, ValueError, TypeError, ImportError, RuntimeError)):
             raise
         print(f"saft-kernels: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.names import listing, short
+from ..common.tensor_files import bytes_of
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
 
@@ -97,11 +98,6 @@ class Changes:
         if alpha == 0.0:
             return originals
         return {name: _between(originals[name], value, alpha) for name, value in self.values.items()}
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The values in row-major order, little-endian."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def checksum(values: Tensor) -> str:

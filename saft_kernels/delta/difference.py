@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from .. import ops
-from ..common.names import short
+from ..common.names import check_same_kind, listing, short
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
 from .changes import DTYPES, Changes, rest_checksum
+
+
+def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclude: Sequence[str] | str) -> list[str]:
+    """Names to compare, in the order of `before`. Looks at names, shapes and dtypes alone.
+
+    Raises:
+        ValueError: A glob that matches nothing; names, shapes or dtypes that differ.
+    """
+    globs = [exclude] if isinstance(exclude, str) else list(exclude)
+    both = {**before, **after}
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in both):
+            raise ValueError(
+                f"`exclude`: expected globs over tensor names, got {glob!r}, which matches none of {len(both)}; they "
+                f"are called {listing(list(both))}"
+            )
+    left_out = {name for name in both if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
+    only = [("base", before.keys() - after.keys() - left_out), ("tuned", after.keys() - before.keys() - left_out)]
+    if any(names for _, names in only):
+        raise ValueError(
+            "`tuned`: expected the tensor names of `base`, got a difference: "
+            + ", ".join(f"{listing(sorted(names))} only in `{which}`" for which, names in only if names)
+            + "; leave them out with `exclude`, or pass the base it was tuned from"
+        )
+    names = [name for name in before if name not in left_out]
+    for name in names:
+        check_same_kind("tuned", name, after[name], tuple(before[name].shape), before[name].dtype)
+    return names
 
 
 def difference(

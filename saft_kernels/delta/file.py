@@ -5,7 +5,6 @@ docs/delta.md specifies the format.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..common import files
-from ..common.files import safetensors_function
+from ..common import files, tensor_files
 from ..common.names import short
 from ..mask import SparseMask
-from .changes import DTYPES, Changes, bytes_of
+from .changes import DTYPES, Changes
 
 FORMAT = "saft_kernels.SparseDelta"
 VERSION = "1"
@@ -79,27 +77,11 @@ def from_gaps(gaps: npt.NDArray[np.int64], counts: Iterable[int]) -> list[Tensor
     return indices
 
 
-# ---- checksums ----
-
-
-def _file_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything in the file but itself, with lengths between: no two files share their input."""
-    total = hashlib.sha256()
-    for key in sorted(metadata):
-        if key != "checksum":
-            total.update(f"{key}:{len(metadata[key])}:{metadata[key]}\n".encode())
-    for key in sorted(tensors):
-        total.update(f"{key}:{tensors[key].dtype}:{tensors[key].numel()}\n".encode())
-        total.update(bytes_of(tensors[key]))
-    return total.hexdigest()
-
-
 # ---- files ----
 
 
 def write(path: str | os.PathLike[str], changes: Changes, originals: Mapping[str, Tensor] | None) -> None:
     """The changes as a file, with originals or without; whole or not at all."""
-    save_file = safetensors_function("save_file")
     table: dict[str, list[Any]] = {}
     blobs: dict[str, list[Tensor]] = {}
     for name, value in changes.values.items():
@@ -119,26 +101,15 @@ def write(path: str | os.PathLike[str], changes: Changes, originals: Mapping[str
     }
     if changes.tied:
         metadata["tied"] = json.dumps(changes.tied, separators=(",", ":"))
-    metadata["checksum"] = _file_checksum(metadata, tensors)
-    with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    metadata["checksum"] = tensor_files.checksum(metadata, tensors)
+    with files.replacing(path) as file:
+        tensor_files.write(file, tensors, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> Changes:
     """Raises ValueError for another file, or for one of which any byte that counts has changed."""
-    safe_open = safetensors_function("safe_open")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}")
-            if metadata.get("version") != VERSION:
-                raise ValueError(f"its version is {metadata.get('version')!r}, this package reads {VERSION!r}")
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-        if metadata.get("checksum") != _file_checksum(metadata, tensors):
-            raise ValueError("its checksum is not that of its content")
-        return _parse(metadata, tensors)
+        return _parse(*tensor_files.read_checked(path, FORMAT, VERSION))
     except OSError:
         raise
     except Exception as error:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..common import files
-from ..common.files import safetensors_function
+from ..common import files, tensor_files
 from ..common.names import Model, listing, named_tensors, plain_names
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
@@ -112,11 +111,10 @@ def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, par
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file = safetensors_function("save_file")
-    with files.replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
-    with files.replacing(folder / "adapter_config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    with files.replacing(folder / "adapter_model.safetensors") as file:
+        tensor_files.write(file, tensors, {"format": "pt"})
+    with files.replacing(folder / "adapter_config.json") as file:
+        file.write(f"{json.dumps(config, indent=2)}\n".encode())
     rest = SparseMask({n: delta.mask[n] for n in outside}, {n: delta.mask.shapes[n] for n in outside})
     tied = {name: owner for name, owner in delta.tied.items() if owner in outside}
     return Changes(rest, delta.values, originals, tied=tied, numel=delta.numel)
@@ -133,12 +131,9 @@ def load(folder: str | os.PathLike[str], base: Model) -> Changes:
         ValueError: Another kind of adapter, or another model.
     """
     folder = Path(folder)
-    safe_open = safetensors_function("safe_open")
     try:
         kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            names = file.keys()
-            stored = {name: file.get_tensor(name) for name in names}
+        _, stored = tensor_files.read(folder / "adapter_model.safetensors")
     except OSError:
         raise
     except Exception as error:

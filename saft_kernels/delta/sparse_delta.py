@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import numbers
 import os
@@ -11,13 +10,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ..common.names import Model, check_same_kind, listing, named_tensors, tied_names
+from ..common.names import Model, listing, named_tensors, tied_names
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
 from . import file, shira
 from .changes import Changes
 from .compose import Conflicts, Policy, compose
-from .difference import difference
+from .difference import comparable, difference
 from .originals import Originals, optimizer_parameters
 from .targets import Copies, Targets
 
@@ -155,21 +154,12 @@ class SparseDelta:
             progress: Shows a tqdm bar, where tqdm is installed.
 
         Raises:
-            ValueError: The models differ in names, shapes or dtypes.
+            ValueError: The models differ in names, shapes or dtypes; a glob matches nothing.
             TypeError: Something that is no tensor, no model, or of a dtype that safetensors files do not hold.
         """
         before, after = named_tensors("base", base), named_tensors("tuned", tuned)
-        globs = [exclude] if isinstance(exclude, str) else list(exclude)
-        for tensors in (before, after):
-            for name in [name for name in tensors if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]:
-                del tensors[name]
-        if before.keys() != after.keys():
-            only = [("base", before.keys() - after.keys()), ("tuned", after.keys() - before.keys())]
-            raise ValueError(
-                "`tuned`: expected the tensor names of `base`, got a difference: "
-                + ", ".join(f"{listing(sorted(names))} only in `{which}`" for which, names in only if names)
-                + "; leave them out with `exclude`, or pass the base it was tuned from"
-            )
+        names = comparable(before, after, exclude)
+        before, after = ({name: tensors[name] for name in names} for tensors in (before, after))
         return cls._of(_difference(before, after, tied_names(after, before), whole, progress))
 
     @classmethod
@@ -196,7 +186,9 @@ class SparseDelta:
                     f"`base`: expected the optimizer's parameters, got none of {listing(missing)}; pass the model "
                     "that training started from"
                 )
-            return cls._of(_difference({name: before[name] for name in parameters}, parameters, {}, False, False))
+            before = {name: before[name] for name in parameters}
+            comparable(before, parameters, ())
+            return cls._of(_difference(before, parameters, {}, False, False))
         indices, originals, values = base.changes(optimizer, parameters)
         mask = SparseMask(indices, {name: parameters[name].shape for name in indices})
         return cls(mask, values, originals, numel=sum(p.numel() for p in parameters.values()))
@@ -366,8 +358,6 @@ class Composed(NamedTuple):
 def _difference(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], tied: Mapping[str, str], whole: bool, progress: bool
 ) -> Changes:
-    for name, old in before.items():
-        check_same_kind("tuned", name, after[name], tuple(old.shape), old.dtype)
     own = [name for name in before if name not in tied]
     pairs = ((name, before[name], after[name]) for name in _bar(own, "comparing", progress))
     return difference(pairs, tied=tied, whole=whole, numel=sum(before[name].numel() for name in own))
