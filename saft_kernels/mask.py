@@ -17,7 +17,7 @@ from .ops.dtypes import INDEX_DTYPES, index_dtype
 
 __all__ = ["MaskSummary", "SparseMask", "SummaryRow"]
 
-_FORMAT = "saft_kernels.SparseMask"
+FORMAT = "saft_kernels.SparseMask"
 _VERSION = "1"
 
 
@@ -228,7 +228,7 @@ class SparseMask(Mapping[str, Tensor]):
             OSError: The file cannot be written; `path` is as it was.
         """
         tensors = {name: index for name, index in self._indices.items() if index.numel()}
-        metadata = {"format": _FORMAT, "version": _VERSION, "shapes": json.dumps(self.shapes)}
+        metadata = {"format": FORMAT, "version": _VERSION, "shapes": json.dumps(self.shapes)}
         metadata["checksum"] = tensor_files.checksum(metadata, tensors)
         with files.replacing(path) as file:
             tensor_files.write(file, tensors, metadata)
@@ -239,7 +239,7 @@ class SparseMask(Mapping[str, Tensor]):
         try:
             # masks had no checksum at first
             metadata, stored = tensor_files.read_checked(
-                path, _FORMAT, _VERSION, unchecked=("format", "version", "shapes")
+                path, FORMAT, _VERSION, unchecked=("format", "version", "shapes")
             )
             shapes = json.loads(metadata["shapes"])
             empty = torch.empty(0, dtype=torch.int32, device="cpu")

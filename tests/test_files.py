@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import resource
 import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ import torch
 from conftest import assert_same_bits
 from torch import Tensor
 
-from saft_kernels.common import tensor_files
+from saft_kernels.common import files, tensor_files
 from saft_kernels.delta import file as delta_file
 
 State = dict[str, Tensor]
@@ -187,3 +192,234 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
         os.replace(tmp_path / "g", path)
 
     assert tensor_files.read(path, replace)[1]["w"].tolist() == list(range(10))
+
+
+# ---- writing ----
+
+
+def put(path: Path, content: bytes) -> None:
+    with files.replacing(path) as file:
+        file.write(content)
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    for mode in (0o600, 0o640, 0o664, 0o755):
+        path.write_bytes(b"old")
+        path.chmod(mode)
+        with files.replacing(path) as file:
+            # nobody else may read it before it is whole, either
+            assert os.fstat(file.fileno()).st_mode & 0o777 == mode
+            file.write(b"new")
+        assert path.stat().st_mode & 0o777 == mode
+        assert path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_replaced_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    os.chown(path, 12345, 23456)
+    put(path, b"new")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (12345, 23456, 0o640)
+
+
+def test_a_group_that_cannot_be_kept_passes_nothing_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process's own group may do what everybody may, not what the old group might."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    path.chmod(0o674)
+    old = os.stat_result((*path.stat()[:5], path.stat().st_gid + 1, *path.stat()[6:]))
+    monkeypatch.setattr(files.os, "fchown", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with open(tmp_path / "g", "wb") as file:
+        files._take_mode(file.fileno(), old)
+        assert os.fstat(file.fileno()).st_mode & 0o777 == 0o644
+
+
+def test_no_umask_of_the_process_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between setting it and setting it back, files of other threads would have it."""
+
+    def umask(_: int) -> int:
+        raise AssertionError("umask was set")
+
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", umask)
+            put(tmp_path / "f", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for name, there in (("to_old", True), ("to_nothing", False)):
+        if there:
+            (folder / name).write_bytes(b"old")
+        (tmp_path / name).symlink_to(Path("elsewhere") / name)
+        (tmp_path / f"again_{name}").symlink_to(name)
+        put(tmp_path / f"again_{name}", b"new")
+        assert (tmp_path / f"again_{name}").is_symlink()
+        assert (tmp_path / name).is_symlink()
+        assert not (folder / name).is_symlink()
+        assert (folder / name).read_bytes() == b"new"
+
+
+def test_outputs_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name, kind, message in [
+        ("folder", IsADirectoryError, "expected a file, got a folder; name a file in it"),
+        ("pipe", OSError, "expected a regular file, got"),
+        ("loop", OSError, "expected a regular file, got a link to itself"),
+        ("nowhere/f", FileNotFoundError, "expected an existing folder; make"),
+        ("pipe/f", FileNotFoundError, "expected an existing folder; make"),
+    ]:
+        with pytest.raises(kind, match=message) as error:
+            put(tmp_path / name, b"new")
+        assert str(error.value).startswith(f"{tmp_path / name}: ")
+        assert ".saft-tmp" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_read_only_output(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, not a temporary file; root, whom nothing stops, is told that something would."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    refused = path if what == "file" else tmp_path
+    monkeypatch.setattr(files.os, "access", lambda asked, _: Path(asked) != refused)
+    with pytest.raises(PermissionError, match=f"expected a {what} that may be written") as error:
+        put(path, b"new")
+    assert str(error.value).startswith(f"{path}: ")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["n" * 242, "n" * 243, "n" * 255, "ü" * 127, "語" * 85])
+def test_long_names(name: str, tmp_path: Path) -> None:
+    put(tmp_path / name, b"old")
+    put(tmp_path / name, b"new")
+    assert (tmp_path / name).read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.fixture
+def size_limit() -> Iterator[Callable[[int], None]]:
+    """A file can become no larger than this: as on a full disk, a write fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5_000, 40_050, 41_300])
+@pytest.mark.parametrize("how", ["ours", "torch"])
+def test_a_full_disk(how: str, limit: int, tmp_path: Path, size_limit: Callable[[int], None]) -> None:
+    """In the header, in the data, and in torch's last bytes; the message names the output alone."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    state = {"w": torch.ones(10_000), "b": torch.ones(300)}
+
+    def save() -> None:
+        with files.replacing(path) as file:
+            if how == "ours":
+                tensor_files.write(file, state, {})
+            else:
+                torch.save(state, file)
+
+    size_limit(limit)
+    try:
+        with pytest.raises(OSError, match="expected to write it, got: File too large; free some space") as error:
+            save()
+    finally:
+        size_limit(resource.RLIM_INFINITY)
+    assert str(error.value).startswith(f"{path}: ")
+    assert error.value.errno == errno.EFBIG
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+    save()
+    assert path.stat().st_size > 41_200
+
+
+def test_an_error_that_is_not_about_the_output_stays_what_it_is(tmp_path: Path) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "other"), RuntimeError("other"), KeyError("other")):
+        with pytest.raises(type(error)) as raised, files.replacing(tmp_path / "f"):
+            raise error
+        assert raised.value is error
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from saft_kernels.common import files
+with files.replacing(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    signal.pause()
+"""
+
+
+def test_what_a_killed_process_leaves_the_next_one_removes(tmp_path: Path) -> None:
+    """And not what a living one is writing, nor what belongs to another output."""
+    path = tmp_path / ("n" * 250)
+    alive, killed, other = (
+        subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE, text=True)
+        for target in (path, path, tmp_path / "other")
+    )
+    try:
+        for process in (alive, killed, other):
+            assert process.stdout.readline() == "writing\n"
+        for process in (killed, other):
+            process.kill()
+            process.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        (tmp_path / f".{path.name[:9]}.mine.tmp").write_bytes(b"")
+        put(path, b"new")
+        assert path.read_bytes() == b"new"
+        assert len(list(tmp_path.iterdir())) == 4  # of alive, of other, mine, the output
+        put(tmp_path / "other", b"new")
+        assert len(list(tmp_path.iterdir())) == 4
+        alive.kill()
+        alive.wait()
+        put(path, b"newer")
+        left = sorted(entry.name for entry in tmp_path.iterdir())
+        assert left == sorted([f".{path.name[:9]}.mine.tmp", "other", path.name])
+    finally:
+        for process in (alive, killed, other):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """The one that ends last wins; neither removes what the other is writing."""
+    with files.replacing(tmp_path / "f") as first, files.replacing(tmp_path / "f") as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert (tmp_path / "f").read_bytes() == b"first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_temporary_file_that_is_taken_for_abandoned_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its locking, another process may remove it."""
+    lock, removed = files._lock, []
+
+    def remove_first(descriptor: int) -> None:
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].unlink()
+        lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", remove_first)
+    put(tmp_path / "f", b"new")
+    assert len(removed) == 1
+    assert (tmp_path / "f").read_bytes() == b"new"

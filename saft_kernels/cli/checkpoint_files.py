@@ -49,23 +49,12 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the same checkpoint with the tensors' present values, in the same format. Whole or not at all."""
-        self.check_output(path)
+        check_format(path, self.path)
         with files.replacing(path) as file:
             if self._metadata is not None:
                 tensor_files.write(file, self._content, self._metadata)
             else:
                 torch.save(self._content, file)
-
-    def check_output(self, path: str | os.PathLike[str]) -> None:
-        """Raises ValueError for a name of another format, OSError for a folder that is not there."""
-        suffixes = [".safetensors"] if self.path.suffix == ".safetensors" else list(TORCH_SUFFIXES)
-        if Path(path).suffix not in suffixes:
-            raise ValueError(
-                f"{os.fspath(path)}: expected a name that ends in {' or '.join(suffixes)}, the format of {self.path}, "
-                f"got {Path(path).suffix or 'no suffix'!r}; the format is kept"
-            )
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{os.fspath(path)}: expected an existing folder; make {Path(path).parent} first")
 
     def _read_safetensors(self) -> dict[str, Tensor]:
         try:
@@ -79,6 +68,16 @@ class Checkpoint:
             ) from error
 
 
+def check_format(output: str | os.PathLike[str], model: Path) -> None:
+    """Raises ValueError for a name of another format than the model's."""
+    suffixes = [".safetensors"] if model.suffix == ".safetensors" else list(TORCH_SUFFIXES)
+    if Path(output).suffix not in suffixes:
+        raise ValueError(
+            f"{os.fspath(output)}: expected a name that ends in {' or '.join(suffixes)}, the format of {model}, got "
+            f"{Path(output).suffix or 'no suffix'!r}; the format is kept"
+        )
+
+
 def read_torch(path: Path) -> Any:
     """`torch.load` of data alone: no code of the file is run."""
     try:
@@ -88,9 +87,10 @@ def read_torch(path: Path) -> Any:
             if tensor_files.changed(before, os.fstat(file.fileno())):
                 raise ValueError("it was written to while it was read")
             return content
-    except OSError:
-        raise
     except Exception as error:
+        # without a name it comes from a seek that the file's content asks for
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(
             f"{path}: expected a file that torch.load(weights_only=True) reads, got another, damaged or pickled one "
             f"({_line(error)}); save a state dict of tensors"

@@ -42,10 +42,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with file:
             yield file
         os.replace(temporary, target)
-    except OSError as error:
-        if error.filename not in (None, str(temporary)):
+    except (OSError, RuntimeError) as error:
+        # torch.save hides an OSError behind a RuntimeError about positions in its archive
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError) or reason.filename not in (None, str(temporary)):
             raise
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, reason) from error
     finally:
         temporary.unlink(missing_ok=True)
         os.close(lock)

@@ -128,7 +128,7 @@ def read_tensor(file: BinaryIO, name: str, entry: Entry) -> Tensor:
 def read_bytes(file: BinaryIO, start: int, end: int) -> Tensor:
     """Bytes of a file as uint8. Raises ValueError when it is shorter."""
     raw = torch.empty(end - start, dtype=torch.uint8, device="cpu")
-    view = memoryview(raw.numpy())
+    view = raw.numpy().data
     file.seek(start)
     done = 0
     while done < len(view):

@@ -27,6 +27,7 @@ from ..ops.dtypes import as_bits
 from .changes import Changes
 
 _PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> Changes:
@@ -39,7 +40,8 @@ def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, par
 
     Args:
         delta: Its originals must be known.
-        folder: Made if missing; the adapter's two files in it are replaced.
+        folder: Made if missing; the adapter's two files in it are replaced. A process that is killed meanwhile leaves
+            the old adapter, the new one, or a folder without adapter_config.json, which nothing loads.
         base: A model that the delta fits. Not changed.
         partial: Leave out other changes (biases, norms, embeddings, nn.MultiheadAttention, which PEFT's SHiRA cannot
             hold) instead of refusing them.
@@ -111,10 +113,15 @@ def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, par
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with files.replacing(folder / "adapter_model.safetensors") as file:
-        tensor_files.write(file, tensors, {"format": "pt"})
-    with files.replacing(folder / "adapter_config.json") as file:
-        file.write(f"{json.dumps(config, indent=2)}\n".encode())
+    config_path = folder / _CONFIG
+    # on leaving, the weights come first: PEFT would take a config and weights that do not fit for an adapter of nothing
+    with files.replacing(config_path) as config_file, files.replacing(folder / _WEIGHTS) as weights_file:
+        tensor_files.write(weights_file, tensors, {"format": "pt"})
+        config_file.write(f"{json.dumps(config, indent=2)}\n".encode())
+        for file in (weights_file, config_file):
+            file.flush()
+        # all is written: what remains are two renames, between which the folder is no adapter
+        files.output(config_path).unlink(missing_ok=True)
     rest = SparseMask({n: delta.mask[n] for n in outside}, {n: delta.mask.shapes[n] for n in outside})
     tied = {name: owner for name, owner in delta.tied.items() if owner in outside}
     return Changes(rest, delta.values, originals, tied=tied, numel=delta.numel)
@@ -132,12 +139,14 @@ def load(folder: str | os.PathLike[str], base: Model) -> Changes:
     """
     folder = Path(folder)
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
-        _, stored = tensor_files.read(folder / "adapter_model.safetensors")
+        kind = json.loads((folder / _CONFIG).read_text()).get("peft_type")
+        _, stored = tensor_files.read(folder / _WEIGHTS)
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{folder}: expected a SHiRA adapter, got another or damaged files ({error})") from error
+        raise ValueError(
+            f"{folder}: expected a SHiRA adapter, got another or damaged files ({error}); get it anew"
+        ) from error
     if kind != "SHIRA":
         raise ValueError(f"{folder}: expected an adapter with peft_type 'SHIRA', got {kind!r}; load it with peft")
     modules = {name.rpartition(".")[0] for name in stored}
