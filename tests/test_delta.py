@@ -476,6 +476,58 @@ def test_a_sweep_starts_from_the_same_endpoints() -> None:
     assert_same_state(other, tuned)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 1 / 3, 0.0625, 0.9999, 1e-4, -0.5, 1.5, 7 / 64, 12.25, 5 / 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_another_process_finds_the_alpha(dtype: torch.dtype, alpha: float, tmp_path: Path) -> None:
+    """A model that was saved between base and tuned, and the delta anew from its file."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(500, generator=generator).to(dtype) for name in ("a", "b")}
+    base["n"] = torch.tensor([1, 2, 3])
+    tuned = {name: value + (torch.arange(len(value)) % 3 == 0) for name, value in base.items()}
+    tuned["a"] = torch.where(tuned["a"] == base["a"], base["a"], tuned["a"] * 3)
+    delta = SparseDelta.diff(base, tuned)
+    delta.save(tmp_path / "d", include_original=True)
+    model = copied(base)
+    delta.interpolate_(model, alpha)
+    between = copied(model)
+    for move, expected in (
+        (lambda d, m: d.apply_(m), tuned),
+        (lambda d, m: d.revert_(m), base),
+        (lambda d, m: d.interpolate_(m, alpha), between),
+    ):
+        model = copied(between)
+        move(SparseDelta.load(tmp_path / "d"), model)
+        assert_same_state(model, expected)
+    # another alpha in one tensor, or another value in one element, is no state of this delta
+    other = copied(base)
+    SparseDelta.load(tmp_path / "d").interpolate_(other, alpha + 0.25)
+    for wrong in ({**between, "b": other["b"]}, {**between, "a": bumped(between["a"])}):
+        before = copied(wrong)
+        with pytest.raises(ValueError, match="`model`: expected the base of this delta, or where"):
+            SparseDelta.load(tmp_path / "d").apply_(wrong)
+        assert_same_state(wrong, before)
+
+
+def bumped(values: Tensor) -> Tensor:
+    """The last bit of the first value flipped: it is a changed one."""
+    flipped = values.clone()
+    flipped.view(torch.uint8)[0] ^= 1
+    return flipped
+
+
+def test_an_alpha_that_nobody_would_write_is_not_found(tmp_path: Path) -> None:
+    """This delta remembers it, another process does not."""
+    base, tuned = small(), copied(small())
+    for value in tuned.values():
+        value.view(-1)[::2] += 1
+    delta = SparseDelta.diff(base, tuned)
+    delta.interpolate_(base, 0.123456789)
+    with pytest.raises(ValueError, match="`model`: expected the base of this delta, or where"):
+        SparseDelta.diff(small(), tuned).apply_(base)
+    delta.apply_(base)
+    assert_same_state(base, tuned)
+
+
 def test_integers_and_every_dtype_interpolate() -> None:
     base = every_dtype()
     tuned = changed(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -98,6 +99,38 @@ class Changes:
         if alpha == 0.0:
             return originals
         return {name: _between(originals[name], value, alpha) for name, value in self.values.items()}
+
+    def possible_alphas(self, current: Mapping[str, Tensor]) -> list[float]:
+        """Alphas that may have made these values, short numbers alone; `at` tells which of them has.
+
+        Each element says within what its value's rounding leaves open; together they leave little.
+        """
+        originals = self.known_originals("possible_alphas")
+        low, high = -math.inf, math.inf
+        for name, value in self.values.items():
+            if value.is_floating_point() and value.numel():
+                start, end, now = (tensor.double() for tensor in (originals[name], value, current[name]))
+                limits = torch.finfo(value.dtype)
+                compute = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32)
+                # the value is rounded once to its dtype, the terms of its sum to that of the computation
+                error = now.abs() * limits.eps + (start.abs() + end.abs()) * 2 * compute.eps
+                error += limits.smallest_normal * limits.eps
+                change = end - start
+                alpha, error = (now - start) / change, error / change.abs()
+                known = alpha.isfinite() & error.isfinite()
+                if bool(known.any()):
+                    low = max(low, float((alpha - error)[known].max()))
+                    high = min(high, float((alpha + error)[known].min()))
+        return _alphas_within(low, high) if -math.inf < low <= high < math.inf else []
+
+
+def _alphas_within(low: float, high: float) -> list[float]:
+    """Numbers that people write, the shortest first: decimals of up to four digits, fractions of up to 64ths."""
+    found: dict[float, None] = {}
+    for scale in (1, 10, 100, 1000, 10_000, *range(3, 65)):
+        first, last = math.ceil(low * scale), math.floor(high * scale)
+        found.update((number / scale, None) for number in range(first, min(last, first + 7) + 1))
+    return list(found)
 
 
 def checksum(values: Tensor) -> str:

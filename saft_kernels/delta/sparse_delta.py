@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,12 +18,9 @@ from .changes import Changes
 from .compose import Conflicts, Policy, compose
 from .difference import comparable, difference
 from .originals import Originals, optimizer_parameters
-from .targets import Copies, Targets
+from .targets import Copies, Targets, Verify, check_state, check_verify, other_base, take_originals
 
 __all__ = ["Composed", "SparseDelta"]
-
-Verify = Literal["selected", "whole", "none"]
-_VERIFY = ("selected", "whole", "none")
 
 
 class SparseDelta:
@@ -258,8 +255,10 @@ class SparseDelta:
         Args:
             model: The base, or where this delta's methods have left it; mutated at the k elements alone.
             verify: "selected": the k elements have the values of the base, of the tuned model, or of an alpha that
-                this delta has interpolated to. "whole": also all other elements of all tensors, by the checksums
-                that `diff(whole=True)` took; reads the whole model. "none": names, shapes and dtypes alone.
+                this delta has interpolated to; or another process, where the originals are known and the alpha is a
+                decimal of up to four digits or a fraction of up to 64ths. "whole": also all other elements of all
+                tensors, by the checksums that `diff(whole=True)` took; reads the whole model. "none": names, shapes
+                and dtypes alone.
 
         Raises:
             ValueError: Another model, or another state of it; nothing was written.
@@ -290,62 +289,24 @@ class SparseDelta:
 
     def take_originals(self, base: Model) -> None:
         """Reads the originals from the base, which must have their checksums; `base` is not changed."""
-        targets = self._targets("base", base)
-        current = targets.gather()
-        if odd := targets.odd_checksums(current, self.checksums):
-            raise ValueError(
-                f"`base`: expected the base of this delta, got other values in {listing(odd)}; pass the model that it "
-                "was made from"
-            )
-        self._learn(targets, current)
+        take_originals(self._changes, self._targets("base", base))
 
     def _move(self, model: Model, alpha: float, verify: Verify) -> None:
-        if verify not in _VERIFY:
-            raise ValueError(f"`verify`: expected one of {', '.join(_VERIFY)}, got {verify!r}")
-        if verify == "whole" and self.rest.keys() != set(self.mask):
-            raise ValueError(
-                "`verify`: expected 'selected' or 'none' for this delta, got 'whole', whose checksums it does not "
-                "have; make it with diff(whole=True)"
-            )
+        changes = self._changes
+        check_verify(changes, verify)
         targets = self._targets("model", model)
-        if verify == "whole" and (odd := targets.odd_rests(self.rest)):
-            raise ValueError(
-                f"`model`: expected the base of this delta, got other values outside the changed elements in "
-                f"{listing(odd)}; load the model that it was made from"
-            )
+        if verify == "whole" and (odd := targets.odd_rests(changes.rest)):
+            raise other_base("model", odd)
         if verify != "none":
-            self._check_state(targets)
-        values, key = self._at(alpha)
+            check_state(changes, targets, self._alphas)
+        values = changes.at(alpha)
         # all is checked: from here on it is written
-        targets.scatter_(values, key)
+        targets.scatter_(values, {0.0: "originals", 1.0: "values"}.get(alpha))
         if alpha not in (0.0, 1.0):
             self._alphas = [alpha, *(other for other in self._alphas if other != alpha)]
 
     def _targets(self, argument: str, model: Model) -> Targets:
-        return Targets(argument, model, self._changes, self._copies)
-
-    def _check_state(self, targets: Targets) -> None:
-        """The elements are those of the base, the tuned model or an alpha; learns the originals of a base."""
-        current = targets.gather()
-        if self.originals is None:
-            strange = targets.odd_checksums(current, self.checksums)
-            if not strange:
-                self._learn(targets, current)
-        else:
-            strange = targets.differing(current, *self._at(0.0))
-        if not strange or any(not targets.differing(current, *self._at(alpha)) for alpha in (1.0, *self._alphas)):
-            return
-        raise ValueError(
-            f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
-            f"{listing(strange)}; load the model that it was made from"
-        )
-
-    def _at(self, alpha: float) -> tuple[Mapping[str, Tensor], str | None]:
-        """The values there, and the key of those that are worth keeping on a device."""
-        return self._changes.at(alpha), {0.0: "originals", 1.0: "values"}.get(alpha)
-
-    def _learn(self, targets: Targets, current: Sequence[Tensor]) -> None:
-        self._changes.originals = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
+        return Targets.of_model(argument, model, self._changes, self._copies)
 
 
 class Composed(NamedTuple):
