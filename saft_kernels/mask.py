@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .common import files
+from .common import files, tensor_files
 from .common.names import listing, plain_names, short
 from .ops.dtypes import INDEX_DTYPES, index_dtype
 
 __all__ = ["MaskSummary", "SparseMask", "SummaryRow"]
 
-_FORMAT = "saft_kernels.SparseMask"
+FORMAT = "saft_kernels.SparseMask"
+_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -218,27 +219,30 @@ class SparseMask(Mapping[str, Tensor]):
         return cls({name: found[name] for name in named}, {name: p.shape for name, p in named.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a .safetensors file: the indices per tensor, shapes in the header. Whole or not at all."""
-        save_file = files.safetensors_function("save_file")
-        metadata = {"format": _FORMAT, "version": "1", "shapes": json.dumps(self.shapes)}
-        with files.replacing(path) as temporary:
-            save_file({n: i for n, i in self._indices.items() if i.numel()}, temporary, metadata)
+        """Writes a .safetensors file: the indices per tensor, shapes and a checksum in the header.
+
+        Whole or not at all; equal masks give equal bytes.
+
+        Raises:
+            ValueError: A tensor with selected elements is called `__metadata__`.
+            OSError: The file cannot be written; `path` is as it was.
+        """
+        tensors = {name: index for name, index in self._indices.items() if index.numel()}
+        metadata = {"format": FORMAT, "version": _VERSION, "shapes": json.dumps(self.shapes)}
+        metadata["checksum"] = tensor_files.checksum(metadata, tensors)
+        with files.replacing(path) as file:
+            tensor_files.write(file, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseMask:
-        """Reads a file written by `save`. Raises ValueError when it is something else."""
-        safe_open = files.safetensors_function("safe_open")
+        """Reads a file written by `save`. Raises ValueError when it is something else, or has been altered."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}")
-                if metadata.get("version") != "1":
-                    raise ValueError(f"its version is {metadata.get('version')!r}, this package reads '1'")
-                shapes = json.loads(metadata["shapes"])
-                names = file.keys()
-                stored = {name: file.get_tensor(name) for name in names}
-            empty = torch.empty(0, dtype=torch.int32)
+            # masks had no checksum at first
+            metadata, stored = tensor_files.read_checked(
+                path, FORMAT, _VERSION, unchecked=("format", "version", "shapes")
+            )
+            shapes = json.loads(metadata["shapes"])
+            empty = torch.empty(0, dtype=torch.int32, device="cpu")
             return cls(dict.fromkeys(shapes, empty) | stored, shapes)
         except OSError:
             raise

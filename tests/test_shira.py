@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -169,6 +172,45 @@ def test_what_shira_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected changes in nn\.Linear weights, got none"):
         SparseDelta.diff(base, tuned).to_shira(tmp_path, base, partial=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before", "model.safetensors", "config.json"])
+def test_a_killed_process_leaves_no_mixed_adapter(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old or new as a whole, or what nothing loads: never weights with the other's config."""
+    base, first = models(torch.float32, LINEAR[:1])
+    _, second = models(torch.float32, LINEAR[1:])
+    old, new = SparseDelta.diff(base, first), SparseDelta.diff(base, second)
+    folder = tmp_path / "adapter"
+    old.to_shira(folder, base)
+    (folder / "README.md").write_text("mine")
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function: Callable[..., None], file: str, which: int) -> Callable[..., None]:
+        def die(*arguments: Any, **options: Any) -> None:
+            if Path(arguments[which]).name == file:
+                raise Killed
+            function(*arguments, **options)
+
+        return die
+
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(Path, "unlink", dying(Path.unlink, "adapter_config.json", 0))
+        else:
+            patch.setattr(os, "replace", dying(os.replace, f"adapter_{when}", 1))
+        with pytest.raises(Killed):
+            new.to_shira(folder, base)
+    if when == "before":
+        assert SparseDelta.from_shira(folder, base) == old
+    else:
+        with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+            SparseDelta.from_shira(folder, base)
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_model.safetensors"]
+    new.to_shira(folder, base)
+    assert SparseDelta.from_shira(folder, base) == new
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_other_adapters(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import files
-from ..common.files import safetensors_function
+from ..common import files, tensor_files
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # where training scripts put the model's state dict
@@ -19,7 +18,7 @@ _NESTS = ("state_dict", "model", "model_state_dict", "module")
 
 
 class Checkpoint:
-    """A checkpoint in memory, mapped from its file: writing to `tensors` changes the copy that `save` writes.
+    """A checkpoint in memory of its own: writing to `tensors` changes the copy that `save` writes.
 
     `tensors` are those of the model's state dict by the names in the file; what is no tensor there is in `others`.
 
@@ -50,31 +49,17 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the same checkpoint with the tensors' present values, in the same format. Whole or not at all."""
-        self.check_output(path)
-        with files.replacing(path) as temporary:
-            if self.path.suffix == ".safetensors":
-                safetensors_function("save_file")(self._content, temporary, self._metadata)
+        check_format(path, self.path)
+        with files.replacing(path) as file:
+            if self._metadata is not None:
+                tensor_files.write(file, self._content, self._metadata)
             else:
-                torch.save(self._content, temporary)
-
-    def check_output(self, path: str | os.PathLike[str]) -> None:
-        """Raises ValueError for a name of another format, OSError for a folder that is not there."""
-        suffixes = [".safetensors"] if self.path.suffix == ".safetensors" else list(TORCH_SUFFIXES)
-        if Path(path).suffix not in suffixes:
-            raise ValueError(
-                f"{os.fspath(path)}: expected a name that ends in {' or '.join(suffixes)}, the format of {self.path}, "
-                f"got {Path(path).suffix or 'no suffix'!r}; the format is kept"
-            )
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{os.fspath(path)}: expected an existing folder; make {Path(path).parent} first")
+                torch.save(self._content, file)
 
     def _read_safetensors(self) -> dict[str, Tensor]:
-        safe_open = safetensors_function("safe_open")
         try:
-            with safe_open(self.path, "pt") as file:
-                self._metadata = file.metadata()
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}
+            self._metadata, tensors = tensor_files.read(self.path)
+            return tensors
         except OSError:
             raise
         except Exception as error:
@@ -83,19 +68,29 @@ class Checkpoint:
             ) from error
 
 
+def check_format(output: str | os.PathLike[str], model: Path) -> None:
+    """Raises ValueError for a name of another format than the model's."""
+    suffixes = [".safetensors"] if model.suffix == ".safetensors" else list(TORCH_SUFFIXES)
+    if Path(output).suffix not in suffixes:
+        raise ValueError(
+            f"{os.fspath(output)}: expected a name that ends in {' or '.join(suffixes)}, the format of {model}, got "
+            f"{Path(output).suffix or 'no suffix'!r}; the format is kept"
+        )
+
+
 def read_torch(path: Path) -> Any:
     """`torch.load` of data alone: no code of the file is run."""
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # the format before torch 1.6
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            if tensor_files.changed(before, os.fstat(file.fileno())):
+                raise ValueError("it was written to while it was read")
+            return content
     except Exception as error:
+        # without a name it comes from a seek that the file's content asks for
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(
             f"{path}: expected a file that torch.load(weights_only=True) reads, got another, damaged or pickled one "
             f"({_line(error)}); save a state dict of tensors"

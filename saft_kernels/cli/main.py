@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..common.files import safetensors_function
+from ..common import files, tensor_files
 from ..common.names import listing, plain_names
-from ..delta.file import FORMAT
+from ..delta.changes import same_bits
+from ..delta.file import FORMAT as DELTA_FORMAT
 from ..delta.sparse_delta import SparseDelta
-from ..delta.targets import same_bits
+from ..mask import FORMAT as MASK_FORMAT
 from ..mask import SparseMask
-from .checkpoint_files import TORCH_SUFFIXES, Checkpoint, find_state_dict, read_torch
+from .checkpoint_files import TORCH_SUFFIXES, Checkpoint, check_format, find_state_dict, read_torch
 from .summary import Row, grouped, natural, print_table, save_figure
 
 _DESCRIPTION = """\
@@ -36,7 +40,7 @@ examples:
 Checkpoints are .safetensors, .pt, .pth, .bin or .ckpt files (read without running their code). The state dict may be
 nested under state_dict, model, model_state_dict or module, and its names may start with "module.". The output has the
 format and nesting of MODEL. Existing outputs are replaced, once the new file is whole. Exit status: 0, 1 for an error,
-2 for wrong usage."""
+2 for wrong usage, 130 when interrupted, 143 when terminated."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,8 +159,13 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
+    _check_output(args.output, args.base, args.tuned)
+    if args.output.suffix in TORCH_SUFFIXES:
+        raise ValueError(
+            f"{args.output}: expected a name for a safetensors file, which a delta is, got {args.output.suffix!r}; "
+            f"name it {args.output.with_suffix('.safetensors').name}"
+        )
     base, tuned = Checkpoint(args.base), Checkpoint(args.tuned)
-    _check_folder(args.output)
     for checkpoint in (base, tuned):
         if checkpoint.others:
             print(f"{checkpoint.path}: left out, no tensors: {listing(checkpoint.others)}", file=sys.stderr)
@@ -166,18 +175,20 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 def _apply(args: argparse.Namespace) -> None:
+    _check_output(args.output, args.delta)
+    check_format(args.output, args.model)
     delta = SparseDelta.load(args.delta)
     model = Checkpoint(args.model)
-    model.check_output(args.output)
     delta.interpolate_(model.tensors, args.alpha, verify="whole" if delta.rest else "selected")
     model.save(args.output)
     _written(args.output, delta)
 
 
 def _revert(args: argparse.Namespace) -> None:
+    _check_output(args.output, args.delta, *([args.base] if args.base is not None else []))
+    check_format(args.output, args.model)
     delta = SparseDelta.load(args.delta)
     model = Checkpoint(args.model)
-    model.check_output(args.output)
     if args.base is not None:
         delta.take_originals(Checkpoint(args.base).tensors)
     elif delta.originals is None:
@@ -192,7 +203,9 @@ def _revert(args: argparse.Namespace) -> None:
 
 def _summary(args: argparse.Namespace) -> None:
     if args.png is not None:
-        _check_folder(args.png)
+        _check_output(args.png, args.file)
+        if args.png.suffix != ".png":
+            raise ValueError(f"{args.png}: expected a name that ends in .png, got {args.png.suffix!r}; name it so")
     loaded = _load(args.file)
     mask = loaded.mask if isinstance(loaded, SparseDelta) else loaded
     rows = [Row(row.name, row.k, row.numel) for row in mask.summary().rows]
@@ -274,27 +287,41 @@ def _iou(counts: Sequence[int]) -> float:
 
 def _load(path: Path) -> SparseMask | SparseDelta:
     """A mask, a delta, or a dictionary of bool or 0/1 masks from torch.save."""
-    if path.suffix in TORCH_SUFFIXES:
-        masks = find_state_dict(read_torch(path))
-        if masks is None or any(not isinstance(m, Tensor) or bool(((m != 0) & (m != 1)).any()) for m in masks.values()):
-            raise ValueError(
-                f"{path}: expected a dictionary of bool or 0/1 masks, got something else; for two checkpoints, make a "
-                "delta with `saft-kernels diff`"
-            )
-        return SparseMask.from_dense({plain: masks[name] for plain, name in plain_names(masks).items()})
     try:
-        with safetensors_function("safe_open")(path, "pt") as file:
-            kind = (file.metadata() or {}).get("format")
-    except (OSError, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: expected a mask or a delta, got another file or a damaged one ({error})") from error
-    return SparseDelta.load(path) if kind == FORMAT else SparseMask.load(path)
+        with open(path, "rb") as file:
+            form = tensor_files.read_header(file).metadata.get("format")
+    except ValueError as error:
+        if path.suffix in TORCH_SUFFIXES:
+            return _load_masks(path)
+        raise ValueError(
+            f"{path}: expected a mask or a delta, got another file or a damaged one ({error}); get it anew"
+        ) from error
+    if form not in (DELTA_FORMAT, MASK_FORMAT):
+        raise ValueError(
+            f"{path}: expected a mask or a delta, got another safetensors file: its format is {form!r}; of two "
+            "checkpoints, `saft-kernels diff` makes a delta"
+        )
+    return SparseDelta.load(path) if form == DELTA_FORMAT else SparseMask.load(path)
 
 
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected an existing folder; make {path.parent} first")
+def _load_masks(path: Path) -> SparseMask:
+    masks = find_state_dict(read_torch(path))
+    if masks is None or any(not isinstance(m, Tensor) or bool(((m != 0) & (m != 1)).any()) for m in masks.values()):
+        raise ValueError(
+            f"{path}: expected a dictionary of bool or 0/1 masks, got something else; for two checkpoints, make a "
+            "delta with `saft-kernels diff`"
+        )
+    return SparseMask.from_dense({plain: masks[name] for plain, name in plain_names(masks).items()})
+
+
+def _check_output(path: Path, *inputs: Path) -> None:
+    """Before anything is read: an output that can be written, and is none of the inputs, by whatever name."""
+    files.output(path)
+    for other in inputs:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise ValueError(
+                f"{path}: expected an output that is no input, got {other}, which would be lost; name another file"
+            )
 
 
 def _written(path: Path, delta: SparseDelta) -> None:
@@ -303,19 +330,47 @@ def _written(path: Path, delta: SparseDelta) -> None:
     print(f"{path}: {delta.k:,} of {delta.numel:,} elements ({delta.density:.3%}) changed; {size:,} bytes{each}")
 
 
+class _Stopped(BaseException):
+    """A signal that would end the process."""
+
+
+@contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise, so that no temporary file stays, as SIGINT does in any Python program."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main_thread and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 1 after one line on stderr; argparse exits with 2."""
+    """Runs one command. Returns 0, or after one line on stderr 1, or 128 + a signal's number; argparse exits with 2."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with _unwinding_on_signals():
+            args.run(args)
+            sys.stdout.flush()
     except BrokenPipeError:  # `saft-kernels summary ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        # safetensors has an error of its own, for a full disk, say; what is none of these is a bug: show its traceback
-        expected = (OSError, ValueError, TypeError, ImportError, RuntimeError)
-        if not isinstance(error, expected) and type(error).__name__ != "SafetensorError":
-            raise
-        print(f"saft-kernels: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return _said("interrupted", 128 + signal.SIGINT)
+    except _Stopped as stopped:
+        return _said(f"stopped by {signal.Signals(stopped.args[0]).name}", 128 + stopped.args[0])
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
+        # what is none of these is a bug: it shows its traceback
+        return _said(" ".join(str(error).split()) or type(error).__name__, 1)
     return 0
+
+
+def _said(what: str, status: int) -> int:
+    print(f"saft-kernels: {what}", file=sys.stderr)
+    return status

@@ -170,8 +170,8 @@ def save_figure(path: str | os.PathLike[str], title: str, rows: Sequence[Row], n
         bar.set_yticks([], minor=True)
         bar.tick_params(labelsize=7, colors=GREY, length=2)
         bar.spines[:].set_visible(False)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _parts(rows: Sequence[Row], shown: Sequence[Stack]) -> list[Row]:

@@ -1,0 +1,79 @@
+"""Two models, tensor by tensor, as the changes between them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from .. import ops
+from ..common.names import check_same_kind, listing, short
+from ..mask import SparseMask
+from ..ops.dtypes import as_bits
+from .changes import DTYPES, Changes, rest_checksum
+
+
+def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclude: Sequence[str] | str) -> list[str]:
+    """Names to compare, in the order of `before`. Looks at names, shapes and dtypes alone.
+
+    Raises:
+        ValueError: A glob that matches nothing; names, shapes or dtypes that differ.
+    """
+    globs = [exclude] if isinstance(exclude, str) else list(exclude)
+    both = {**before, **after}
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in both):
+            raise ValueError(
+                f"`exclude`: expected globs over tensor names, got {glob!r}, which matches none of {len(both)}; they "
+                f"are called {listing(list(both))}"
+            )
+    left_out = {name for name in both if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
+    only = [("base", before.keys() - after.keys() - left_out), ("tuned", after.keys() - before.keys() - left_out)]
+    if any(names for _, names in only):
+        raise ValueError(
+            "`tuned`: expected the tensor names of `base`, got a difference: "
+            + ", ".join(f"{listing(sorted(names))} only in `{which}`" for which, names in only if names)
+            + "; leave them out with `exclude`, or pass the base it was tuned from"
+        )
+    names = [name for name in before if name not in left_out]
+    for name in names:
+        check_same_kind("tuned", name, after[name], tuple(before[name].shape), before[name].dtype)
+    return names
+
+
+def difference(
+    pairs: Iterable[tuple[str, Tensor, Tensor]], *, tied: Mapping[str, str], whole: bool, numel: int
+) -> Changes:
+    """Every element whose bits differ.
+
+    Args:
+        pairs: Name, tensor before and tensor after, alike in shape and dtype; each pair is let go before the next.
+        tied: Further names of tensors in `pairs`, name -> name there.
+        whole: Take checksums of all other elements, and an entry for tensors without a change.
+        numel: Elements of the model.
+
+    Raises:
+        TypeError: A dtype that safetensors files do not hold.
+    """
+    indices, originals, values, rest, shapes = {}, {}, {}, {}, {}
+    for name, old, new in pairs:
+        if old.dtype not in DTYPES:
+            raise TypeError(
+                f"`base`: expected dtypes that safetensors files hold, got {short(old.dtype)} for {name!r}; exclude it"
+            )
+        new = new.to(old.device)
+        index = (as_bits(old) != as_bits(new)).reshape(-1).nonzero().flatten()
+        if index.numel() or whole:
+            indices[name], shapes[name] = index, tuple(old.shape)
+            ((originals[name],), (values[name],)) = ops.gather([old], [index]), ops.gather([new], [index])
+        if whole:
+            rest[name] = rest_checksum(old, index)
+    return Changes(
+        SparseMask(indices, shapes),
+        values,
+        originals,
+        rest=rest,
+        tied={name: owner for name, owner in tied.items() if owner in indices},
+        numel=numel,
+    )
