@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
@@ -46,10 +46,15 @@ MODES: dict[str, dict[str, Any]] = {
 SHAPES = {"a": (12, 10), "b": (33,), "c": (6, 5), "d": (), "e": (4, 3)}
 
 
+def draw(seed: int, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same numbers under any default device and dtype."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {n: torch.randn(s, generator=generator, dtype=FP32, device="cpu") for n, s in shapes.items()}
+
+
 def make_parameters(dtype: torch.dtype = FP32, seed: int = 0) -> dict[str, nn.Parameter]:
     """A matrix, a vector, a transposed matrix, a number, and "e", whose gradients are too small to be selected."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    values = {name: value.to(dtype) for name, value in draw(seed, SHAPES).items()}
     values["c"] = values["c"].t()
     return {name: nn.Parameter(value) for name, value in values.items()}
 
@@ -57,7 +62,8 @@ def make_parameters(dtype: torch.dtype = FP32, seed: int = 0) -> dict[str, nn.Pa
 def make_mask(shapes: dict[str, Any]) -> SparseMask:
     """Every fifth element, of "d" its one, nothing of "e"."""
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    indices = {n: torch.arange(0 if n == "e" else numel)[::5] for n, numel in numels.items()}
+    ends = {name: 0 if name == "e" else numel for name, numel in numels.items()}
+    indices = {name: torch.arange(end, device="cpu")[::5] for name, end in ends.items()}
     return SparseMask(indices, {name: tuple(shape) for name, shape in shapes.items()})
 
 
@@ -78,11 +84,9 @@ class Run:
 
     def backward(self) -> None:
         """Adds the gradients of this step as autograd does, so that hooks see them."""
-        generator = torch.Generator().manual_seed(100 + self.steps_done)
-        gradients = []
-        for name, p in self.parameters.items():
-            gradient = torch.randn(p.shape, generator=generator) * (1e-6 if name == "e" else 1.0)
-            gradients.append(torch.empty_like(p).copy_(gradient))
+        drawn = draw(100 + self.steps_done, {name: p.shape for name, p in self.parameters.items()})
+        drawn["e"] *= 1e-6
+        gradients = [torch.empty_like(p).copy_(drawn[name]) for name, p in self.parameters.items()]
         torch.autograd.backward(list(self.parameters.values()), gradients)
 
     def step(self, count: int = 1) -> None:
