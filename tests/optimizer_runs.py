@@ -149,7 +149,7 @@ def message_of(function: Callable[[], Any]) -> str | None:
     """Of the error that it raises."""
     try:
         function()
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
         return str(error)
     return None
 

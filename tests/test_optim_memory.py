@@ -30,7 +30,7 @@ from optimizer_runs import (
     same_as_undisturbed,
     snapshot,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 all_modes = pytest.mark.parametrize("mode", MODES)
 
@@ -52,16 +52,11 @@ def by_set(state: dict[str, Tensor], key: str) -> None:
         state[key].set_(state[key].detach().clone())
 
 
-def by_swap(state: dict[str, Tensor], key: str) -> None:
-    """What module.to() does under torch.__future__.set_swap_module_params_on_conversion."""
-    torch.utils.swap_tensors(state[key], state[key].detach().clone().requires_grad_(state[key].requires_grad))
-
-
 def by_another_object(state: dict[str, Tensor], key: str) -> None:
     state[key] = state[key].clone()
 
 
-MOVES = [by_data, by_data_through_another_dtype, by_set, by_swap, by_another_object]
+MOVES = [by_data, by_data_through_another_dtype, by_set, by_another_object]
 
 
 @all_modes
@@ -118,14 +113,20 @@ def test_two_objects_that_take_turns(mode: str) -> None:
         assert same_as_undisturbed(run, key) == []
 
 
+def by_swap(parameters: dict[str, nn.Parameter], name: str) -> None:
+    """What module.to() does under torch.__future__.set_swap_module_params_on_conversion."""
+    torch.utils.swap_tensors(parameters[name], nn.Parameter(parameters[name].detach().clone()))
+
+
 @all_modes
-@pytest.mark.parametrize("move", [by_data, by_set], ids=lambda move: move.__name__)
+@pytest.mark.parametrize("move", [by_data, by_set, by_swap], ids=lambda move: move.__name__)
 def test_a_parameter_that_moves(mode: str, move: Callable[..., None]) -> None:
     for only in (None, "b", "c"):
         run = Run(mode)
         run.step(BEFORE)
         moved = run.parameters if only is None else {only: run.parameters[only]}
         old = [p.data for p in moved.values()]
+        run.optimizer.zero_grad()
         for name in moved:
             move(run.parameters, name)
         poison(old)
@@ -261,6 +262,8 @@ def free_storages(mode: str) -> None:
         run.backward()
         freed = {"parameter": run.parameters[names[0]], "gradient": run.parameters[names[0]].grad}.get(key)
         freed = run.state(names[0])[key] if freed is None else freed
+        if not freed.untyped_storage().resizable():  # .numpy() has fixed it where it is
+            continue
         freed.untyped_storage().resize_(0)
 
         def values(run: Run = run) -> list[tuple[Tensor, Tensor]]:
