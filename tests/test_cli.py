@@ -91,7 +91,7 @@ def files(tmp_path: Path) -> Path:
 def run(folder: Path, command: str) -> int:
     """`saft-kernels` with file names relative to a folder."""
     words = [str(folder / word) if "." in word and "*" not in word else word for word in command.split()]
-    return main(words)
+    return main.main(words)
 
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, command: str, message: str) -> None:
@@ -366,7 +366,7 @@ def test_a_bug_shows_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("words", [["fly"], ["diff", "a"], ["diff", "a", "b"], ["summary", "a", "--depth", "0"]])
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main(words)
+        main.main(words)
     assert exit.value.code == 2
     assert "usage: saft-kernels" in capsys.readouterr().err
 
@@ -374,15 +374,15 @@ def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["", "info", "diff", "apply", "revert", "summary", "compare"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main([*command.split(), "--help"])
+        main.main([*command.split(), "--help"])
     assert exit.value.code == 0
     assert f"\n  saft-kernels {command}" in capsys.readouterr().out
 
 
 def test_alone_it_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
+    assert main.main([]) == 0
     alone = capsys.readouterr().out
-    assert main(["info"]) == 0
+    assert main.main(["info"]) == 0
     assert capsys.readouterr().out == alone
     assert "backends, in order of preference" in alone
 
