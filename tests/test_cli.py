@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from conftest import assert_same_bits
 from torch import Tensor
 
 from saft_kernels import SparseDelta, SparseMask
-from saft_kernels.cli import main, summary
+from saft_kernels.cli import commands, main, summary
+from saft_kernels.common import files as common_files
 from saft_kernels.common import tensor_files
 
 State = dict[str, Tensor]
@@ -205,13 +207,15 @@ def test_a_full_disk_leaves_nothing(
     assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
     capsys.readouterr()
 
-    def full(file: Any, *_: Any) -> None:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(memoryview(content)[:4])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "write", full)
+    monkeypatch.setattr(common_files, "open", FullDisk, raising=False)
     fails(capsys, files, "apply base.safetensors d.delta -o base.safetensors", "No space left")
     fails(capsys, files, "diff base.safetensors tuned.safetensors -o d.delta", "No space left")
+    fails(capsys, files, "apply nested.pt d.delta -o nested.pt", "nested.pt: expected to write it, got: No space left")
 
 
 INPUTS_AS_OUTPUTS = [
@@ -245,8 +249,8 @@ def test_no_command_writes_over_its_input(
         if way == "link_to_link":
             (files / "other").symlink_to(output)
             output = files / "other"
-    monkeypatch.setattr(main, "Checkpoint", None)  # what reads
-    monkeypatch.setattr(main, "SparseDelta", None)
+    monkeypatch.setattr(commands, "Checkpoint", None)  # what reads
+    monkeypatch.setattr(commands, "SparseDelta", None)
     fails(capsys, files, command.replace(f"{{{name}}}", str(output)), "which would be lost; name another")
 
 

@@ -411,15 +411,15 @@ def test_a_temporary_file_that_is_taken_for_abandoned_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its making and its locking, another process may remove it."""
-    lock, removed = files._lock, []
+    lock, removed = files.fcntl.flock, []
 
-    def remove_first(descriptor: int) -> None:
+    def remove_first(descriptor: int, how: int) -> None:
         if not removed:
             removed.extend(tmp_path.iterdir())
             removed[0].unlink()
-        lock(descriptor)
+        lock(descriptor, how)
 
-    monkeypatch.setattr(files, "_lock", remove_first)
+    monkeypatch.setattr(files.fcntl, "flock", remove_first)
     put(tmp_path / "f", b"new")
     assert len(removed) == 1
     assert (tmp_path / "f").read_bytes() == b"new"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,8 @@ _NAMES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL"},
     **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""torch's dtypes by the names that files have for them."""
 _MAX_HEADER = 100_000_000  # what the safetensors package takes
 
 
@@ -50,9 +52,9 @@ class Entry:
 
     def torch_dtype(self, name: str) -> torch.dtype:
         """Raises ValueError for one that torch has no name for."""
-        if self.dtype not in _DTYPES:
+        if self.dtype not in DTYPES:
             raise ValueError(f"expected a dtype that torch has, got {self.dtype} for {name!r}; leave the tensor out")
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _entry(name: str, row: Any, start: int) -> Entry:
     if any(type(number) is not int or not 0 <= number < 2**63 for number in (*shape, *offsets)):
         raise ValueError(f"a size or offset of {name!r} is no number of 0 or more")
     entry = Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
-    expected = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else max(0, offsets[1] - offsets[0])
+    expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else max(0, offsets[1] - offsets[0])
     if entry.end - entry.start != expected:
         raise ValueError(f"{name!r} has {entry.end - entry.start:,} bytes, its shape and dtype ask for {expected:,}")
     return entry
@@ -127,8 +129,9 @@ def read_tensor(file: BinaryIO, name: str, entry: Entry) -> Tensor:
 
 def read_bytes(file: BinaryIO, start: int, end: int) -> Tensor:
     """Bytes of a file as uint8. Raises ValueError when it is shorter."""
-    raw = torch.empty(end - start, dtype=torch.uint8, device="cpu")
-    view = raw.numpy().data
+    # NumPy's memory: torch's is aligned, so that malloc, reading tensor after tensor, does not use the last one's again
+    raw = np.empty(end - start, dtype=np.uint8)
+    view = raw.data
     file.seek(start)
     done = 0
     while done < len(view):
@@ -136,7 +139,7 @@ def read_bytes(file: BinaryIO, start: int, end: int) -> Tensor:
         if not count:
             raise ValueError(f"it ends after {start + done:,} bytes; it has become shorter while it was read")
         done += count
-    return raw
+    return torch.from_numpy(raw) if end > start else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def read(

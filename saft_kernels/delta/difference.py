@@ -43,13 +43,19 @@ def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclud
 
 
 def difference(
-    pairs: Iterable[tuple[str, Tensor, Tensor]], *, tied: Mapping[str, str], whole: bool, numel: int
+    pairs: Iterable[tuple[str, Tensor, Tensor]],
+    names: Sequence[str],
+    *,
+    tied: Mapping[str, str],
+    whole: bool,
+    numel: int,
 ) -> Changes:
     """Every element whose bits differ.
 
     Args:
         pairs: Name, tensor before and tensor after, alike in shape and dtype; each pair is let go before the next.
-        tied: Further names of tensors in `pairs`, name -> name there.
+        names: Of the tensors in `pairs`, in the order that they shall have.
+        tied: Further names of these tensors, name -> name in `names`.
         whole: Take checksums of all other elements, and an entry for tensors without a change.
         numel: Elements of the model.
 
@@ -70,7 +76,7 @@ def difference(
         if whole:
             rest[name] = rest_checksum(old, index)
     return Changes(
-        SparseMask(indices, shapes),
+        SparseMask({name: indices[name] for name in names if name in indices}, shapes),
         values,
         originals,
         rest=rest,

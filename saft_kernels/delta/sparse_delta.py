@@ -70,7 +70,8 @@ class SparseDelta:
         return delta
 
     def _hold(self, changes: Changes) -> None:
-        self._changes = changes
+        self.changes = changes
+        """What it holds, as data."""
         self._alphas: list[float] = []
         self._copies = Copies()
 
@@ -79,44 +80,44 @@ class SparseDelta:
 
     def __eq__(self, other: object) -> bool:
         """Same elements, values and base. Whether the originals are known does not count."""
-        return self._changes == other._changes if isinstance(other, SparseDelta) else NotImplemented
+        return self.changes == other.changes if isinstance(other, SparseDelta) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def mask(self) -> SparseMask:
         """The changed elements; its names are those of the delta."""
-        return self._changes.mask
+        return self.changes.mask
 
     @property
     def values(self) -> dict[str, Tensor]:
         """Their new values, (k_name,) per name."""
-        return self._changes.values
+        return self.changes.values
 
     @property
     def originals(self) -> dict[str, Tensor] | None:
         """The values before, per name; None: not known."""
-        return self._changes.originals
+        return self.changes.originals
 
     @property
     def checksums(self) -> dict[str, str]:
         """Checksum of the originals, per name."""
-        return self._changes.checksums
+        return self.changes.checksums
 
     @property
     def rest(self) -> dict[str, str]:
         """Checksum of each whole tensor with its changed elements set to zero; empty: not taken."""
-        return self._changes.rest
+        return self.changes.rest
 
     @property
     def tied(self) -> dict[str, str]:
         """Further names of tensors, to the name in `mask`."""
-        return self._changes.tied
+        return self.changes.tied
 
     @property
     def numel(self) -> int:
         """Elements of the model that it was made on."""
-        return self._changes.numel
+        return self.changes.numel
 
     @property
     def k(self) -> int:
@@ -210,7 +211,7 @@ class SparseDelta:
         for delta in deltas:
             if base is not None:
                 delta.take_originals(base)
-        changes, conflicts = compose([delta._changes for delta in deltas], on_conflict)
+        changes, conflicts = compose([delta.changes for delta in deltas], on_conflict)
         return Composed(SparseDelta._of(changes), conflicts)
 
     # ---- files ----
@@ -226,7 +227,7 @@ class SparseDelta:
             ValueError: `include_original`, and they are not known.
         """
         what = "save(include_original=True)"
-        file.write(path, self._changes, self._changes.known_originals(what) if include_original else None)
+        file.write(path, self.changes, self.changes.known_originals(what) if include_original else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
@@ -240,7 +241,7 @@ class SparseDelta:
         """
         if self.originals is None:
             self.take_originals(base)
-        return SparseDelta._of(shira.save(self._changes, folder, base, partial=partial))
+        return SparseDelta._of(shira.save(self.changes, folder, base, partial=partial))
 
     @classmethod
     def from_shira(cls, folder: str | os.PathLike[str], base: Model) -> SparseDelta:
@@ -289,10 +290,10 @@ class SparseDelta:
 
     def take_originals(self, base: Model) -> None:
         """Reads the originals from the base, which must have their checksums; `base` is not changed."""
-        take_originals(self._changes, self._targets("base", base))
+        take_originals(self.changes, self._targets("base", base))
 
     def _move(self, model: Model, alpha: float, verify: Verify) -> None:
-        changes = self._changes
+        changes = self.changes
         check_verify(changes, verify)
         targets = self._targets("model", model)
         if verify == "whole" and (odd := targets.odd_rests(changes.rest)):
@@ -306,7 +307,7 @@ class SparseDelta:
             self._alphas = [alpha, *(other for other in self._alphas if other != alpha)]
 
     def _targets(self, argument: str, model: Model) -> Targets:
-        return Targets.of_model(argument, model, self._changes, self._copies)
+        return Targets.of_model(argument, model, self.changes, self._copies)
 
 
 class Composed(NamedTuple):
@@ -321,7 +322,7 @@ def _difference(
 ) -> Changes:
     own = [name for name in before if name not in tied]
     pairs = ((name, before[name], after[name]) for name in _bar(own, "comparing", progress))
-    return difference(pairs, tied=tied, whole=whole, numel=sum(before[name].numel() for name in own))
+    return difference(pairs, own, tied=tied, whole=whole, numel=sum(before[name].numel() for name in own))
 
 
 def _bar(items: Sequence[str], description: str, enabled: bool) -> Iterable[str]:
