@@ -8,6 +8,11 @@
 // Threads    split by coordinates, not by tensors.
 // Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "sparse_adamw/sparse_adamw.h"
@@ -98,6 +103,16 @@ struct Operand {
   }
 };
 
+template <class index_type>
+void check_range(const index_type* indices, index_t n, index_t numel) {
+  using unsigned_t = std::make_unsigned_t<index_type>;
+  unsigned_t largest = 0;  // a negative one is larger still
+  for (index_t i = 0; i < n; ++i) largest = std::max(largest, unsigned_t(indices[i]));
+  if (n > 0 && uint64_t(largest) >= uint64_t(numel)) {
+    throw std::out_of_range("indices: expected flat positions in the parameter, got one outside");
+  }
+}
+
 template <class opmath_t, class param_t, class grad_t, class index_type>
 void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa,
                const index_type* indices, index_t first, index_t last) {
@@ -112,6 +127,7 @@ void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
 
   const auto prefetch = [&](index_t begin) {
     const index_t end = std::min(last, begin + kBlock);
+    if (indices != nullptr && begin < end) check_range(indices + begin, end - begin, segment.param.numel);
     if (param.scattered()) {
       for (index_t i = begin; i < end; ++i) __builtin_prefetch(param.data + indices[i], 1);
     }
@@ -149,8 +165,8 @@ void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
 }
 
 template <class opmath_t, class param_t, class grad_t>
-void run_segment(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, index_t first, index_t last) {
-  const AdamWScalars<opmath_t> scalars(hyper);
+void run_segment(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa, index_t first,
+                 index_t last) {
   dispatch_index(segment.indices, segment.index_bytes, [&](const auto* indices) {
     run_chunk<opmath_t, param_t, grad_t>(segment, scalars, isa, indices, first, last);
   });
@@ -158,12 +174,12 @@ void run_segment(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, 
 
 // A 16-bit parameter may have an fp32 gradient (masters elsewhere, gradient buffers); nothing else mixes.
 template <class param_t>
-void run_low_precision(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, index_t first,
-                       index_t last) {
+void run_low_precision(const AdamWSegment& segment, const AdamWScalars<float>& scalars, Isa isa,
+                       index_t first, index_t last) {
   if (segment.grad.dtype == ScalarType::kFloat32) {
-    run_segment<float, param_t, float>(segment, hyper, isa, first, last);
+    run_segment<float, param_t, float>(segment, scalars, isa, first, last);
   } else {
-    run_segment<float, param_t, param_t>(segment, hyper, isa, first, last);
+    run_segment<float, param_t, param_t>(segment, scalars, isa, first, last);
   }
 }
 
@@ -172,21 +188,28 @@ void run_low_precision(const AdamWSegment& segment, const AdamWHyper& hyper, Isa
 void sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
                       int num_threads, int requested_isa) {
   const Isa isa = resolve_isa(requested_isa);
-  index_t count = 0;
-  for (index_t s = 0; s < num_segments; ++s) count += segments[s].count;
+  index_t count = 0, num_hypers = 0;
+  for (index_t s = 0; s < num_segments; ++s) {
+    count += segments[s].count;
+    num_hypers = std::max(num_hypers, segments[s].hyper + 1);
+  }
+  // once for each: their divisions take as long as ten coordinates
+  const std::vector<AdamWScalars<float>> scalars(hypers, hypers + num_hypers);
+  const std::vector<AdamWScalars<double>> scalars64(hypers, hypers + num_hypers);
   const index_t chunk = std::clamp(count / (16 * std::max(1, num_threads)), kMinChunk, kMaxChunk);
   for_each_chunk(segments, num_segments, chunk, num_threads,
-                 [hypers, isa](const AdamWSegment& segment, index_t first, index_t last) {
-                   const AdamWHyper& hyper = hypers[segment.hyper];
+                 [&, isa](const AdamWSegment& segment, index_t first, index_t last) {
+                   const AdamWScalars<float>& s = scalars[segment.hyper];
                    switch (segment.param.dtype) {
                      case ScalarType::kFloat32:
-                       return run_segment<float, float, float>(segment, hyper, isa, first, last);
+                       return run_segment<float, float, float>(segment, s, isa, first, last);
                      case ScalarType::kBFloat16:
-                       return run_low_precision<bfloat16>(segment, hyper, isa, first, last);
+                       return run_low_precision<bfloat16>(segment, s, isa, first, last);
                      case ScalarType::kFloat16:
-                       return run_low_precision<float16>(segment, hyper, isa, first, last);
+                       return run_low_precision<float16>(segment, s, isa, first, last);
                      case ScalarType::kFloat64:
-                       return run_segment<double, double, double>(segment, hyper, isa, first, last);
+                       return run_segment<double, double, double>(segment, scalars64[segment.hyper], isa,
+                                                                  first, last);
                    }
                  });
 }

@@ -67,6 +67,7 @@ class Selection:
     steps: int
     sums: dict[Position, Tensor] = field(default_factory=dict)
     num_sums: int = 0
+    summed: dict[Position, Tensor] = field(default_factory=dict)  # the parameters
 
     def pools(self, param_groups: ParamGroups, pending: bool = False) -> list[Pool]:
         """The budgets of all, or of the pending, groups; those without one of their own share the optimizer's."""
@@ -90,7 +91,7 @@ class Selection:
 
     def restart(self) -> None:
         """Forgets the gradient sums."""
-        self.sums, self.num_sums = {}, 0
+        self.sums, self.summed, self.num_sums = {}, {}, 0
 
     def select(
         self, param_groups: ParamGroups, members: Sequence[Member], grad_scale: float, backend: str | None
@@ -105,6 +106,12 @@ class Selection:
         names: dict[Position, str] = {}
         for member in (member for pool in pools if not pool.is_dense for member in pool.of(members)):
             parameter = member.parameter
+            if self.summed.get(member.position, parameter) is not parameter:
+                raise ValueError(
+                    f"gradient of {member.name!r}: expected that of the parameter whose gradients selection_steps is "
+                    f"adding up, got another's, of shape {tuple(parameter.shape)}; call optimizer.reselect() after a "
+                    "change of parameters: the sums then start anew"
+                )
             if parameter.requires_grad and parameter.grad is not None:
                 check_dense(member.name, parameter.grad)
                 scores[member.position] = parameter.grad.resolve_neg()
@@ -117,6 +124,7 @@ class Selection:
         if accumulating:
             if self.num_sums < self.steps:
                 self._add_to_sums(names, scores, grad_scale)
+                self.summed = {m.position: m.parameter for m in members if m.position in self.sums}
             if self.num_sums < self.steps:
                 return None
             scores = self.sums

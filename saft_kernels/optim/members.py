@@ -10,12 +10,17 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..ops.adamw import has_memory
+
 State = dict[str, Tensor]
 
 ParamGroups = Sequence[dict[str, Any]]
 
 Position = tuple[int, int]
 """Of a parameter: its group, and its place in it. Frameworks swap parameter objects; positions stay."""
+
+STATE_KEYS = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "indices"})
+"""What a parameter's state is made of; code outside may keep more in it."""
 
 NOTHING = torch.empty(0, dtype=torch.int32, device="cpu")
 
@@ -126,14 +131,14 @@ class Members:
             prepared: Whom the present plans have.
         """
         places = list(_places(param_groups))
-        before, self._records = self._records, {}
+        before, records = self._records, {}
         by_tensor = {id(record.parameter): record for record in before.values()}
         stayed = {id(tensor) for _, _, tensor in places} & by_tensor.keys()
         for position, name, tensor in places:
             record = by_tensor.get(id(tensor)) or before.get(position)
             if record is None or (record.parameter is not tensor and id(record.parameter) in stayed):
                 record = Member(position, name, tensor)
-            self._records[position] = record
+            records[position] = record
             was_pending, index = record.is_pending, record.index
             record.position, record.name, record.parameter = position, name, tensor
             if param_groups[position[0]]["num_candidates"] is None:
@@ -150,7 +155,8 @@ class Members:
             record._is_orphan = owner is not None and owner is not tensor and not has_state(states.get(owner))
             if record.is_pending != was_pending or not same_index(record.index, index):
                 record.version += 1
-        return list(self._records.values())
+        self._records = records  # at once: an interrupt before finds the old ones
+        return list(records.values())
 
     def select(self, picked: Mapping[Position, Tensor | None]) -> None:
         """Makes the indices of some parameters what is selected of them; None: all of them."""
@@ -188,11 +194,23 @@ def _places(param_groups: ParamGroups) -> Iterator[tuple[Position, str, Tensor]]
 
 
 def has_state(state: State | None) -> TypeGuard[State]:
-    """Whether a parameter's state is one of AdamW's; others may keep things of their own there."""
-    return state is not None and "exp_avg" in state
+    """Whether a parameter has a state of AdamW, or part of one."""
+    return state is not None and not STATE_KEYS.isdisjoint(state)
 
 
 # ---- indices ----
+
+
+def check_range(member: Member) -> None:
+    """Raises ValueError for an index that is no position in the parameter. Waits for the device."""
+    index, numel = member.index, member.parameter.numel()
+    if index is not None and index.numel() and has_memory(index) and not index.is_meta:
+        low, high = (int(value) for value in index.aminmax())
+        if low < 0 or high >= numel:
+            raise ValueError(
+                f"state of {member.name!r}: expected indices in [0, {numel}), got {low} to {high}: something has "
+                "edited them in place; load the state anew"
+            )
 
 
 def count(parameter: Tensor, index: Tensor | None) -> int:
@@ -206,7 +224,7 @@ def or_whole(parameter: Tensor, index: Tensor) -> Tensor | None:
 
 
 def same_index(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether both select the same elements, on whatever device."""
-    if a is None or b is None or a is b:
+    """Whether both select the same elements, on whatever device that has memory."""
+    if a is None or b is None or a is b or a.is_meta or b.is_meta:
         return a is b
     return a.numel() == b.numel() and bool((a.to(b.device) == b).all())

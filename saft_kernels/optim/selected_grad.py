@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from .members import Member
+from .members import Member, check_range
 
 # by their names in ATen
 _IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "zero_", "copy_", "clamp_", "clamp_min_", "clamp_max_"}
@@ -41,7 +41,11 @@ class Selected:
         """The selected values of a tensor of the parameter's shape, in its dtype."""
         if self.index.device != dense.device:  # a model may have moved to its device after the mask was bound
             self.index = self.index.to(dense.device)
-        return take(dense, self.index)
+        try:
+            return take(dense, self.index)
+        except (IndexError, RuntimeError):
+            check_range(self.member)
+            raise
 
 
 def take(dense: Tensor, index: Tensor) -> Tensor:

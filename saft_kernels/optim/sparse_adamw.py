@@ -24,7 +24,7 @@ from .members import NOTHING, Member, Members, Position, State, check_members, h
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_not_released
 from .state import carry_over, new_states
-from .step import PreparedStep
+from .step import PreparedStep, check_state
 
 __all__ = ["SparseAdamW"]
 
@@ -290,6 +290,7 @@ class SparseAdamW(Optimizer):
                 member = members[position]
                 has_moments = position[0] == i and has_state(self.state.get(member.parameter))
                 if has_moments and not same_index(member.index, new):
+                    check_state(member, self.state[member.parameter])
                     moved.append((member.parameter, member.index, new))
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
@@ -314,7 +315,7 @@ class SparseAdamW(Optimizer):
             i, parameter = member.position[0], member.parameter
             state = self.state.get(parameter)
             if has_state(state):
-                if self.param_groups[i]["amsgrad"] and "max_exp_avg_sq" not in state:
+                if self.param_groups[i]["amsgrad"] and "max_exp_avg_sq" not in state and "exp_avg_sq" in state:
                     state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
                 continue
             has_or_may_get_gradient = parameter.grad is not None or (

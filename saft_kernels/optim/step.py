@@ -15,12 +15,9 @@ from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, 
 from ..ops.adamw import gradients as gradients_of
 from ..ops.dtypes import INDEX_DTYPES, opmath_dtype
 from ..selection.gradients import check_dense
-from .members import Member, ParamGroups, Position, State
+from .members import STATE_KEYS, Member, ParamGroups, Position, State, check_range
 from .selected_grad import Selected, SelectedGrad, step_gradient
 from .state import MOMENTS
-
-WATCHED = {"step", *MOMENTS, "indices"}
-"""What a plan keeps of a parameter's state, by address."""
 
 
 class PreparedStep:
@@ -56,7 +53,8 @@ class PreparedStep:
         mine = [states[parameter] for parameter in self._params]
         self._check_gradients()
         for member, state in zip(self._members, mine, strict=True):
-            _check_state(member, state)
+            check_state(member, state)
+            _lay_out(member.parameter, state)
         _check_positions(self._members, mine)
         self._parts: list[_Part] = []
         for device in dict.fromkeys(p.device for p in self._params):
@@ -66,7 +64,7 @@ class PreparedStep:
                 if alike:
                     segments = [(self._members[row], mine[row]) for row in alike]
                     self._parts.append(_Part(device, alike, segments, param_groups, capturable, backend))
-        self._watch = Watch(mine, WATCHED)
+        self._watch = Watch(mine, set(STATE_KEYS))
         self._shared = shared_parameters(self._params)
         self._releases = releases
         self._released: list[Selected] = []  # what the gradients last were; it was of what is selected
@@ -122,18 +120,28 @@ class PreparedStep:
         Raises:
             StalePlan: A parameter changed its size or dtype; it takes another PreparedStep. Nothing was written.
         """
+        if len(self._parts) > 1:
+            self._check_gradients()  # now: a plan that finds out after another has stepped would come too late
         try:
             for part in self._parts:
                 part.run(gradients, param_groups, grad_scale, found_inf)
-        except (RuntimeError, TypeError):
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            for member in self._members:
+                check_range(member)
             self._check_gradients()
             raise
 
     def _check_gradients(self) -> None:
+        """Raises for the first parameter or gradient that cannot be stepped with, and names it."""
         for member in self._members:
-            if member.parameter.grad is not None:
-                check_dense(member.name, member.parameter.grad)
-                step_gradient(member, member.parameter.grad)
+            parameter, gradient = member.parameter, member.parameter.grad
+            if not has_memory(parameter):
+                raise _freed("parameter", member.name, parameter)
+            if gradient is not None:
+                check_dense(member.name, gradient)
+                gradient = step_gradient(member, gradient)
+                if not has_memory(gradient):
+                    raise _freed("gradient of", member.name, gradient)
 
 
 class _Part:
@@ -180,8 +188,12 @@ class _Part:
         return self._steps_now() == self._seen
 
     def _steps_now(self) -> object:
-        """The counts; where the device has them, what torch knows of writes to them."""
-        return [step._version for step in self._steps] if self._counts is None else self._counts.tobytes()
+        """The counts; where a GPU has them, what torch knows of writes to them."""
+        if self._counts is not None:
+            return self._counts.tobytes()
+        if self.device.type == "cpu":
+            return torch.stack(self._steps).numpy().tobytes()
+        return [step._version for step in self._steps]
 
     def _count(self, by: float) -> None:
         if self._counts is None:
@@ -287,7 +299,7 @@ def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None
                 )
 
 
-def _check_state(member: Member, state: State) -> None:
+def check_state(member: Member, state: State) -> None:
     """Code outside may have moved, cast, replaced or freed it."""
     parameter = member.parameter
     keys = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.itemsize == 2)
@@ -323,10 +335,26 @@ def _check_state(member: Member, state: State) -> None:
 
 def _check_memory(member: Member, key: str, value: Tensor) -> None:
     if not has_memory(value):
-        raise ValueError(
-            f"state of {member.name!r}: expected {key} with memory for {value.numel()} elements, got a storage of "
-            f"{value.untyped_storage().nbytes()} bytes; something has resized it, load the state anew"
-        )
+        raise _freed(f"{key} in the state of", member.name, value)
+
+
+def _freed(what: str, name: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{what} {name!r}: expected memory for {tensor.numel()} elements of {short(tensor.dtype)}, got a storage of "
+        f"{tensor.untyped_storage().nbytes()} bytes; something has resized it, resize it back before step()"
+    )
+
+
+def _lay_out(parameter: Tensor, state: State) -> None:
+    """The kernels walk the moments of a parameter in step: where they are laid out differently, all are anew."""
+    moments = {key: state[key] for key in MOMENTS if key in state}
+    if len({value.stride() for value in moments.values()}) > 1 or not (
+        state["exp_avg"].is_contiguous() or state["exp_avg"].stride() == parameter.stride()
+    ):
+        for key, value in moments.items():
+            state[key] = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
+    if (indices := state.get("indices")) is not None:
+        state["indices"] = indices.contiguous()
 
 
 def _described(value: object) -> str:
