@@ -10,12 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._compiled import _C
 from .tables import Words
-
-try:
-    from .. import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
 
 _reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, torch.nn.Parameter)
 if _reader is not None and not _reader.is_available:
