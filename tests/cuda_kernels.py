@@ -114,7 +114,7 @@ def compile_kernels(source: str, arch: int, directory: Path) -> dict[str, Kernel
     report = subprocess.run(["c++filt"], input=run.stderr, capture_output=True, text=True).stdout
     kernels = {}
     for entry in report.split("Compiling entry function")[1:]:
-        name = re.search(r"(\w+(?:<[\w ]+>)?)\(", entry)
+        name = re.search(r"(\w+(?:<[\w: ]+>)?)\(", entry)
         local = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         registers = re.search(r"Used (\d+) registers", entry)
         shared = re.search(r"(\d+) bytes smem", entry)

@@ -9,13 +9,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,15 +16,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits
+from cuda_kernels import (
+    SANITIZED,
+    compile_kernels,
+    host_library,
+    needs_gpu,
+    run_sanitized,
+    run_under_compute_sanitizer,
+)
 from test_sddmm import DTYPES, LAYOUTS, all_dtypes, check, factors, some
 from torch import Tensor
 
 from saft_kernels import ops
 from saft_kernels.ops import cuda, tables
 
-ROOT = Path(__file__).resolve().parents[1]
 TOKEN_BLOCK = 128  # SAFT_CUDA_SDDMM_TOKEN_BLOCK of tests/cuda_host/sddmm.cpp
-SANITIZED = os.environ.get("SAFT_CUDA_HOST_SANITIZE") == "1"
 
 
 # ---- host: the kernels on the CPU ----
@@ -40,8 +39,8 @@ SANITIZED = os.environ.get("SAFT_CUDA_HOST_SANITIZE") == "1"
 class HostKernels:
     """tests/cuda_host/sddmm.cpp."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self.library.sddmm_workspace_bytes.restype = ctypes.c_int64
 
     def __call__(
@@ -69,31 +68,9 @@ class HostKernels:
         return values
 
 
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-
-
 @pytest.fixture(scope="session")
 def host() -> HostKernels:
-    """The library, built anew only when a source changed."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to build the kernels for the CPU")
-    flags = ["-std=c++17", "-O1" if SANITIZED else "-O2", "-g1", "-fPIC", "-shared", "-ffp-contract=off"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *(SANITIZE_FLAGS if SANITIZED else [])]
-    source = ROOT / "tests/cuda_host/sddmm.cpp"
-    digest = hashlib.sha256(" ".join(flags).encode())
-    read = [source, ROOT / "tests/cuda_host/cuda_host.h", ROOT / "csrc/sddmm/cuda.cu", *ROOT.glob("csrc/**/*.h")]
-    for path in sorted(read):
-        digest.update(path.read_bytes())
-    library = Path(tempfile.gettempdir(), f"saft_kernels_cuda_host_{digest.hexdigest()[:16]}.so")
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_host'}"]
-        command = [compiler, *flags, *includes, str(source), "-o", str(made)]
-        build = subprocess.run(command, capture_output=True, text=True)
-        assert build.returncode == 0, build.stderr
-        made.replace(library)
-    return HostKernels(library)
+    return HostKernels(host_library("sddmm"))
 
 
 @all_dtypes
@@ -149,59 +126,25 @@ def test_host_denormals_of_fp16(host: HostKernels) -> None:
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_host_under_sanitizers() -> None:
     """The values again, in a process of its own, with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    runtimes = []
-    for name in ("libasan.so", "libstdc++.so"):
-        command = ["g++", f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True) if shutil.which("g++") else None
-        if found is None or not Path(found.stdout.strip()).is_absolute():
-            pytest.skip(f"g++ or its {name} is missing")
-        runtimes.append(found.stdout.strip())
-    environment = dict(os.environ, SAFT_CUDA_HOST_SANITIZE="1", LD_PRELOAD=":".join(runtimes))
-    # CPython never frees its globals
-    environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "host_strides or (host_values and bfloat16)"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    run_sanitized(__file__, "host_strides or (host_values and bfloat16)")
 
 
 # ---- nvcc: registers, spills, shared memory ----
 
-ARCHS = (80, 90)
 KERNELS = 1 + 3 + 4  # mark, transpose by element size, dot by dtype
 
 
-def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc on PATH")
-    command = [nvcc, "-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    command += [f"-I{ROOT / 'csrc'}", "-c", str(ROOT / "csrc/sddmm/cuda.cu")]
-    run = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    reports = run.stderr.split("Compiling entry function")[1:]
-    assert len(reports) == KERNELS * len(ARCHS), run.stderr
-    for report in reports:
-        name = re.search(r"'(\S+)'", report)[1]
-        usage = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-            report,
-            flags=re.DOTALL,
-        )
-        stack, stores, loads, registers = map(int, usage.groups())
-        assert (stack, stores, loads) == (0, 0, 0), f"{name} uses local memory"
-        assert registers <= 48, f"{name} needs {registers} registers"  # 5 blocks of 256 threads on a multiprocessor
-        shared = re.search(r"(\d+) bytes smem", report)
-        assert shared is None or int(shared[1]) <= 20 << 10, name
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvcc_compiles_without_spills(arch: int, tmp_path: Path) -> None:
+    kernels = compile_kernels("sddmm/cuda.cu", arch, tmp_path)
+    assert len(kernels) == KERNELS, list(kernels)
+    for name, kernel in kernels.items():
+        assert not kernel.local_memory, name
+        assert kernel.registers <= 48, (name, kernel)  # 5 blocks of 256 threads on a multiprocessor
+        assert kernel.shared <= 20 << 10, (name, kernel)
 
 
 # ---- gpu ----
-
-WHY_NO_GPU = (
-    "no GPU that torch can use" if not torch.cuda.is_available() else ops.why_unavailable("cuda", device_type="cuda")
-)
-needs_gpu = pytest.mark.skipif(WHY_NO_GPU is not None, reason=f"cuda: {WHY_NO_GPU}")
 
 
 @pytest.fixture
@@ -241,9 +184,6 @@ def test_gpu_launch_does_not_wait() -> None:
 @needs_gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_gpu_under_compute_sanitizer(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
     program = """
 import torch
 from saft_kernels import sddmm
@@ -251,10 +191,4 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
     dy, x = torch.ones(77, 100, dtype=dtype, device="cuda"), torch.ones(77, 90, dtype=dtype, device="cuda")
     assert sddmm(dy, x, torch.arange(0, 9000, 7, device="cuda"), backend="cuda").eq(77).all()
 """
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
-    environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    output = run.stdout + run.stderr
-    if "not supported" in output and "Device" in output:
-        pytest.skip("compute-sanitizer does not support this machine")
-    assert run.returncode == 0, output[-4000:]
+    run_under_compute_sanitizer(tool, program)

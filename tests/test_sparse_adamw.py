@@ -17,7 +17,7 @@ from torch import Tensor
 import saft_kernels
 from saft_kernels import sparse_adamw_
 from saft_kernels.ops import prepare_sparse_adamw
-from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment
+from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment, StalePlan
 
 OP = "prepare_sparse_adamw"
 
@@ -899,6 +899,146 @@ def test_plan_with_several_rows_of_hyperparameters(backend: Backend) -> None:
         backend.sparse_adamw_([want], [grad], state[:1], state[1:], [None], step=int(h.step), **scalars)
         assert_same_bits(param, want)
     assert not torch.equal(params[0], params[1])
+
+
+# ---- what a step may read, whatever happened since the plan was made ----
+
+EARLIER = {"first": 0, "later": 2}  # steps before it happens
+SPOILED_GRADS: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
+    "shorter": (lambda g: g.reshape(-1)[:10].clone(), ["(40, 50)", "(3,)", "(10,)"]),
+    "longer": (lambda g: g.repeat(2, 1), ["(40, 50)", "(3,)", "(80, 50)"]),
+    "as_many": (lambda g: g.t(), ["(40, 50)", "(50, 40)"]),
+    "scalar": (lambda g: g[0, 0], ["(40, 50)", "()"]),
+    "compact_of_another": (lambda g: g[0, :4].clone(), ["(3,)", "(4,)"]),
+    "float64": (lambda g: g.double(), ["float32", "float64"]),
+    "bfloat16": (lambda g: g.bfloat16(), ["float32", "bfloat16"]),
+    "int32": (lambda g: g.int(), ["float32", "int32"]),
+    "meta": (lambda g: g.to("meta"), ["device", "meta"]),
+}
+
+
+@dataclass
+class Watched:
+    """A plan for two parameters, and all they are made of."""
+
+    backend: Backend
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.params = [self.backend.to(torch.randn(40, 50)), self.backend.to(torch.randn(6))]
+        self.index = self.backend.to(torch.tensor([5, 77, 1_999]))
+        self.state = [[torch.zeros(3, device=p.device), torch.zeros(6, device=p.device)] for p in self.params]
+        self.grads = [torch.ones_like(p) for p in self.params]
+
+    def prepare(self) -> None:
+        (m, whole_m), (v, whole_v) = self.state
+        segments = [AdamWSegment(self.params[0], m, v, self.index), AdamWSegment(self.params[1], whole_m, whole_v)]
+        self.plan = prepare_sparse_adamw(segments, backend=self.backend.name)
+        self.steps = 0
+
+    def prepare_and_step(self) -> None:
+        self.prepare()
+        self.step()
+
+    def step(self) -> None:
+        self.steps += 1
+        with self.backend.forced():
+            self.plan.step(self.grads, [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, self.steps)])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.params, *self.state[0], *self.state[1]]
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("case", SPOILED_GRADS)
+@pytest.mark.parametrize("how", ["another tensor", "the tensor's data"])
+def test_a_gradient_that_the_step_may_not_read(backend: Backend, how: str, case: str, earlier: str) -> None:
+    """In the step that would read it, before anything is written; the next step has what it needs again."""
+    watched = Watched(backend)
+    watched.prepare()
+    for _ in range(EARLIER[earlier]):
+        watched.step()
+    spoil, parts = SPOILED_GRADS[case]
+    good = watched.grads[0]
+    spoiled = spoil(good)
+    if how == "another tensor":
+        watched.grads[0] = spoiled
+    else:
+        watched.grads[0] = good.clone()
+        if spoiled.is_meta:  # torch does not let data change its device
+            torch.utils.swap_tensors(watched.grads[0], spoiled)
+        else:
+            watched.grads[0].data = spoiled
+    before = [bits(t) for t in watched.tensors()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^`grads\[0\]`") as caught:
+            watched.step()
+        assert_message(caught, parts)
+    assert all(torch.equal(bits(t), b) for t, b in zip(watched.tensors(), before, strict=True))
+    watched.grads[0] = good
+    watched.step()
+    assert not any(torch.equal(bits(t), b) for t, b in zip(watched.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("what", ["params", "grads"])
+def test_memory_that_was_freed_since_the_plan_was_made(backend: Backend, what: str, which: int, earlier: str) -> None:
+    watched = Watched(backend)
+    watched.prepare()
+    for _ in range(EARLIER[earlier]):
+        watched.step()
+    tensor = getattr(watched, what)[which]
+    numel = tensor.untyped_storage().nbytes()
+    others = [t for t in watched.tensors() if t is not tensor]
+    before = [bits(t) for t in others]
+    tensor.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^`{what}\[{which}\]`") as caught:
+            watched.step()
+        assert_message(caught, [f"{numel} bytes", "got 0", "freed"])
+    assert all(torch.equal(bits(t), b) for t, b in zip(others, before, strict=True))
+    tensor.untyped_storage().resize_(numel)
+    tensor.fill_(1.0)
+    watched.step()
+
+
+@pytest.mark.parametrize("what", ["params", "exp_avgs", "exp_avg_sqs", "indices"])
+def test_memory_that_was_freed_before_the_plan_was_made(backend: Backend, what: str) -> None:
+    """A view that begins in the middle of what is gone; and one that reaches beyond what is left."""
+    for left in (0, 20):
+        watched = Watched(backend)
+        whole = torch.ones(16_000, device=watched.params[0].device)
+        if what == "indices":
+            whole = whole.long()
+            watched.index = whole[5_000:5_003]
+        elif what == "params":
+            watched.params[0] = whole[5_000:7_000].view(40, 50)
+        else:
+            watched.state[what == "exp_avg_sqs"][0] = whole[5_000:5_003]
+        whole.untyped_storage().resize_(left)
+        with pytest.raises(ValueError, match=rf"^`{what}\[0\]`") as caught:
+            watched.prepare_and_step()
+        assert_message(caught, [f"got {left}", "freed"])
+
+
+@pytest.mark.parametrize("change", ["size", "dtype", "device"])
+def test_a_parameter_that_changed_is_a_stale_plan(backend: Backend, change: str) -> None:
+    """Its optimizer prepares another."""
+    watched = Watched(backend)
+    watched.prepare()
+    watched.step()
+    param, before = watched.params[1], [bits(t) for t in watched.tensors()]
+    if change == "device":
+        torch.utils.swap_tensors(param, torch.zeros(6, device="meta"))
+    else:
+        param.data = backend.to({"size": torch.zeros(7), "dtype": torch.zeros(6).double()}[change])
+    watched.grads[1] = torch.ones_like(param)
+    with pytest.raises(StalePlan, match=r"^`params\[1\]`: expected 6 elements of float32") as caught:
+        watched.step()
+    assert_message(caught, ["prepare another step"])
+    others = [t for t in watched.tensors() if t is not param]
+    assert all(torch.equal(bits(t), b) for t, b in zip(others, before[:1] + before[2:], strict=True))
 
 
 # ---- errors: nothing has been written ----

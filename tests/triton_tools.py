@@ -121,9 +121,14 @@ def archs_to_compile_for(session: pytest.Session, module: str) -> list[int]:
 
 
 def compile_facts(
-    arch: int, kernel: Any, signature: dict[str, str], constants: dict[str, int], num_warps: int
+    arch: int,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    unaligned: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What became of a kernel, with the options of every launch."""
+    """What became of a kernel, with the options of every launch. Arguments are multiples of 16, but the `unaligned`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -131,7 +136,11 @@ def compile_facts(
     from saft_kernels.ops.triton.launch import OPTIONS
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in unaligned
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, **OPTIONS})
     ptx = result.asm["ptx"]
@@ -143,7 +152,7 @@ def compile_facts(
         ).stdout
     return {
         "kernel": kernel.fn.__name__,
-        "constants": constants,
+        "constants": {name: value if isinstance(value, int) else str(value) for name, value in constants.items()},
         "num_warps": num_warps,
         "shared": result.metadata.shared,
         **{name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")},

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.names import short
 from . import backends, checks
-from .adamw import AdamWHyper, AdamWPlan, AdamWSegment, is_compact, same_memory_order
+from .adamw import AdamWHyper, AdamWPlan, AdamWSegment
 from .backends import BACKENDS, describe, why_unavailable
 from .dtypes import opmath_dtype
 from .types import TopK
@@ -74,7 +74,7 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
     if not tensors:
         return TopK((), float("inf"), 0)
     module = backends.choose("topk_magnitude", tensors[0].device.type, backend)
-    result: TopK = module.topk_magnitude([t.detach() for t in tensors], k)
+    result: TopK = module.topk_magnitude([t.detach() if t.requires_grad else t for t in tensors], k)
     return result
 
 
@@ -100,7 +100,7 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], *, backend: str
         return []
     module = backends.choose("gather", tensors[0].device.type, backend)
     if not getattr(module, "checks_index_ranges", False):
-        checks.index_ranges(indices, tensors, "tensors")
+        checks.index_ranges(indices, [t.numel() for t in tensors], "tensors")
     result: list[Tensor] = module.gather(tensors, indices)
     return result
 
@@ -137,7 +137,7 @@ def scatter_(
         return
     module = backends.choose("scatter_", tensors[0].device.type, backend)
     if not getattr(module, "checks_index_ranges", False):
-        checks.index_ranges(indices, tensors, "tensors")
+        checks.index_ranges(indices, [t.numel() for t in tensors], "tensors")
     module.scatter_(tensors, indices, values)
 
 
@@ -187,9 +187,8 @@ def sddmm(
         raise ValueError(
             f"`dy`, `x`: expected sizes below 2^31, got {tuple(dy.shape)} and {tuple(x.shape)}; split the tokens"
         )
-    weight = dy.new_empty(1).expand(dy.shape[1], x.shape[1])
-    checks.index_tensors([indices], [weight], "weight")
-    checks.index_ranges([indices], [weight], "weight")
+    checks.index_tensors([indices], [dy], "dy")
+    checks.index_ranges([indices], [dy.shape[1] * x.shape[1]], "weight")
     dtype = opmath_dtype(dy.dtype)
     if out is None:
         if accumulate:
@@ -198,6 +197,7 @@ def sddmm(
     else:
         checks.shape_dtype("out", out, indices.shape, dtype)
         checks.same_device("out", out, "dy", dy)
+        checks.in_memory("out", out)
         if not out.is_contiguous():
             raise ValueError(f"`out`: expected contiguous, got strides {out.stride()}; make it so first")
     if indices.numel():
@@ -276,7 +276,6 @@ def sparse_adamw_(
     """
     params = checks.tensor_list("params", params)
     checks.floating("params", params)
-    checks.no_overlap("params", params)
     optional = [("max_exp_avg_sqs", max_exp_avg_sqs), ("masters", masters)]
     lists = [("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("indices", indices)]
     for name, values in lists + [(name, values) for name, values in optional if values is not None]:
@@ -286,7 +285,7 @@ def sparse_adamw_(
     for name, values in state + ([] if max_exp_avg_sqs is None else [("max_exp_avg_sqs", max_exp_avg_sqs)]):
         checks.tensor_list(name, values)
     checks.index_tensors(indices, params, "params", allow_none=True)
-    checks.index_ranges(indices, params, "params")
+    checks.index_ranges(indices, [p.numel() for p in params], "params")
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     for name, scalar in scalars.items():
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
@@ -313,17 +312,26 @@ def sparse_adamw_(
         )
         for i, param in enumerate(params)
     ]
-    for i, (segment, grad) in enumerate(zip(segments, grads, strict=True)):
-        _check_segment(i, segment, grad)
+    for i, segment in enumerate(segments):
+        _check_state(i, segment)
     hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay, step, maximize, grad_scale, found_inf)
     prepare_sparse_adamw(segments, backend=backend).step([g.detach() for g in grads], [hyper])
 
 
 def prepare_sparse_adamw(segments: Sequence[AdamWSegment], *, backend: str | None = None) -> AdamWPlan:
-    """A reusable step over `segments`, which are not checked; `SparseAdamW` keeps one between steps."""
+    """A reusable step over `segments`; `SparseAdamW` keeps one between steps.
+
+    Every step checks the gradients it is given. Of the segments, shapes, dtypes and the range of indices are taken as
+    they come.
+    """
+    for field, name in (("indices", "indices"), *((field, f"{field}s") for field in _STATE)):
+        checks.all_in_memory(name, [getattr(segment, field) for segment in segments])
     module = backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
     plan: AdamWPlan = module.prepare_sparse_adamw(segments)
     return plan
+
+
+_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
 
 def _is_known(scalar: float | Tensor) -> bool:
@@ -331,13 +339,13 @@ def _is_known(scalar: float | Tensor) -> bool:
     return not isinstance(scalar, Tensor) or scalar.device.type == "cpu"
 
 
-def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
+def _check_state(i: int, segment: AdamWSegment) -> None:
     param = segment.param
     shape = param.shape if segment.indices is None else segment.indices.shape
-    state = [("exp_avgs", segment.exp_avg), ("exp_avg_sqs", segment.exp_avg_sq)]
-    state += [("max_exp_avg_sqs", segment.max_exp_avg_sq)] if segment.max_exp_avg_sq is not None else []
-    state += [("masters", segment.master)] if segment.master is not None else []
-    for name, tensor in state:
+    for field in _STATE:
+        if (tensor := getattr(segment, field)) is None:
+            continue
+        name = f"{field}s"
         checks.shape_dtype(f"{name}[{i}]", tensor, shape, opmath_dtype(param.dtype))
         checks.same_device(f"{name}[{i}]", tensor, f"params[{i}]", param)
         if tensor.stride() != segment.exp_avg.stride():
@@ -345,32 +353,12 @@ def _check_segment(i: int, segment: AdamWSegment, grad: Tensor) -> None:
                 f"`{name}[{i}]`: expected the strides of `exp_avgs[{i}]`, {segment.exp_avg.stride()}, "
                 f"got {tensor.stride()}; allocate them alike"
             )
-    if not segment.exp_avg.is_contiguous():
-        if segment.indices is not None:
-            raise ValueError(
-                f"`exp_avgs[{i}]`: expected contiguous, got strides {segment.exp_avg.stride()}; make it so first"
-            )
-        if not same_memory_order(param, segment.exp_avg):
-            raise ValueError(
-                f"`exp_avgs[{i}]`: expected the strides of a wholly selected parameter, {param.stride()}, or "
-                f"contiguous, got {segment.exp_avg.stride()}; lay the state out like the parameter"
-            )
+    if segment.indices is not None and not segment.exp_avg.is_contiguous():
+        raise ValueError(
+            f"`exp_avgs[{i}]`: expected contiguous, got strides {segment.exp_avg.stride()}; make it so first"
+        )
     if segment.master is not None and param.itemsize != 2:
         raise ValueError(
             f"`masters[{i}]`: expected None for a {short(param.dtype)} parameter, got a tensor; only 16-bit "
             "parameters have masters"
-        )
-    if grad.shape != param.shape and not is_compact(grad, param, segment.count):
-        raise ValueError(
-            f"`grads[{i}]`: expected shape {tuple(param.shape)}, or ({segment.count},) for the selected values alone, "
-            f"got {tuple(grad.shape)}; pass the gradient of this parameter"
-        )
-    if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.dtype == torch.float32):
-        raise ValueError(
-            f"`grads[{i}]`: expected {short(param.dtype)} like `params[{i}]`, got {short(grad.dtype)}; convert it first"
-        )
-    if grad.device != param.device:
-        raise ValueError(
-            f"`grads[{i}]`: expected device {param.device} like `params[{i}]`, got {grad.device}; move the model "
-            "before building the optimizer"
         )

@@ -109,16 +109,17 @@ class AdamWSegment:
 
 
 class StalePlan(RuntimeError):
-    """A parameter changed its size or dtype since the plan was made; nothing was written."""
+    """A parameter changed its size, dtype or device since the plan was made; nothing was written."""
 
 
 class AdamWPlan(Protocol):
-    """A step made ready for one list of segments: checks and tables are done once, then `step` is cheap."""
+    """A step made ready for one list of segments: while their tensors keep their form, `step` is cheap."""
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step. `grads[i]`: shape of the i-th parameter, or (count,) with the selected values alone.
 
-        Raises StalePlan.
+        Raises StalePlan, and ValueError for a gradient that is neither or has another dtype or device; nothing is
+        written then.
         """
 
 

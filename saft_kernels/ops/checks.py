@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import mul
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -18,6 +20,7 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(
             f"`{name}`: expected a list or tuple of tensors, got {type(tensors).__name__}; wrap it in a list"
         )
+    device = None
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}[{i}]`: expected a tensor, got {type(tensor).__name__}; leave out what is not one")
@@ -25,32 +28,96 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
             raise TypeError(
                 f"`{name}[{i}]`: expected a strided tensor, got layout {tensor.layout}; call .to_dense() first"
             )
-        if type(tensor) not in (Tensor, Parameter) and tensor.numel() and not tensor.data_ptr():
-            raise TypeError(
-                f"`{name}[{i}]`: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
-            )
-        if tensor.device != tensors[0].device:
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
             raise ValueError(
-                f"`{name}[{i}]`: expected device {tensors[0].device} like `{name}[0]`, got {tensor.device}; "
+                f"`{name}[{i}]`: expected device {device} like `{name}[0]`, got {tensor.device}; "
                 "move them to one device"
             )
-        if tensor.is_conj() or tensor.is_neg():
-            # the memory does not hold the values yet
-            raise TypeError(
-                f"`{name}[{i}]`: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
-                ".resolve_neg() first"
-            )
+        reach = tensor.nbytes if tensor.is_contiguous() else _reach(tensor)
+        if (
+            tensor.untyped_storage().nbytes() < reach + tensor.storage_offset() * tensor.itemsize
+            or tensor.is_neg()
+            or tensor.is_conj()
+            or type(tensor) not in _PLAIN
+        ):
+            in_memory(f"{name}[{i}]", tensor)
     return list(tensors)
 
 
-def no_overlap(name: str, tensors: Sequence[Tensor]) -> None:
-    """Tensors to write: no expanded dimension, where one write would land on many elements."""
+_PLAIN = (Tensor, Parameter)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last, of a tensor that has any."""
+    strides = tensor.stride()
+    numel: int = sum(map(mul, strides, tensor.shape)) - sum(strides) + 1
+    return numel * tensor.itemsize
+
+
+def in_memory(name: str, tensor: Tensor) -> None:
+    """Its values lie in memory, which its storage still has."""
+    if not tensor.numel():
+        return
+    storage = tensor.untyped_storage()
+    if storage.device != tensor.device or not (type(tensor) in _PLAIN or tensor.data_ptr()):
+        raise TypeError(
+            f"`{name}`: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        raise TypeError(
+            f"`{name}`: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
+            ".resolve_neg() first"
+        )
+    expected = tensor.storage_offset() * tensor.itemsize + _reach(tensor)
+    if storage.nbytes() < expected:
+        raise ValueError(
+            f"`{name}`: expected a storage of {expected} bytes or more, got {storage.nbytes()}: its memory was freed; "
+            "resize it back before the call"
+        )
+
+
+def all_in_memory(name: str, tensors: Sequence[Tensor | None]) -> None:
+    """`in_memory` of each that is there; in a quarter of a microsecond for a contiguous one."""
+    doubtful = [
+        i
+        for i, tensor in enumerate(tensors)
+        if tensor is not None
+        and (
+            tensor.untyped_storage().nbytes()
+            < (tensor.nbytes if tensor.is_contiguous() else _reach(tensor)) + tensor.storage_offset() * tensor.itemsize
+            or type(tensor) not in _PLAIN
+        )
+    ]
+    for i in doubtful:
+        tensor = tensors[i]
+        assert tensor is not None
+        in_memory(f"{name}[{i}]", tensor)
+
+
+def no_overlap(name: str, tensors: Iterable[Tensor]) -> None:
+    """Tensors to write: no two elements in one place, where the last write would win."""
     for i, tensor in enumerate(tensors):
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if not tensor.is_contiguous() and _overlaps(tensor):
             raise ValueError(
-                f"`{name}[{i}]`: expected one memory location per element, got an expanded tensor with strides "
-                f"{tensor.stride()}; write to its base, or clone it first"
+                f"`{name}[{i}]`: expected one memory location per element, got an expanded or overlapping tensor of "
+                f"shape {tuple(tensor.shape)} with strides {tensor.stride()}; write to its base, or clone it first"
             )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    extent, is_nested = 1, True
+    for stride, size in dims:
+        is_nested = is_nested and stride >= extent  # one step leaves all that the smaller strides reach
+        extent += (size - 1) * stride
+    if is_nested or extent < tensor.numel() or dims[0][0] == 0:
+        return not is_nested
+    offsets = np.zeros(1, dtype=np.int64)
+    for stride, size in dims:
+        offsets = np.unique(offsets[:, None] + stride * np.arange(size))
+    return len(offsets) < tensor.numel()
 
 
 def floating(name: str, tensors: Sequence[Tensor]) -> None:
@@ -85,31 +152,33 @@ def index_tensors(
             raise TypeError(
                 f"`indices[{i}]`: expected a one-dimensional int32 or int64 tensor, got {got}; flatten or convert it"
             )
-        same_device(f"indices[{i}]", index, f"{like}[{i}]", tensor)
+        if index.device != tensor.device:
+            same_device(f"indices[{i}]", index, f"{like}[{i}]", tensor)
+    all_in_memory("indices", indices)
 
 
-def index_ranges(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str) -> None:
-    """Every index is a position in its tensor: one look, so that a GPU is waited for once."""
-    present = [(index, tensor.numel()) for index, tensor in zip(indices, tensors, strict=True) if index is not None]
+def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: str) -> None:
+    """Every index is a position among `numels[i]`: one look, so that a GPU is waited for once."""
+    present = [(index, numel) for index, numel in zip(indices, numels, strict=True) if index is not None]
     if not sum(index.numel() for index, _ in present):
         return
     device = present[0][0].device
     flat = torch.cat([index.long() for index, _ in present])
     counts = torch.tensor([index.numel() for index, _ in present], device=device)
-    numels = torch.tensor([numel for _, numel in present], device=device)
-    limits = numels.repeat_interleave(counts, output_size=flat.numel())
+    limits = torch.tensor([numel for _, numel in present], device=device)
+    limits = limits.repeat_interleave(counts, output_size=flat.numel())
     if bool(((flat < 0) | (flat >= limits)).any()):
-        for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
-            if index is not None and bool(((index < 0) | (index >= tensor.numel())).any()):
-                raise out_of_range(i, index, tensor, like)
+        for i, (index, numel) in enumerate(zip(indices, numels, strict=True)):
+            if index is not None and bool(((index < 0) | (index.long() >= numel)).any()):
+                raise out_of_range(i, index, numel, like)
 
 
-def out_of_range(i: int, index: Tensor, tensor: Tensor, like: str) -> IndexError:
+def out_of_range(i: int, index: Tensor, numel: int, like: str) -> IndexError:
     """For indices that are no positions in their tensor."""
     low, high = (int(value) for value in index.aminmax())
     return IndexError(
-        f"`indices[{i}]`: expected flat positions in [0, {tensor.numel()}) of `{like}[{i}]`, got {low} to {high}; they "
-        "index the flattened tensor, not a row of it"
+        f"`indices[{i}]`: expected flat positions in [0, {numel}) of `{like}[{i}]`, got {low} to {high}; they index "
+        "the flattened tensor, not a row of it"
     )
 
 
@@ -119,11 +188,11 @@ def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
         raise ValueError(f"`{name}`: expected device {other.device} like `{like}`, got {tensor.device}; move it there")
 
 
-def shape_dtype(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def shape_dtype(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
     """A tensor of exactly this shape and dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}`: expected a tensor, got {type(tensor).__name__}; pass one per tensor")
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+    if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(
             f"`{name}`: expected {short(dtype)} of shape {tuple(shape)}, got {short(tensor.dtype)} of shape "
             f"{tuple(tensor.shape)}; reshape or convert it"

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from . import checks, tables
-from .adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
+from ._compiled import _C, import_error
+from .adamw import AdamWHyper, AdamWSegment, same_memory_order
 from .dtypes import DTYPE_CODES
+from .forms import Follower
 from .types import TopK
-from .walk import PointerColumn
-
-try:
-    from .. import _C
-except ImportError as error:
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
 
 ISA = -1
 """Instruction set: -1 the best this processor has, else a position in `_C.isas()`. The tests set it."""
@@ -26,9 +20,9 @@ ISA = -1
 
 def why_unavailable(device_type: str | None) -> str | None:
     """Why this backend cannot run on tensors of `device_type` (None: any), or None when it can."""
-    if _import_error is not None:
+    if import_error is not None:
         remedy = "reinstall with a C++17 compiler; SAFT_REQUIRE_CPP=1 says what fails"
-        return f"the compiled module is missing ({_import_error}); {remedy}"
+        return f"the compiled module is missing ({import_error}); {remedy}"
     if device_type not in (None, "cpu"):
         return f"it runs on CPU tensors, got {device_type}"
     return None
@@ -76,7 +70,7 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]
     table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
+        raise checks.out_of_range(failed, indices[failed], tensors[failed].numel(), "tensors")
     return values
 
 
@@ -88,7 +82,7 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise checks.out_of_range(failed, indices[failed], tensors[failed], "tensors")
+        raise checks.out_of_range(failed, indices[failed], tensors[failed].numel(), "tensors")
     torch.autograd.graph.increment_version(tensors)
 
 
@@ -110,11 +104,8 @@ class Plan:
         self._table = tables.adamw_table(self.segments)
         self._address = self._table.ctypes.data
         self._params = [s.param for s in self.segments]
-        self._numels = [p.numel() for p in self._params]
-        self._dtypes = [p.dtype for p in self._params]
-        self._params_column = PointerColumn(self._table["param"]["data"])
-        self._grads_column = PointerColumn(self._table["grad"]["data"])
-        self._is_filled = False  # for tensors of the form that the columns have seen, in place
+        self._follower = Follower(self.segments, self._table["param"]["data"], self._table["grad"]["data"])
+        self._is_filled = False  # for tensors of the form that the follower has seen, in place
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step."""
@@ -125,7 +116,10 @@ class Plan:
         copies = self._follow(grads)
         # before the kernel: after it, what torch holds of a parameter is out of the cache
         torch.autograd.graph.increment_version(self._params)
-        _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
+        failed = _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
+        if failed >= 0:
+            self._follower.check_memory(grads)
+            raise ValueError(f"`grads[{failed}]`: expected a tensor with memory, got none; pass one that was not freed")
         del copies
 
     def _follow(self, grads: list[Tensor]) -> list[Tensor]:
@@ -134,48 +128,33 @@ class Plan:
         Returns gradients laid out anew, which have to live until the kernel is done.
         """
         was_filled, self._is_filled = self._is_filled, False
-        same = self._params_column.move(self._params) & self._grads_column.move(grads)
-        copies = [] if same and was_filled else self._fill(grads)
-        self._is_filled = not copies  # the steady state: at most pointers have moved
+        are_compact = self._follower.follow(grads, anew=not was_filled)
+        copies = [] if are_compact is None else self._fill(grads, are_compact)
+        self._is_filled = not copies  # the steady state: at most gradients have moved
         return copies
 
-    def _fill(self, grads: list[Tensor]) -> list[Tensor]:
+    def _fill(self, grads: list[Tensor], are_compact: list[bool]) -> list[Tensor]:
         """Writes what depends on the form of parameters and gradients; returns gradients laid out anew."""
         copies: list[Tensor] = []
-        param_layouts, grad_layouts, grad_dtypes, are_compact = [], [], [], []
+        param_layouts, grad_layouts = [], []
         grad_data = self._table["grad"]["data"]
-        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
+        for row, (segment, grad, compact) in enumerate(zip(self.segments, grads, are_compact, strict=True)):
             param, exp_avg = segment.param, segment.exp_avg
-            if param.numel() != self._numels[row] or param.dtype != self._dtypes[row]:
-                raise StalePlan(
-                    f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
-                    f"got {param.numel()} of {param.dtype}; prepare another step"
-                )
-            laid_out = grad
-            compact = is_compact(grad, param, segment.count)
-            if compact:
-                laid_out = grad.contiguous()
-            if segment.indices is None and not exp_avg.is_contiguous():
-                # the walk is over memory: all of them have to be laid out alike
-                if not same_memory_order(param, exp_avg):
-                    raise ValueError(
-                        f"`exp_avgs[{row}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
-                        f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
-                    )
-                if not same_memory_order(param, laid_out):
-                    values = laid_out.view(param.shape) if compact else laid_out
-                    laid_out = torch.empty_like(param, dtype=grad.dtype).copy_(values)
+            laid_out = grad.contiguous() if compact else grad
+            # then the walk is over memory: all of them have to be laid out alike
+            is_in_memory_order = segment.indices is None and not exp_avg.is_contiguous()
+            if is_in_memory_order and not same_memory_order(param, laid_out):
+                values = laid_out.view(param.shape) if compact else laid_out
+                laid_out = torch.empty_like(param, dtype=grad.dtype).copy_(values)
             if laid_out is not grad:
                 copies.append(laid_out)
                 grad_data[row] = laid_out.data_ptr()
-            in_memory_order = segment.indices is None and same_memory_order(param, exp_avg, laid_out)
-            param_layouts.append(() if in_memory_order else tables.layout(param))
-            grad_layouts.append(() if in_memory_order else tables.layout(laid_out))
-            grad_dtypes.append(DTYPE_CODES[grad.dtype])
-            are_compact.append(compact)
+            no_layouts = segment.indices is None and same_memory_order(param, exp_avg, laid_out)
+            param_layouts.append(() if no_layouts else tables.layout(param))
+            grad_layouts.append(() if no_layouts else tables.layout(laid_out))
         self._layouts.write(self._table["param"], param_layouts)
         self._layouts.write(self._table["grad"], grad_layouts)
-        self._table["grad"]["dtype"] = grad_dtypes
+        self._table["grad"]["dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
         self._table["grad_is_compact"] = are_compact
         return copies
 

@@ -12,19 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.names import short
 from . import tables
-from .adamw import AdamWHyper, AdamWSegment, HostHyper, StalePlan, is_compact, same_memory_order
+from ._compiled import _C, import_error
+from .adamw import AdamWHyper, AdamWSegment, HostHyper
 from .dtypes import DTYPE_CODES
+from .forms import Follower
 from .types import TopK
-from .walk import PointerColumn
-
-try:
-    from .. import _C
-except ImportError as error:
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
 
 MAX_BLOCKS = 0
 """An upper bound on every grid; 0: what fills the device. The tests set it."""
@@ -39,8 +32,8 @@ _THRESHOLD, _NONFINITE, _STATUS, _READS, _OFFSETS = range(5)
 def why_unavailable(device_type: str | None) -> str | None:
     """Why this backend cannot run on tensors of `device_type` (None: any), or None when it can."""
     remedy = "reinstall with nvcc and a C++17 compiler; SAFT_BUILD_CUDA=1 says what fails"
-    if _import_error is not None:
-        return f"the compiled module is missing ({_import_error}); {remedy}"
+    if import_error is not None:
+        return f"the compiled module is missing ({import_error}); {remedy}"
     if not _C.has_cuda:
         return f"the module was compiled without CUDA; {remedy}"
     if device_type not in (None, "cuda"):
@@ -225,14 +218,11 @@ class Plan:
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
         self._params = [s.param for s in self.segments]
-        self._numels = [p.numel() for p in self._params]
-        self._dtypes = [p.dtype for p in self._params]
         self._device = self._params[0].device
         self._layouts = tables.Layouts()
         self._rows = tables.adamw_table(self.segments)
         self._rows_address = self._rows.ctypes.data
-        self._params_column = PointerColumn(self._rows["param"]["data"], is_fixed=True)
-        self._grads_column = PointerColumn(self._rows["grad"]["data"])
+        self._follower = Follower(self.segments, self._rows["param"]["data"], self._rows["grad"]["data"])
         self._table: Tensor | None = None
         self._table_stream = 0
         self._captured_tables: set[Tensor] = set()
@@ -299,10 +289,12 @@ class Plan:
     def _device_table(self, grads: list[Tensor], stream: int) -> Tensor:
         """The table for these gradients; their addresses are in `_rows` afterwards."""
         table, self._table = self._table, None  # whatever is raised, what was seen meanwhile is not in it
-        same = self._params_column.move(self._params) & self._grads_column.move(grads)
+        are_compact = self._follower.follow(grads, anew=table is None)
+        self._follower.check_memory(grads)
         capturing = _is_capturing()
-        if table is None or not same:
-            self._fill_rows(grads)
+        if table is None or are_compact is not None:
+            assert are_compact is not None
+            self._fill(grads, are_compact)
             num_bytes = _C.sparse_adamw_cuda_table_bytes(self._rows_address, len(self._rows))
             table = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             _C.sparse_adamw_cuda_table(self._rows_address, len(self._rows), table.data_ptr(), stream)
@@ -316,34 +308,23 @@ class Plan:
         self._table = table
         return table
 
-    def _fill_rows(self, grads: Sequence[Tensor]) -> None:
+    def _fill(self, grads: Sequence[Tensor], are_compact: list[bool]) -> None:
         """Writes what depends on the form of parameters and gradients."""
-        param_layouts, grad_layouts, are_compact = [], [], []
-        for row, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
-            param, exp_avg = segment.param, segment.exp_avg
-            if param.numel() != self._numels[row] or param.dtype != self._dtypes[row]:
-                raise StalePlan(
-                    f"`params[{row}]`: expected {self._numels[row]} elements of the dtype the step was prepared for, "
-                    f"got {param.numel()} of {short(param.dtype)}; prepare another step"
-                )
-            compact = is_compact(grad, param, segment.count)
-            if segment.indices is None and not exp_avg.is_contiguous():
+        param_layouts, grad_layouts, read_compactly = [], [], []
+        for segment, grad, compact in zip(self.segments, grads, are_compact, strict=True):
+            param = segment.param
+            if segment.indices is None and not segment.exp_avg.is_contiguous():
                 # the walk is over the state's memory: dimensions in that order
-                if not same_memory_order(param, exp_avg):
-                    raise ValueError(
-                        f"`exp_avgs[{row}]`: expected the strides of a wholly selected parameter, {param.stride()}, "
-                        f"or contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
-                    )
                 order = sorted(range(param.dim()), key=param.stride, reverse=True)
                 grad = grad.view(param.shape).permute(order) if compact else grad.permute(order)
                 param, compact = param.permute(order), False
             param_layouts.append(tables.layout(param))
             grad_layouts.append(tables.layout(grad))
-            are_compact.append(compact)
+            read_compactly.append(compact)
         self._layouts.write(self._rows["param"], param_layouts)
         self._layouts.write(self._rows["grad"], grad_layouts)
         self._rows["grad"]["dtype"] = [DTYPE_CODES[grad.dtype] for grad in grads]
-        self._rows["grad_is_compact"] = are_compact
+        self._rows["grad_is_compact"] = read_compactly
 
 
 def _is_capturing() -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adamw import AdamWHyper, AdamWSegment, HostHyper, is_compact
 from .dtypes import as_bits, opmath_dtype
+from .forms import Forms
 from .types import TopK
 
 
@@ -96,12 +97,14 @@ class Plan:
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self.segments = list(segments)
+        self._forms = Forms(self.segments)
 
     def step(self, grads: Sequence[Tensor], hypers: Sequence[AdamWHyper]) -> None:
         """One step, segment by segment."""
         on_host = [hyper.on_host() for hyper in hypers]
         if any(hyper.found_inf for hyper in on_host):
             return
+        self._forms.check(grads)
         for segment, grad in zip(self.segments, grads, strict=True):
             adamw_segment_(segment, grad, on_host[segment.hyper])
 

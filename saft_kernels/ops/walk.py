@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
-try:
-    from .. import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
-
+from ._compiled import _C
 
 _reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
 if _reader is not None and not _reader.is_available:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from ... import tables
-from ...adamw import AdamWHyper, AdamWSegment, StalePlan, is_compact, same_memory_order
-from ...dtypes import DTYPE_CODES
+from ...adamw import AdamWHyper, AdamWSegment, same_memory_order
+from ...forms import Follower
 from ...tables import Table, Words
-from ...walk import PointerColumn
 from ..coordinates import Layouts, align, tiles
 from ..launch import INTERPRETED, launch, staged, to_device
 from . import kernels as kernels
@@ -47,7 +46,6 @@ TUNING = Tuning()
 if INTERPRETED:  # few, large numpy operations
     TUNING = Tuning(block=2**15, direct_block=2**14, direct_tile=2**17)
 
-_FP64 = DTYPE_CODES[torch.float64]
 _SCALAR_WORDS = kernels.SCALAR_WORDS.value
 
 
@@ -89,13 +87,10 @@ class Plan:
         self.segments = list(segments)
         self._params = [s.param for s in self.segments]
         self._device = self._params[0].device
-        self._numels = [p.numel() for p in self._params]
-        self._codes = [DTYPE_CODES[p.dtype] for p in self._params]
         self._tiles = self._cut()
         self._addresses = np.zeros(len(self.segments), kernels.ADDRESS)
-        self._params_column = PointerColumn(self._addresses["param"])
-        self._grads_column = PointerColumn(self._addresses["grad"])
-        self._is_filled = False  # for tensors of the form that the columns have seen
+        self._follower = Follower(self.segments, self._addresses["param"], self._addresses["grad"])
+        self._is_filled = False  # for tensors of the form that the follower has seen
         # segments, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
         self._fixed = Mirror(np.zeros(0, dtype=np.int64), self._device)
         self._layouts_at = 0
@@ -110,7 +105,7 @@ class Plan:
         counts = np.array([s.count for s in self.segments], dtype=np.int64)
         whole = np.array([s.indices is None for s in self.segments], dtype=bool)
         cut = tiles(counts, np.where(whole, TUNING.direct_tile, TUNING.block))
-        is_fp64 = np.array(self._codes)[cut["segment"]] == _FP64
+        is_fp64 = np.array([p.dtype == torch.float64 for p in self._params])[cut["segment"]]
         return [part for part in (cut[~is_fp64], cut[is_fp64]) if len(part)]
 
     def step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper]) -> None:
@@ -127,9 +122,10 @@ class Plan:
 
     def _step(self, grads: list[Tensor], hypers: Sequence[AdamWHyper], *, is_capturing: bool) -> None:
         was_filled, self._is_filled = self._is_filled, False
-        same = self._params_column.move(self._params) & self._grads_column.move(grads)
-        if not (same and was_filled):
-            self._fill(grads)
+        are_compact = self._follower.follow(grads, anew=not was_filled)
+        self._follower.check_memory(grads)
+        if are_compact is not None:
+            self._fill(grads, are_compact)
         self._is_filled = True
         if not self._launches:
             return
@@ -227,31 +223,18 @@ class Plan:
 
     # ---- segments ----
 
-    def _fill(self, grads: list[Tensor]) -> None:
+    def _fill(self, grads: list[Tensor], are_compact: list[bool]) -> None:
         """Segments, layouts and launches for these forms."""
         table = np.zeros(len(self.segments), kernels.SEGMENT)
         layouts = Layouts()
         contiguous = (0, 0)
-        param_layouts, grad_layouts, kinds, are_compact, like_param = [], [], [], [], []
-        for i, (segment, grad) in enumerate(zip(self.segments, grads, strict=True)):
-            param, exp_avg, indices = segment.param, segment.exp_avg, segment.indices
-            if param.numel() != self._numels[i] or DTYPE_CODES.get(param.dtype) != self._codes[i]:
-                raise StalePlan(
-                    f"`params[{i}]`: expected {self._numels[i]} elements of the dtype the step was prepared for, "
-                    f"got {param.numel()} of {param.dtype}; prepare another step"
-                )
-            state_like_param = indices is None and not exp_avg.is_contiguous()
-            if state_like_param and not same_memory_order(param, exp_avg):
-                raise ValueError(
-                    f"`exp_avgs[{i}]`: expected the strides of a wholly selected parameter, {param.stride()}, or "
-                    f"contiguous, got {exp_avg.stride()}; lay the state out like the parameter"
-                )
-            in_memory_order = indices is None and same_memory_order(param, exp_avg, grad)
+        param_layouts, grad_layouts, like_param = [], [], []
+        for segment, grad in zip(self.segments, grads, strict=True):
+            param, exp_avg, is_whole = segment.param, segment.exp_avg, segment.indices is None
+            in_memory_order = is_whole and same_memory_order(param, exp_avg, grad)
             param_layouts.append(contiguous if in_memory_order else layouts.add(param))
             grad_layouts.append(contiguous if in_memory_order else layouts.add(grad))
-            kinds.append(kernels.KINDS[param.dtype, grad.dtype])
-            are_compact.append(is_compact(grad, param, segment.count))
-            like_param.append(state_like_param and not in_memory_order)
+            like_param.append(is_whole and not exp_avg.is_contiguous() and not in_memory_order)
         table["indices"] = [tables.address(s.indices) for s in self.segments]
         table["index_bytes"] = [0 if s.indices is None else s.indices.itemsize for s in self.segments]
         table["exp_avg"] = [s.exp_avg.data_ptr() for s in self.segments]
@@ -259,7 +242,8 @@ class Plan:
         table["max_exp_avg_sq"] = [tables.address(s.max_exp_avg_sq) for s in self.segments]
         table["master"] = [tables.address(s.master) for s in self.segments]
         table["grad_is_compact"], table["state_like_param"] = are_compact, like_param
-        table["hyper"], table["kind"] = [s.hyper for s in self.segments], kinds
+        table["hyper"] = [s.hyper for s in self.segments]
+        table["kind"] = [kernels.KINDS[p.dtype, g.dtype] for p, g in zip(self._params, grads, strict=True)]
         table["param_ndim"], table["param_layout"] = zip(*param_layouts, strict=True)
         table["grad_ndim"], table["grad_layout"] = zip(*grad_layouts, strict=True)
         words, (_, self._layouts_at, *tiles_at) = align([table, layouts.words(), *self._tiles])
