@@ -197,7 +197,7 @@ def sddmm(
     else:
         checks.shape_dtype("out", out, indices.shape, dtype)
         checks.same_device("out", out, "dy", dy)
-        checks.in_memory("out", out)
+        checks.in_memory("`out`", out)
         if not out.is_contiguous():
             raise ValueError(f"`out`: expected contiguous, got strides {out.stride()}; make it so first")
     if indices.numel():

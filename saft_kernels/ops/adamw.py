@@ -91,7 +91,8 @@ class AdamWSegment:
     """One parameter with its selected coordinates and their state.
 
     `indices` is None for a wholly selected parameter; the state then has the parameter's shape. `hyper` is the
-    row of the hyperparameters that apply.
+    row of the hyperparameters that apply, `name` what errors call the parameter, `takes_compact`
+    whether its gradients may come as the selected values alone.
     """
 
     param: Tensor
@@ -101,6 +102,8 @@ class AdamWSegment:
     max_exp_avg_sq: Tensor | None = None
     master: Tensor | None = None
     hyper: int = 0
+    name: str = ""
+    takes_compact: bool = True
 
     @property
     def count(self) -> int:

@@ -208,8 +208,9 @@ def check_range(member: Member) -> None:
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= numel:
             raise ValueError(
-                f"state of {member.name!r}: expected indices in [0, {numel}), got {low} to {high}: something has "
-                "edited them in place; load the state anew"
+                f"state of {member.name!r}: expected indices below {numel}, its number of elements, got "
+                f"{low if low < 0 else high}; if the parameter's shape has changed, build another optimizer; if "
+                "something has edited the indices, load the state anew"
             )
 
 

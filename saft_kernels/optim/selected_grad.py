@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ..common.names import short
+from ..selection.gradients import check_dense
 from .members import Member, check_range
 
 # by their names in ATen
@@ -168,18 +170,35 @@ def step_gradient(member: Member, gradient: Tensor) -> Tensor:
     """What a step takes: a dense gradient as it is, the values of a released one.
 
     Raises:
-        ValueError: They were gathered for another selection.
+        ValueError: They were gathered for another selection; a dense gradient is not one of this parameter.
     """
     if type(gradient) is not SelectedGrad:
+        _check_form(member, gradient)
         return gradient.resolve_neg()
     if not gradient.selected.is_of(member):
         raise of_another_selection(member.name)
     return gradient.selected.values
 
 
-def check_not_released(member: Member) -> None:
-    """Raises ValueError for a gradient that selection cannot use."""
-    if type(member.parameter.grad) is SelectedGrad:
+def _check_form(member: Member, gradient: Tensor) -> None:
+    """Assignment to `p.grad` checks its form, but `p.grad.data = other` does not."""
+    parameter = member.parameter
+    fits = gradient.dtype == parameter.dtype or (parameter.itemsize == 2 and gradient.dtype == torch.float32)
+    if gradient.shape != parameter.shape or gradient.device != parameter.device or not fits:
+        raise ValueError(
+            f"gradient of {member.name!r}: expected {short(parameter.dtype)} of shape {tuple(parameter.shape)} on "
+            f"{parameter.device}, got {short(gradient.dtype)} of shape {tuple(gradient.shape)} on {gradient.device}; "
+            "call zero_grad(), and run backward again"
+        )
+
+
+def check_selectable(member: Member) -> None:
+    """Raises for a gradient that selection cannot use."""
+    gradient = member.parameter.grad
+    if gradient is not None and type(gradient) is not SelectedGrad:
+        check_dense(member.name, gradient)
+        _check_form(member, gradient)
+    if type(gradient) is SelectedGrad:
         raise ValueError(
             f"gradient of {member.name!r} at selection: expected all of it, got its selected values; call reselect() "
             "after step() and zero_grad(), before the next backward pass"

@@ -22,7 +22,7 @@ from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, unshield
 from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
 from .release import GradientBuffer, selected_values
-from .selected_grad import check_not_released
+from .selected_grad import check_selectable
 from .state import carry_over, new_states
 from .step import PreparedStep, check_state
 
@@ -422,7 +422,7 @@ class SparseAdamW(Optimizer):
         """
         for member in members:
             if member.is_pending:
-                check_not_released(member)
+                check_selectable(member)
         with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:

@@ -63,7 +63,7 @@ class PreparedStep:
                 alike = [row for row in rows if _is_capturable(self._members[row], param_groups) == capturable]
                 if alike:
                     segments = [(self._members[row], mine[row]) for row in alike]
-                    self._parts.append(_Part(device, alike, segments, param_groups, capturable, backend))
+                    self._parts.append(_Part(device, alike, segments, param_groups, capturable, releases, backend))
         self._watch = Watch(mine, set(STATE_KEYS))
         self._shared = shared_parameters(self._params)
         self._releases = releases
@@ -154,6 +154,7 @@ class _Part:
         segments: list[tuple[Member, State]],
         param_groups: ParamGroups,
         capturable: bool,
+        releases: bool,
         backend: str | None,
     ) -> None:
         self.rows, self.device, self.capturable = rows, device, capturable
@@ -179,6 +180,8 @@ class _Part:
                     state["max_exp_avg_sq"] if param_groups[i]["amsgrad"] else None,
                     state["master"] if parameter.itemsize == 2 else None,
                     row,
+                    member.name,
+                    releases,
                 )
             )
         self._plan: AdamWPlan = ops.prepare_sparse_adamw(table, backend=backend)
