@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
-.PHONY: build demo test lint format bench gpu sanitize clean help
+.PHONY: build demo test lint format bench gpu sanitize sdist clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,6 +48,9 @@ gpu:  ## on a machine with an NVIDIA GPU: build in place, GPU tests, benches (RE
 
 sanitize: build  ## the cpu backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh $(BIN)/python
+
+sdist: build  ## what a user gets of a release: sdist, wheel, new environment, one step
+	bash tests/sdist.sh $(BIN)/python
 
 clean:  ## removes what the other targets made
 	rm -rf $(VENV) build *.egg-info saft_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ def kernel_times(tensors: list[torch.Tensor], k: int, repeats: int) -> dict[str,
     total: dict[str, float] = defaultdict(float)
     for event in profiler.events():
         found = re.search(r"(\w+_kernel)<", event.name)
-        name = found.group(1) if found and "topk_cuda" in event.name else event.name[:40]
+        name = found.group(1) if found and "cuda_topk_magnitude" in event.name else event.name[:40]
         calls[name] += 1
         total[name] += event.device_time
     return {name: (calls[name] // repeats, total[name] / repeats) for name in total}

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SAFT_HOST_DEVICE __host__ __device__ __forceinline__
@@ -27,9 +28,15 @@ namespace saft {
 
 using index_t = int64_t;  // every count, offset and stride
 
+SAFT_HOST_DEVICE constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
+
 // Storage types. The numbers are part of the private table format that saft_kernels/ops/dtypes.py
 // has; change both together.
 enum class ScalarType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+inline index_t itemsize_of(ScalarType dtype) {
+  return dtype == ScalarType::kFloat64 ? 8 : dtype == ScalarType::kFloat32 ? 4 : 2;
+}
 
 struct bfloat16 {
   uint16_t bits;
@@ -110,6 +117,29 @@ SAFT_HOST_DEVICE bfloat16 from_float<bfloat16>(float x) {
 template <>
 SAFT_HOST_DEVICE float16 from_float<float16>(float x) {
   return to_float16(x);
+}
+
+// ---- storage type <-> compute type ----
+
+template <class scalar_t>
+using opmath_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <class opmath_t, class scalar_t>
+SAFT_HOST_DEVICE opmath_t load_as(const scalar_t& x) {
+  if constexpr (std::is_same_v<scalar_t, double> || std::is_same_v<scalar_t, float>) {
+    return opmath_t(x);
+  } else {
+    return opmath_t(to_float(x));
+  }
+}
+
+template <class scalar_t, class opmath_t>
+SAFT_HOST_DEVICE scalar_t store_as(opmath_t x) {
+  if constexpr (std::is_same_v<scalar_t, double>) {
+    return double(x);
+  } else {
+    return from_float<scalar_t>(float(x));
+  }
 }
 
 // ---- layout: flat (row-major, logical) index to storage offset ----

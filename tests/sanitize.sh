@@ -8,7 +8,7 @@ shift $(($# > 0))
 root=$(cd "$(dirname "$0")/.." && pwd)
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-# a copy, or a later `pip install .` would find the sanitized module in build/ and take it for up to date
+# a copy: the module in place stays what it is
 cd "$root"
 cp -r csrc python saft_kernels setup.py pyproject.toml README.md LICENSE "$copy"
 cd "$copy" # Python puts the working directory first on its path

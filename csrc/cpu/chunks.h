@@ -18,7 +18,7 @@ void for_each_chunk(const Segment* segments, index_t num_segments, index_t chunk
     first_coordinate[s + 1] = first_coordinate[s] + segments[s].count;
   }
   const index_t total = first_coordinate[num_segments];
-  parallel_for((total + chunk - 1) / chunk, 1, num_threads, [&](index_t c, int) {
+  parallel_for(ceil_div(total, chunk), 1, num_threads, [&](index_t c, int) {
     const index_t end = std::min(total, (c + 1) * chunk);
     index_t at = c * chunk;
     index_t s =

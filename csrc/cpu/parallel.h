@@ -19,7 +19,7 @@ namespace saft {
 // with torch.set_flush_denormal(True), which holds for one thread, results would depend on the schedule.
 template <class Fn>
 void parallel_for(index_t num_items, index_t run, int num_threads, const Fn& fn) {
-  const index_t num_runs = (num_items + run - 1) / run;
+  const index_t num_runs = ceil_div(num_items, run);
   const int threads = int(std::min<index_t>(num_threads, num_runs));
 #if defined(_OPENMP)
   if (threads > 1) {

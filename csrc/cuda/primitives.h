@@ -47,8 +47,6 @@ inline unsigned grid_size(index_t work, int blocks_per_sm, int max_blocks) {
   return unsigned(std::max<index_t>(blocks, 1));
 }
 
-inline index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
-
 // The bytes of arguments that a kernel may have: __grid_constant__ ones are read where the launch put them.
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
 constexpr int kMaxArgumentBytes = 32764;  // needs driver 530, see cuda_unavailable

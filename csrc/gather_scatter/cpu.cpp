@@ -16,12 +16,10 @@
 namespace saft {
 namespace {
 
+// ---- tuning: reasoned, not tuned on hardware ----
+
 constexpr index_t kChunk = 4096;
 constexpr index_t kPrefetchAhead = 32;  // coordinates; hides a DRAM miss behind the copies before it
-
-struct Bytes16 {
-  uint64_t low, high;
-};
 
 // Whether all of [first, last) are positions in the tensor. One maximum: a negative index is a huge unsigned one.
 template <class index_type>

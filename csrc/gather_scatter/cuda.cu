@@ -12,7 +12,7 @@
 #include "gather_scatter/gather_scatter.h"
 
 namespace saft {
-namespace gather_cuda_details {
+namespace cuda_gather_scatter {
 
 // ---- tuning: reasoned from bytes, not tuned on hardware ----
 
@@ -31,10 +31,6 @@ struct DeviceSegment {
   index_t first_tile;
   int32_t ndim, itemsize;
   int32_t index_bytes, unused;
-};
-
-struct Bytes16 {
-  uint64_t low, high;
 };
 
 // A lane's coordinates begin, begin + 32, ...; those that are less than `left` from `begin` exist.
@@ -127,22 +123,22 @@ void run(const GatherSegment* segments, index_t num_segments, void* device_table
   SAFT_LAUNCH(copy_kernel<kGather>, grid, kThreads, cuda_stream, device_rows, num_rows, num_tiles);
 }
 
-}  // namespace gather_cuda_details
+}  // namespace cuda_gather_scatter
 
 index_t gather_scatter_cuda_table_bytes(const GatherSegment* segments, index_t num_segments) {
-  index_t bytes = num_segments * index_t(sizeof(gather_cuda_details::DeviceSegment));
+  index_t bytes = num_segments * index_t(sizeof(cuda_gather_scatter::DeviceSegment));
   for (index_t i = 0; i < num_segments; ++i) bytes += 2 * segments[i].ndim * index_t(sizeof(index_t));
   return bytes;
 }
 
 void gather_cuda(const GatherSegment* segments, index_t num_segments, void* device_table, void* stream,
                  int max_blocks) {
-  gather_cuda_details::run<true>(segments, num_segments, device_table, stream, max_blocks);
+  cuda_gather_scatter::run<true>(segments, num_segments, device_table, stream, max_blocks);
 }
 
 void scatter_cuda(const GatherSegment* segments, index_t num_segments, void* device_table, void* stream,
                   int max_blocks) {
-  gather_cuda_details::run<false>(segments, num_segments, device_table, stream, max_blocks);
+  cuda_gather_scatter::run<false>(segments, num_segments, device_table, stream, max_blocks);
 }
 
 }  // namespace saft

@@ -21,6 +21,10 @@ struct GatherSegment {
   index_t numel;  // of the tensor: indices are in [0, numel)
 };
 
+struct Bytes16 {  // an element of 16 bytes
+  uint64_t low, high;
+};
+
 // ---- cpu entries ----
 
 // Return -1, or a segment that has an index out of range.

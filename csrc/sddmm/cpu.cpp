@@ -10,7 +10,6 @@
 // Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/chunks.h"
@@ -78,15 +77,6 @@ void find_entries(const SddmmParams& p, const index_type* indices, UsedChannels&
 
 // ---- pack ----
 
-template <class opmath_t, class scalar_t>
-opmath_t load(const scalar_t& v) {
-  if constexpr (std::is_same_v<scalar_t, double>) {
-    return v;
-  } else {
-    return to_float(v);
-  }
-}
-
 // `n` tokens from `first` on, of the channels with slots [begin, end): kTokenBlock values per channel, zeros
 // up to the next multiple of kLanes.
 template <class opmath_t, class scalar_t>
@@ -100,7 +90,7 @@ void pack(const SddmmFactor& factor, const int32_t* channels, index_t begin, ind
     for (index_t s = begin; s < end; ++s) {
       const scalar_t* v = from + channels[s] * factor.channel_stride;
       opmath_t* out = packed + s * kTokenBlock + t;
-      for (index_t l = 0; l < run; ++l) out[l] = load<opmath_t>(v[l * factor.token_stride]);
+      for (index_t l = 0; l < run; ++l) out[l] = load_as<opmath_t>(v[l * factor.token_stride]);
       for (index_t l = run; l < kRun; ++l) out[l] = 0;
     }
   }
@@ -231,11 +221,10 @@ void run(const SddmmParams& p, int num_threads, Isa isa) {
   opmath_t* const dy = packed.get();
   opmath_t* const x = dy + num_dy * kTokenBlock;
   std::vector<opmath_t> sums(size_t(p.k), opmath_t(0));
-  const index_t dy_chunks = (num_dy + kChannelChunk - 1) / kChannelChunk;
-  const index_t x_chunks = (num_x + kChannelChunk - 1) / kChannelChunk;
+  const index_t dy_chunks = ceil_div(num_dy, kChannelChunk), x_chunks = ceil_div(num_x, kChannelChunk);
   for (index_t first = 0; first < p.num_tokens; first += kTokenBlock) {
     const index_t n = std::min(kTokenBlock, p.num_tokens - first);
-    const index_t padded = (n + kLanes<opmath_t> - 1) / kLanes<opmath_t> * kLanes<opmath_t>;
+    const index_t padded = ceil_div(n, kLanes<opmath_t>) * kLanes<opmath_t>;
     parallel_for(dy_chunks + x_chunks, 1, num_threads, [&](index_t chunk, int) {
       const bool is_dy = chunk < dy_chunks;
       const std::vector<int32_t>& channels = is_dy ? used_dy.channels : used_x.channels;
@@ -243,7 +232,7 @@ void run(const SddmmParams& p, int num_threads, Isa isa) {
       const index_t end = std::min(begin + kChannelChunk, index_t(channels.size()));
       pack<opmath_t, scalar_t>(is_dy ? p.dy : p.x, channels.data(), begin, end, first, n, is_dy ? dy : x);
     });
-    parallel_for((p.k + kEntryChunk - 1) / kEntryChunk, 1, num_threads, [&](index_t chunk, int) {
+    parallel_for(ceil_div(p.k, kEntryChunk), 1, num_threads, [&](index_t chunk, int) {
       const index_t begin = chunk * kEntryChunk, end = std::min(p.k, begin + kEntryChunk);
       add_dots(isa, entries.data(), begin, end, dy, x, padded, sums.data());
     });

@@ -15,13 +15,12 @@
 // Launch     resident blocks, grid-stride. Sizes are reasoned from bytes, not tuned on hardware.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/primitives.h"
 #include "sddmm/sddmm.h"
 
 namespace saft {
-namespace sddmm_kernels {
+namespace cuda_sddmm {
 
 #if !defined(SAFT_CUDA_SDDMM_TOKEN_BLOCK)  // the tests make it small
 #define SAFT_CUDA_SDDMM_TOKEN_BLOCK 8192
@@ -44,9 +43,6 @@ struct Problem {
   void* sums;  // of the blocks before, by entry
   bool is_first, is_last;
 };
-
-template <class scalar_t>
-using opmath_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <class scalar_t>
 struct Vector {
@@ -103,8 +99,8 @@ __global__ void __launch_bounds__(kThreads) transpose_kernel(Problem p) {
   __shared__ item_t tile[kTileTokens][kTileChannels + 1];
   __shared__ uint8_t used[kTileChannels];
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-  const index_t dy_tiles = (p.params.num_outputs + kTileChannels - 1) / kTileChannels;
-  const index_t x_tiles = (p.params.num_inputs + kTileChannels - 1) / kTileChannels;
+  const index_t dy_tiles = ceil_div(p.params.num_outputs, kTileChannels);
+  const index_t x_tiles = ceil_div(p.params.num_inputs, kTileChannels);
   const index_t token_tiles = p.padded_tokens / kTileTokens;
   for (index_t at = blockIdx.x; at < (dy_tiles + x_tiles) * token_tiles; at += gridDim.x) {
     const index_t channel_tile = at / token_tiles;
@@ -173,11 +169,7 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(Problem p) {
 
 // ---- host ----
 
-index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-index_t itemsize_of(ScalarType dtype) {
-  return dtype == ScalarType::kFloat64 ? 8 : dtype == ScalarType::kFloat32 ? 4 : 2;
-}
+index_t round_up(index_t n, index_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // Fills in the workspace; returns its size.
 index_t carve(const SddmmParams& params, void* workspace, Problem& p) {
@@ -200,18 +192,10 @@ void launch(const SddmmParams& params, void* workspace, cudaStream_t stream, int
   Problem p{};
   p.params = params;
   carve(params, workspace, p);
-  int device = 0, num_sms = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  const auto grid = [&](index_t work) {
-    index_t blocks = std::min<index_t>(work, index_t(num_sms) * kBlocksPerSm);
-    if (max_blocks > 0) blocks = std::min<index_t>(blocks, max_blocks);
-    return unsigned(std::max<index_t>(blocks, 1));
-  };
+  const auto grid = [&](index_t work) { return grid_size(work, kBlocksPerSm, max_blocks); };
   const index_t num_channels = params.num_outputs + params.num_inputs;
   cuda_check(cudaMemsetAsync(p.used, 0, size_t(num_channels), stream), "cudaMemsetAsync");
-  SAFT_LAUNCH(mark_kernel, grid((params.k + kThreads - 1) / kThreads), kThreads, stream, p);
+  SAFT_LAUNCH(mark_kernel, grid(ceil_div(params.k, kThreads)), kThreads, stream, p);
   // without tokens, one block of none: the sums are zero
   for (index_t first = 0; first == 0 || first < params.num_tokens; first += kTokenBlock) {
     p.first_token = first;
@@ -219,23 +203,23 @@ void launch(const SddmmParams& params, void* workspace, cudaStream_t stream, int
     p.padded_tokens = round_up(p.num_tokens, kTileTokens);
     p.is_first = first == 0;
     p.is_last = first + kTokenBlock >= params.num_tokens;
-    const index_t channel_tiles = (params.num_outputs + kTileChannels - 1) / kTileChannels +
-                                  (params.num_inputs + kTileChannels - 1) / kTileChannels;
+    const index_t channel_tiles =
+        ceil_div(params.num_outputs, kTileChannels) + ceil_div(params.num_inputs, kTileChannels);
     const index_t tiles = channel_tiles * (p.padded_tokens / kTileTokens);
     if (tiles > 0) SAFT_LAUNCH(transpose_kernel<item_t>, grid(tiles), kThreads, stream, p);
-    SAFT_LAUNCH(dot_kernel<scalar_t>, grid((params.k + kWarps - 1) / kWarps), kThreads, stream, p);
+    SAFT_LAUNCH(dot_kernel<scalar_t>, grid(ceil_div(params.k, kWarps)), kThreads, stream, p);
   }
 }
 
-}  // namespace sddmm_kernels
+}  // namespace cuda_sddmm
 
 index_t sddmm_cuda_workspace_bytes(const SddmmParams& params) {
-  sddmm_kernels::Problem p{};
-  return sddmm_kernels::carve(params, nullptr, p);
+  cuda_sddmm::Problem p{};
+  return cuda_sddmm::carve(params, nullptr, p);
 }
 
 void sddmm_cuda(const SddmmParams& params, void* workspace, void* stream, int max_blocks) {
-  using namespace sddmm_kernels;
+  using namespace cuda_sddmm;
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   switch (params.dtype) {
     case ScalarType::kFloat32:

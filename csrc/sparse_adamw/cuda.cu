@@ -9,7 +9,7 @@
 #include "sparse_adamw/sparse_adamw.h"
 
 namespace saft {
-namespace adamw_cuda {
+namespace cuda_sparse_adamw {
 
 // ---- host: launches, table ----
 
@@ -101,16 +101,16 @@ void launch_step(const Launch& launch, const AdamWSegment* segments, const AdamW
   SAFT_LAUNCH(sparse_adamw_kernel<kNumWords>, grid, kThreads, stream, a);
 }
 
-}  // namespace adamw_cuda
+}  // namespace cuda_sparse_adamw
 
 index_t sparse_adamw_cuda_table_bytes(const AdamWSegment* segments, index_t num_segments) {
-  using namespace adamw_cuda;
+  using namespace cuda_sparse_adamw;
   return TableShape(segments, deal(segments, num_segments)).words * index_t(sizeof(uint64_t));
 }
 
 void sparse_adamw_cuda_table(const AdamWSegment* segments, index_t num_segments, void* device_table,
                              void* stream) {
-  using namespace adamw_cuda;
+  using namespace cuda_sparse_adamw;
   const std::vector<Launch> launches = deal(segments, num_segments);
   if (launches.empty()) return;
   const TableShape shape(segments, launches);
@@ -155,7 +155,7 @@ void sparse_adamw_cuda_table(const AdamWSegment* segments, index_t num_segments,
 
 void sparse_adamw_cuda(const AdamWSegment* segments, index_t num_segments, const AdamWCudaHyper* hypers,
                        const void* device_table, void* stream, int max_blocks) {
-  using namespace adamw_cuda;
+  using namespace cuda_sparse_adamw;
   const std::vector<Launch> launches = deal(segments, num_segments);
   const TableShape shape(segments, launches);
   const uint64_t* const table = static_cast<const uint64_t*>(device_table);

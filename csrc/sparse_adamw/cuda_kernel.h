@@ -23,7 +23,7 @@
 #include "sparse_adamw/sparse_adamw.h"
 
 namespace saft {
-namespace adamw_cuda {
+namespace cuda_sparse_adamw {
 
 // ---- tuning: reasoned from bytes, not tuned on hardware ----
 
@@ -384,5 +384,5 @@ __global__ __launch_bounds__(kThreads) void locate_tiles_kernel(const DeviceSegm
   }
 }
 
-}  // namespace adamw_cuda
+}  // namespace cuda_sparse_adamw
 }  // namespace saft

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "common.h"
 
@@ -41,28 +40,6 @@ struct AdamWHyper {
   double grad_scale;             // gradients are divided by it
   double maximize;               // 0 or 1
 };
-
-// Compute and state type of a parameter's.
-template <class param_t>
-using opmath_of = std::conditional_t<std::is_same_v<param_t, double>, double, float>;
-
-template <class opmath_t, class scalar_t>
-SAFT_HOST_DEVICE opmath_t load_as(const scalar_t& x) {
-  if constexpr (std::is_same_v<scalar_t, double> || std::is_same_v<scalar_t, float>) {
-    return opmath_t(x);
-  } else {
-    return opmath_t(to_float(x));
-  }
-}
-
-template <class scalar_t, class opmath_t>
-SAFT_HOST_DEVICE scalar_t store_as(opmath_t x) {
-  if constexpr (std::is_same_v<scalar_t, double>) {
-    return double(x);
-  } else {
-    return from_float<scalar_t>(float(x));
-  }
-}
 
 // What a 16-bit parameter with a master starts from. The parameter wins when someone else wrote it: open_clip
 // clamps logit_scale after each step.

@@ -33,12 +33,14 @@
 #endif
 
 namespace saft {
-namespace topk_cpu {
+namespace cpu_topk_magnitude {
 
 // Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24.
 constexpr double kListShare = 1.0 / 32;  // expect fewer survivors than this: lists; more: bitmaps
 constexpr index_t kListBudget = 16;      // lists hold at most numel / kListBudget survivors
 constexpr int kDigitBits = 11;
+// Tiles handed out together: many runs per thread for balance, but not one tile at a time where there are many.
+constexpr index_t kMaxRun = 64, kRunsPerThread = 256;
 
 // Fresh pages cost more than the bytes written to them: ask for huge ones where the system leaves the choice.
 inline void advise_huge_pages(void* data, size_t bytes) {
@@ -68,7 +70,7 @@ class TopKMagnitude {
       }
     }
     num_threads_ = int(std::min<index_t>(num_threads_, std::max<index_t>(1, index_t(tiles_.size()))));
-    run_ = std::min<index_t>(64, 1 + index_t(tiles_.size()) / (num_threads_ * 256));
+    run_ = std::min<index_t>(kMaxRun, 1 + index_t(tiles_.size()) / (num_threads_ * kRunsPerThread));
     for (int i = 0; i < num_threads_; ++i) workspaces_.push_back(std::make_unique<Workspace<Key>>());
   }
 
@@ -288,7 +290,7 @@ class TopKMagnitude {
   index_t num_band_ = 0;
 };
 
-}  // namespace topk_cpu
+}  // namespace cpu_topk_magnitude
 
 TopKResult topk_magnitude_cpu(const TensorDesc* tensors, index_t num_tensors, index_t k, index_t* indices,
                               index_t* counts, int num_threads, int isa) {
@@ -296,7 +298,8 @@ TopKResult topk_magnitude_cpu(const TensorDesc* tensors, index_t num_tensors, in
     return tensor.dtype == ScalarType::kFloat64;
   });
   const auto run = [&](auto key) {
-    return topk_cpu::TopKMagnitude<decltype(key)>(tensors, num_tensors, k, num_threads, resolve_isa(isa))
+    return cpu_topk_magnitude::TopKMagnitude<decltype(key)>(tensors, num_tensors, k, num_threads,
+                                                            resolve_isa(isa))
         .run(indices, counts);
   };
   return any_double ? run(uint64_t{}) : run(uint32_t{});

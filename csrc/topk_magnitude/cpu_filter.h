@@ -14,7 +14,7 @@
 #include "topk_magnitude/cpu_tiles.h"
 
 namespace saft {
-namespace topk_cpu {
+namespace cpu_topk_magnitude {
 
 constexpr index_t kBlockWords = 16;  // compared, then scanned, while its 4 KB of fp32 are in L1
 
@@ -143,5 +143,5 @@ void filter_to_words(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   }
 }
 
-}  // namespace topk_cpu
+}  // namespace cpu_topk_magnitude
 }  // namespace saft

@@ -17,7 +17,7 @@
 #include "topk_magnitude/cpu_tiles.h"
 
 namespace saft {
-namespace topk_cpu {
+namespace cpu_topk_magnitude {
 
 constexpr index_t kLineNumel = 16;  // sampled together: one 64-byte line of fp32
 // Tuned on 2 cores of an AMD EPYC (Zen 3), 2026-11-24.
@@ -26,16 +26,11 @@ constexpr index_t kMinSample = index_t(1) << 16, kMaxSample = index_t(1) << 20; 
 // structured gradients gave rank errors up to 2.4 sigma with this sample.
 constexpr double kSigmas = 6.0;
 constexpr int kSampleBits = 16;
+constexpr double kBandCost = 1.5;    // what one more element in the band costs, in sampled elements
+constexpr index_t kLineChunk = 256;  // sampled lines per work item
 // A band of a larger share of the sample is looked at again.
 constexpr double kNarrowBand = 0.95 / kBandBudget;
 constexpr int kMaxLooks = 4;  // 16 bits each: a 63-bit key
-
-inline uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
 
 template <class Key>
 class Sample {
@@ -43,10 +38,10 @@ class Sample {
   Sample(const TensorDesc* tensors, index_t num_tensors, index_t numel, index_t k, int num_threads)
       : tensors_(tensors), num_tensors_(num_tensors), numel_(numel), k_(k), num_threads_(num_threads) {}
 
-  // The best sample size: reading more of it costs as much as the narrower band saves.
+  // The best sample size: reading more of it costs as much as the narrower band, kSigmas to either side, saves.
   index_t sample_numel() const {
     const double share = double(k_) / double(numel_);
-    const double best = std::pow(9.0 * double(numel_) * std::sqrt(share), 2.0 / 3.0);
+    const double best = std::pow(kBandCost * kSigmas * double(numel_) * std::sqrt(share), 2.0 / 3.0);
     return std::clamp(index_t(best), kMinSample, kMaxSample);
   }
 
@@ -56,7 +51,7 @@ class Sample {
     if (numel_ <= kSmallNumel) return {0, kNaN, 0.0};
     std::vector<index_t> first_line(size_t(num_tensors_) + 1, 0);
     for (index_t t = 0; t < num_tensors_; ++t) {
-      first_line[t + 1] = first_line[t] + (tensors_[t].numel + kLineNumel - 1) / kLineNumel;
+      first_line[t + 1] = first_line[t] + ceil_div(tensors_[t].numel, kLineNumel);
     }
     // Narrowed until the band is small: bins of the first histogram are too wide for data with few distinct
     // keys, or one that most elements share.
@@ -115,26 +110,25 @@ class Sample {
     const index_t num_lines = first_line[num_tensors_];
     const index_t num_sampled = std::min(num_lines, sample_numel() / kLineNumel);
     const double stride = double(num_lines) / double(num_sampled);
-    constexpr index_t kRun = 256;
     std::vector<std::vector<uint32_t>> histograms(static_cast<size_t>(num_threads_));
     std::vector<index_t> sampled(static_cast<size_t>(num_threads_), 0);
-    parallel_for((num_sampled + kRun - 1) / kRun, 1, num_threads_, [&](index_t run, int thread) {
+    parallel_for(ceil_div(num_sampled, kLineChunk), 1, num_threads_, [&](index_t chunk, int thread) {
       auto& histogram = histograms[thread];
       if (histogram.empty()) histogram.assign(size_t(1) << kSampleBits, 0);
-      const index_t end = std::min(num_sampled, (run + 1) * kRun);
-      index_t line[kRun], tensor[kRun];
+      const index_t begin = chunk * kLineChunk, end = std::min(num_sampled, begin + kLineChunk);
+      index_t line[kLineChunk], tensor[kLineChunk];
       index_t t = 0;
-      for (index_t j = run * kRun; j < end; ++j) {
+      for (index_t j = begin; j < end; ++j) {
         const double jitter = double(splitmix64(uint64_t(j)) >> 11) * 0x1p-53;
         const index_t l = std::min(num_lines - 1, index_t((double(j) + jitter) * stride));
         if (t == 0 || l >= first_line[t + 1]) {
           t = std::upper_bound(first_line.begin(), first_line.end(), l) - first_line.begin() - 1;
         }
-        line[j - run * kRun] = l - first_line[t];
-        tensor[j - run * kRun] = t;
+        line[j - begin] = l - first_line[t];
+        tensor[j - begin] = t;
         prefetch_line(tensors_[t], l - first_line[t]);
       }
-      for (index_t j = 0; j < end - run * kRun; ++j) {
+      for (index_t j = 0; j < end - begin; ++j) {
         sampled[thread] += add_line(tensors_[tensor[j]], line[j], lo, hi, shift, histogram.data());
       }
     });
@@ -148,10 +142,7 @@ class Sample {
 
   static void prefetch_line(const TensorDesc& tensor, index_t line) {
     if (tensor.ndim != 0) return;
-    const index_t size = tensor.dtype == ScalarType::kFloat32   ? 4
-                         : tensor.dtype == ScalarType::kFloat64 ? 8
-                                                                : 2;
-    __builtin_prefetch(static_cast<const char*>(tensor.data) + line * kLineNumel * size);
+    __builtin_prefetch(static_cast<const char*>(tensor.data) + line * kLineNumel * itemsize_of(tensor.dtype));
   }
 
   static index_t add_line(const TensorDesc& tensor, index_t line, Key lo, Key hi, int shift,
@@ -181,5 +172,5 @@ class Sample {
   int num_threads_;
 };
 
-}  // namespace topk_cpu
+}  // namespace cpu_topk_magnitude
 }  // namespace saft

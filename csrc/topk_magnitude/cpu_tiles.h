@@ -12,12 +12,12 @@
 #include "topk_magnitude/topk_magnitude.h"
 
 namespace saft {
-namespace topk_cpu {
+namespace cpu_topk_magnitude {
 
 constexpr index_t kTileNumel = 65536;  // a position in a tile is 16 bits
 constexpr index_t kTileWords = kTileNumel / 64;
 constexpr index_t kSmallNumel = index_t(1) << 17;  // up to here everything is band; no sample
-constexpr index_t kBandBudget = 64;                // band keys: at most numel / kBandBudget
+constexpr index_t kBandBudget = 64;  // band keys: at most numel / kBandBudget. Tuned as those in cpu.cpp
 
 struct Tile {
   index_t tensor;
@@ -142,5 +142,5 @@ inline int bit_width(uint64_t x) {
   return n;
 }
 
-}  // namespace topk_cpu
+}  // namespace cpu_topk_magnitude
 }  // namespace saft

@@ -25,13 +25,9 @@
 #include "topk_magnitude/topk_magnitude.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- host: plan, table, launches ----
-
-index_t itemsize_of(ScalarType dtype) {
-  return dtype == ScalarType::kFloat64 ? 8 : dtype == ScalarType::kFloat32 ? 4 : 2;
-}
 
 index_t shift_of(const TensorDesc& tensor) {
   if (tensor.ndim != 0) return 0;
@@ -132,10 +128,10 @@ void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace,
   SAFT_LAUNCH(emit_kernel<Key>, chunk_grid, kThreads, stream, p);
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 
 TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_tensors, index_t k) {
-  using namespace topk_cuda;
+  using namespace cuda_topk_magnitude;
   TopKCudaPlan plan{};
   plan.num_tensors = num_tensors;
   plan.k = k;
@@ -164,7 +160,7 @@ TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_ten
 
 void topk_magnitude_cuda_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* table,
                                const void* device_table) {
-  using namespace topk_cuda;
+  using namespace cuda_topk_magnitude;
   DeviceTensor* rows = static_cast<DeviceTensor*>(table);
   index_t* layouts = reinterpret_cast<index_t*>(rows + plan.num_tensors);
   const index_t* device_layouts =
@@ -201,9 +197,11 @@ void topk_magnitude_cuda(const TopKCudaPlan& plan, const void* device_table, voi
     cuda_check(cudaMemsetAsync(result, 0, size_t(plan.result_words) * sizeof(index_t), cuda_stream),
                "cudaMemsetAsync");
   } else if (plan.any_double != 0) {
-    topk_cuda::launch<uint64_t>(plan, device_table, workspace, indices, result, cuda_stream, max_blocks);
+    cuda_topk_magnitude::launch<uint64_t>(plan, device_table, workspace, indices, result, cuda_stream,
+                                          max_blocks);
   } else {
-    topk_cuda::launch<uint32_t>(plan, device_table, workspace, indices, result, cuda_stream, max_blocks);
+    cuda_topk_magnitude::launch<uint32_t>(plan, device_table, workspace, indices, result, cuda_stream,
+                                          max_blocks);
   }
 }
 

@@ -4,7 +4,7 @@
 #include "topk_magnitude/cuda_filter.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- count ----
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
   State<Key>& state = *p.state;
   const Key threshold = state.threshold;
   const bool single = state.single != 0;
-  const index_t num_chunks = (p.num_tiles + kChunkTiles - 1) / kChunkTiles;
+  const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
   const int part = int(threadIdx.x) % 8, in_chunk = int(threadIdx.x) / 8;
   for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
     const index_t t = chunk * kChunkTiles + in_chunk;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 3) emit_kernel(Problem<Key> p) {
   const Key threshold = state.threshold;
   const bool single = state.single != 0;
   const uint64_t num_ties = state.num_ties;
-  const index_t num_chunks = (p.num_tiles + kChunkTiles - 1) / kChunkTiles;
+  const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
   for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
     // lane i: tile i of the chunk
     const index_t t = chunk * kChunkTiles + lane;
@@ -241,5 +241,5 @@ __global__ void __launch_bounds__(kThreads, 3) emit_kernel(Problem<Key> p) {
   }
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 }  // namespace saft

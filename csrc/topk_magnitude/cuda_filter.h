@@ -4,7 +4,7 @@
 #include "topk_magnitude/cuda_tables.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- filter ----
 
@@ -349,5 +349,5 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocksPerSm<Key>)
   }
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 }  // namespace saft

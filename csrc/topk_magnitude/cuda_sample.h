@@ -4,16 +4,9 @@
 #include "topk_magnitude/cuda_tables.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- sample ----
-
-__device__ __forceinline__ uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
 
 // Fixes the next digit of both ends of the bracket; after the last one, sets the bracket. The last block.
 template <class Key>
@@ -133,5 +126,5 @@ __global__ void __launch_bounds__(kThreads) refine_kernel(Problem<Key> p, int pa
   if (is_last_block(&p.state->tickets[pass])) advance_sample(p, pass, scratch);
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 }  // namespace saft

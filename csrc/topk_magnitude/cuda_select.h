@@ -4,7 +4,7 @@
 #include "topk_magnitude/cuda_tables.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- select ----
 
@@ -69,5 +69,5 @@ __global__ void __launch_bounds__(kThreads) select_kernel(Problem<Key> p, int pa
   }
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 }  // namespace saft

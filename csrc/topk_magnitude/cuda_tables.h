@@ -9,7 +9,7 @@
 #include "topk_magnitude/topk_magnitude.h"
 
 namespace saft {
-namespace topk_cuda {
+namespace cuda_topk_magnitude {
 
 // ---- tuning: reasoned from bytes, not tuned on hardware ----
 
@@ -261,5 +261,5 @@ __device__ bool pick_digit(const Count* histogram, uint64_t rank, PickScratch& s
   return rank >= 1 && rank <= total;
 }
 
-}  // namespace topk_cuda
+}  // namespace cuda_topk_magnitude
 }  // namespace saft

@@ -113,6 +113,15 @@ SAFT_HOST_DEVICE typename KeyTraits<scalar_t>::key_t first_native_key(Key common
   return low;
 }
 
+// ---- the sample's random numbers ----
+
+SAFT_HOST_DEVICE uint64_t splitmix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
 // ---- cpu entry ----
 
 struct TopKResult {

@@ -21,7 +21,8 @@ ISA = -1
 def why_unavailable(device_type: str | None) -> str | None:
     """Why this backend cannot run on tensors of `device_type` (None: any), or None when it can."""
     if import_error is not None:
-        return f"the compiled module is missing ({import_error}); install a C++17 compiler and reinstall"
+        remedy = "reinstall with a C++17 compiler; SAFT_REQUIRE_CPP=1 says what fails"
+        return f"the compiled module is missing ({import_error}); {remedy}"
     if device_type not in (None, "cpu"):
         return f"it runs on CPU tensors, got {device_type}"
     return None

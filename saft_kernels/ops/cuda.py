@@ -31,10 +31,11 @@ _THRESHOLD, _NONFINITE, _STATUS, _READS, _OFFSETS = range(5)
 
 def why_unavailable(device_type: str | None) -> str | None:
     """Why this backend cannot run on tensors of `device_type` (None: any), or None when it can."""
+    remedy = "reinstall with nvcc and a C++17 compiler; SAFT_BUILD_CUDA=1 says what fails"
     if import_error is not None:
-        return f"the compiled module is missing ({import_error}); install a C++17 compiler and nvcc, and reinstall"
+        return f"the compiled module is missing ({import_error}); {remedy}"
     if not _C.has_cuda:
-        return "the module was compiled without CUDA; install nvcc and reinstall (SAFT_BUILD_CUDA=1 shows what fails)"
+        return f"the module was compiled without CUDA; {remedy}"
     if device_type not in (None, "cuda"):
         return f"it runs on CUDA tensors, got {device_type}"
     if torch.version.hip is not None:
