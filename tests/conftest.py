@@ -123,6 +123,28 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+DEFAULTS = {
+    "default_device": lambda: torch.set_default_device("meta"),
+    "device_context": lambda: torch.device("meta"),
+    "float64": lambda: torch.set_default_dtype(torch.float64),
+    "bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
+}
+
+
+@contextlib.contextmanager
+def other_default(name: str) -> Iterator[None]:
+    """Torch makes tensors elsewhere, or of another dtype, where neither is said: the ops say both."""
+    dtype = torch.get_default_dtype()
+    context = DEFAULTS[name]()
+    try:
+        with context or contextlib.nullcontext():
+            assert torch.empty(1).is_meta or torch.empty(1).dtype != torch.float32
+            yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+
+
 def sparse_memory(numel: int, dtype: torch.dtype) -> Tensor:
     """Zeros (numel,) of which only the pages written to take memory: indices above 2^31 for the price of a few."""
     if sys.platform != "linux":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -190,6 +192,23 @@ def test_the_answer_has_the_device_of_the_tensors(backend: Backend) -> None:
     x = backend.to(tensor())
     assert backend.topk_magnitude([x], 1).indices[0].device == x.device
     assert backend.gather([x], [backend.to(torch.tensor([0]))])[0].device == x.device
+
+
+FACTORIES = ("arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+
+
+def test_factories_name_device_and_dtype() -> None:
+    """torch.set_default_device and torch.set_default_dtype are the caller's: see other_default in conftest.py."""
+    calls = [
+        (path, node)
+        for path in Path(ops.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in [f"torch.{name}" for name in FACTORIES]
+    ]
+    assert len(calls) > 10
+    for path, node in calls:
+        named = {keyword.arg for keyword in node.keywords}
+        assert {"device", "dtype"} <= named, f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
 # ---- python -m saft_kernels ----

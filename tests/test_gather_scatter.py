@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import Backend, assert_message, assert_same_bits, sparse_memory
+from conftest import DEFAULTS, Backend, assert_message, assert_same_bits, other_default, sparse_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -249,6 +249,22 @@ def test_property_round_trip(backend: Backend, data: st.DataObject) -> None:
     assert elements(backend.gather([tensor], [index])[0]) == elements(other)
     rest = sorted(set(range(numel)) - set(index.tolist()))
     assert [elements(tensor)[i] for i in rest] == [before[i] for i in rest]
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_defaults_of_torch_do_not_matter(backend: Backend, default: str) -> None:
+    for dtypes in ([torch.float32], [torch.float16, torch.complex64, torch.uint8]):
+        tensors = [backend.to(random_values(30, dtype)).view(5, 6).t() for dtype in dtypes]
+        indices = [backend.to(torch.tensor([29, 3, 4], dtype=torch.int32)) for _ in dtypes]
+        expected = backend.gather(tensors, indices)
+        targets, wanted = ([torch.zeros_like(t) for t in tensors] for _ in range(2))
+        backend.scatter_(wanted, indices, expected)
+        with other_default(default):
+            values = backend.gather(tensors, indices)
+            backend.scatter_(targets, indices, values)
+        for actual, right in zip(values + targets, expected + wanted, strict=True):
+            assert actual.device == right.device
+            assert_same_bits(actual, right)
 
 
 # ---- errors: nothing has been read or written ----

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_ISAS, Backend, assert_message, assert_same_bits
+from conftest import CPU_ISAS, DEFAULTS, Backend, assert_message, assert_same_bits, other_default
 from torch import Tensor
 
 from saft_kernels import sddmm
@@ -178,6 +178,20 @@ def test_nothing_to_do(backend: Backend) -> None:
 def test_no_graph(backend: Backend) -> None:
     dy, x = (backend.to(t).requires_grad_() for t in factors(5, 3, 4))
     assert not backend.sddmm(dy, x, backend.to(torch.tensor([3]))).requires_grad
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@all_dtypes
+def test_defaults_of_torch_do_not_matter(backend: Backend, default: str, dtype: torch.dtype) -> None:
+    dy, x = (backend.to(t) for t in factors(300, 20, 30, dtype))
+    indices = backend.to(some(600, 100))
+    expected = backend.sddmm(dy, x, indices)
+    with other_default(default):
+        actual = backend.sddmm(dy, x, indices)
+        again = backend.sddmm(dy, x, indices, out=torch.zeros_like(actual), accumulate=True)
+    assert actual.device == dy.device
+    assert_same_bits(actual, expected)
+    assert torch.equal(again, expected)
 
 
 Bad = tuple[type[Exception], Callable[[Tensor, Tensor, Tensor], object], list[str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, Backend, assert_message, assert_same_bits, bits, flushed_denormals, sparse_memory
+from conftest import (
+    BACKENDS,
+    DEFAULTS,
+    Backend,
+    assert_message,
+    assert_same_bits,
+    bits,
+    flushed_denormals,
+    other_default,
+    sparse_memory,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -569,8 +580,10 @@ def mixed_problems(backend: Backend) -> list[Problem]:
     ]
 
 
-def step_together(problems: Sequence[Problem], **more: Any) -> None:
-    """One call for all of them, then each one's oracle."""
+def step_together(
+    problems: Sequence[Problem], around: contextlib.AbstractContextManager[None] | None = None, **more: Any
+) -> None:
+    """One call for all of them, inside of `around`; then each one's oracle."""
     denses = [p.grad_values() for p in problems]
     grads = [
         lay_out_grad(p.backend, GRAD_LAYOUTS[i % len(GRAD_LAYOUTS)], dense, p.index, p.param)
@@ -578,17 +591,18 @@ def step_together(problems: Sequence[Problem], **more: Any) -> None:
     ]
     for problem in problems:
         problem.step_number += 1
-    problems[0].backend.sparse_adamw_(
-        [p.param for p in problems],
-        grads,
-        [p.exp_avg for p in problems],
-        [p.exp_avg_sq for p in problems],
-        [p.index for p in problems],
-        masters=[p.master for p in problems],
-        step=problems[0].step_number,
-        **problems[0].options.scalars,
-        **more,
-    )
+    with around or contextlib.nullcontext():
+        problems[0].backend.sparse_adamw_(
+            [p.param for p in problems],
+            grads,
+            [p.exp_avg for p in problems],
+            [p.exp_avg_sq for p in problems],
+            [p.index for p in problems],
+            masters=[p.master for p in problems],
+            step=problems[0].step_number,
+            **problems[0].options.scalars,
+            **more,
+        )
     for problem, dense in zip(problems, denses, strict=True):
         masked = torch.where(problem.mask.view(dense.shape), dense, torch.zeros_like(dense))
         problem.shadow.grad = masked.to(problem.shadow.dtype)
@@ -737,6 +751,22 @@ def test_flush_denormal_holds_on_every_thread(backend: Backend, num_threads: Cal
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_defaults_of_torch_do_not_matter(backend: Backend, default: str) -> None:
+    """All dtypes, index dtypes, layouts and forms of gradient."""
+    results = []
+    for is_other in (False, True):
+        problems = mixed_problems(backend)
+        found_inf = backend.to(torch.zeros(1))
+        for _ in range(2):
+            around = other_default(default) if is_other else contextlib.nullcontext()
+            step_together(problems, around, found_inf=found_inf)
+        results.append([t for p in problems for t in p.state()])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.device == expected.device
+        assert_same_bits(actual, expected)
 
 
 # ---- properties ----

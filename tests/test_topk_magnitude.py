@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Backend, assert_message, bits, flushed_denormals, sparse_memory
+from conftest import DEFAULTS, Backend, assert_message, bits, flushed_denormals, other_default, sparse_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -534,6 +534,24 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "k_too_large": (lambda: topk_magnitude([good(), good()], 7), ValueError, ["`k`", "0 to", "`tensors`", "6", "7"]),
     "k_of_nothing": (lambda: topk_magnitude([], 1), ValueError, ["`k`", "0 to", "0", "1"]),
 }
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_torch_do_not_matter(backend: Backend, default: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = [torch.randn(3_000).to(dtype), torch.randn(50, 60), torch.zeros(0), torch.tensor(torch.nan)]
+    tensors = [backend.to(x) for x in values]
+    tensors[1] = tensors[1].t()
+    for k in (0, 1, 700, 6_001):
+        expected = backend.topk_magnitude(tensors, k)
+        with other_default(default):
+            actual = backend.topk_magnitude(tensors, k)
+        for index, wanted in zip(actual.indices, expected.indices, strict=True):
+            assert (index.dtype, index.device) == (torch.int64, tensors[0].device)
+            assert torch.equal(index, wanted)
+        assert str(actual.threshold) == str(expected.threshold)
+        assert actual.num_nonfinite == expected.num_nonfinite == 1
 
 
 @pytest.mark.parametrize("case", ERRORS)

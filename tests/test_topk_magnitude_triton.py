@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from conftest import DEFAULTS, other_default
 from triton_tools import (
     ARCHS,
     DEVICE,
@@ -228,6 +229,19 @@ def test_layouts(layout: str) -> None:
     view = LAYOUTS[layout](torch.randn(2500, device=DEVICE))
     beside = torch.randn(BORDER + 9, device=DEVICE)
     check([beside, view, beside.to(BF16)[::2]], 1 + view.numel() // 5)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
+def test_defaults_of_torch_do_not_matter(dtype: torch.dtype, default: str) -> None:
+    torch.manual_seed(5)
+    tensors = [torch.randn(BORDER + 9, device=DEVICE).to(dtype), torch.randn(70, 40, device=DEVICE).t()]
+    for k in (0, 99):
+        expected = ops.topk_magnitude(tensors, k, backend="reference")
+        with other_default(default):
+            result = ops.topk_magnitude(tensors, k, backend="triton")
+        assert all(map(torch.equal, result.indices, expected.indices))
+        assert result[1:] == expected[1:]
 
 
 def test_empty() -> None:

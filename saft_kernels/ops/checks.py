@@ -171,8 +171,8 @@ def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: 
         return
     device = present[0][0].device
     flat = torch.cat([index.long() for index, _ in present])
-    counts = torch.tensor([index.numel() for index, _ in present], device=device)
-    limits = torch.tensor([numel for _, numel in present], device=device)
+    counts = torch.tensor([index.numel() for index, _ in present], dtype=torch.int64, device=device)
+    limits = torch.tensor([numel for _, numel in present], dtype=torch.int64, device=device)
     limits = limits.repeat_interleave(counts, output_size=flat.numel())
     if bool(((flat < 0) | (flat >= limits)).any()):
         for i, (index, numel) in enumerate(zip(indices, numels, strict=True)):

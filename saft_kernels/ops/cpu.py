@@ -38,8 +38,8 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     """See `saft_kernels.ops.topk_magnitude`."""
     layouts = tables.Layouts()
     table = tables.tensor_table(layouts, tensors)
-    indices = torch.empty(k, dtype=torch.int64)
-    counts = torch.zeros(len(tensors), dtype=torch.int64)
+    indices = torch.empty(k, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(len(tensors), dtype=torch.int64, device="cpu")
     threshold, num_nonfinite = _C.topk_magnitude(
         table.ctypes.data,
         len(tensors),
@@ -58,8 +58,8 @@ checks_index_ranges = True  # gather and scatter_ do it in the kernel
 def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """Room for that many elements of each tensor."""
     if len({tensor.dtype for tensor in tensors}) == 1:
-        return list(torch.empty(sum(counts), dtype=tensors[0].dtype).split(counts))
-    return [torch.empty(count, dtype=tensor.dtype) for tensor, count in zip(tensors, counts, strict=True)]
+        return list(torch.empty(sum(counts), dtype=tensors[0].dtype, device="cpu").split(counts))
+    return [torch.empty(count, dtype=t.dtype, device="cpu") for t, count in zip(tensors, counts, strict=True)]
 
 
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:

@@ -96,7 +96,7 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
         rows = tables.tensor_table(layouts, tensors)
         plan = _C.topk_magnitude_cuda_plan(rows.ctypes.data, len(tensors), k)
         # torch keeps pinned memory until the copy out of it is done
-        host_table = torch.empty(plan.table_bytes, dtype=torch.uint8, pin_memory=True)
+        host_table = torch.empty(plan.table_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         table = torch.empty(plan.table_bytes, dtype=torch.uint8, device=device)
         _C.topk_magnitude_cuda_table(plan, rows.ctypes.data, host_table.data_ptr(), table.data_ptr())
         table.copy_(host_table, non_blocking=True)

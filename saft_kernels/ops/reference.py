@@ -39,7 +39,7 @@ def magnitude_keys(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def key_to_float(key: int, dtype: torch.dtype) -> float:
     """The magnitude that `magnitude_keys` made this key of."""
     if dtype == torch.float64:
-        return float(torch.tensor(key).view(dtype))
+        return float(torch.tensor(key, dtype=torch.int64, device="cpu").view(dtype))
     # fp32 denormals, too, are normal numbers in fp64
     exponent, mantissa = key >> 23, key & 0x007F_FFFF
     if exponent == 0xFF:

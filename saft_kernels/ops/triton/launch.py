@@ -41,7 +41,7 @@ def launch(kernel: Any, num_programs: int, *args: object, num_warps: int, **cons
 
 def staged(table: Words, device: torch.device) -> Tensor:
     """A copy in pinned memory, which torch keeps until copies out of it are done: they need not wait."""
-    host = torch.empty(len(table), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(len(table), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     host.numpy()[:] = table
     return host
 

@@ -56,7 +56,7 @@ class Mirror:
         self.words = words
         self._device = device
         self._sent: Words | None = None
-        self._copy = torch.empty(0, dtype=torch.int64)
+        self._copy = torch.empty(0, dtype=torch.int64, device=device)
 
     def on_device(self, prefix: int) -> Tensor:
         """A tensor that the next call overwrites. When words from `prefix` on are as they were, they stay there."""
@@ -97,7 +97,7 @@ class Plan:
         self._launches: list[tuple[int, int, int]] = []
         # scalars, or what they are computed from; then the addresses of each parameter and its gradient
         self._moving = Mirror(np.zeros(0, dtype=np.int64), self._device)
-        self._scalars = torch.empty(0, dtype=torch.int64)
+        self._scalars = torch.empty(0, dtype=torch.int64, device=self._device)
         self._captured: list[Tensor] = []
 
     def _cut(self) -> list[Table]:
