@@ -119,7 +119,7 @@ def compare(args: argparse.Namespace) -> None:
             f"{args.b}: expected tensor names as in {args.a}, such as {listing(list(masks[0]))}, got "
             f"{listing(list(masks[1]))}; compare masks of one model"
         )
-    empty = torch.empty(0, dtype=torch.int32)
+    empty = torch.empty(0, dtype=torch.int32, device="cpu")
     rows: dict[str, list[int]] = {}
     agreeing = 0
     for name in names:

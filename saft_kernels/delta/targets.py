@@ -87,7 +87,7 @@ class Targets:
 
     def gather(self) -> list[Tensor]:
         """The changed elements as they are now, per target, on its device."""
-        current: list[Tensor] = [torch.empty(0)] * len(self.tensors)
+        current: list[Tensor] = [torch.empty(0, device="cpu")] * len(self.tensors)
         for device, rows in self._rows.items():
             indices = self._copies.on(device, self._indices, "indices")
             picked = ops.gather([self.tensors[row] for row in rows], [indices[self.names[row]] for row in rows])
