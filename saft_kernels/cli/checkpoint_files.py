@@ -87,8 +87,11 @@ class TensorFile:
             )
 
     def _error(self, expected: str, error: Exception, remedy: str) -> ValueError:
-        text = str(error).strip() or type(error).__name__
-        return ValueError(f"{self.path}: expected {expected} ({text.splitlines()[0][:160]}); {remedy}")
+        # torch says first how to run the file's code, and then what is wrong with it
+        text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip() or type(error).__name__
+        lines = text.splitlines()
+        line = next((line for line in lines if "GLOBAL" in line), lines[0])
+        return ValueError(f"{self.path}: expected {expected} ({line.strip()[:160]}); {remedy}")
 
 
 class SafetensorsFile(TensorFile):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -173,14 +173,20 @@ def check_state(changes: Changes, targets: Targets, alphas: Sequence[float]) -> 
     if not strange or not targets.differing(current, changes.values, "values"):
         return None
     if changes.originals is not None:
-        named = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
-        for alpha in (*alphas, *changes.possible_alphas(named)):
+        for alpha in _alphas(changes, targets, current, alphas):
             if not targets.differing(current, changes.at(alpha), None):
                 return alpha
     raise ValueError(
         f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
         f"{listing(strange)}; load the model that it was made from"
     )
+
+
+def _alphas(
+    changes: Changes, targets: Targets, current: Sequence[Tensor], remembered: Sequence[float]
+) -> Iterator[float]:
+    yield from remembered
+    yield from changes.possible_alphas({n: values.cpu() for n, values in zip(targets.names, current, strict=True)})
 
 
 def take_originals(changes: Changes, targets: Targets) -> None:
