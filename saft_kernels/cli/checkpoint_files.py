@@ -53,6 +53,7 @@ class TensorFile:
         """What is no tensor, or none of a dtype that torch has."""
         self._file = open(path, "rb")  # noqa: SIM115
         self._before = os.fstat(self._file.fileno())
+        self.nbytes = self._before.st_size
         try:
             self._open()
         except BaseException:
@@ -190,7 +191,7 @@ class TorchFile(TensorFile):
                 if tensor.layout != torch.strided:
                     return None
                 storage = tensor.untyped_storage()
-                offset = storage._checkpoint_offset
+                offset = getattr(storage, "_checkpoint_offset", None)
                 reach = (int(tensor.storage_offset()) + _reach(tensor)) * tensor.itemsize
                 if offset is None or sizes.get(offset) != storage.nbytes() or reach > storage.nbytes():
                     return None
@@ -241,7 +242,7 @@ class TorchFile(TensorFile):
         for name, (index, values) in changes.items():
             ops.scatter_([state[name].detach()], [index], [values])
         torch.save(content, file)
-        advance(self._before.st_size)
+        advance(self.nbytes)
 
 
 def load(file: BinaryIO, device: str) -> Any:

@@ -60,8 +60,8 @@ def matched(argument: str, tensors: Named, changes: Changes) -> list[tuple[str, 
         check_same_kind(argument, alias, tensor, changes.mask.shapes[name], changes.values[name].dtype)
         if _may_overlap(tensor):
             raise ValueError(
-                f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor "
-                f"with strides {tensor.stride()}; clone it first"
+                f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor with "
+                f"strides {tensor.stride()}; clone it first"
             )
     return pairs
 
@@ -207,6 +207,8 @@ def _learn(changes: Changes, targets: Targets, current: Sequence[Tensor]) -> Non
 def _may_overlap(tensor: Tensor) -> bool:
     """Whether two elements may lie in one place: true of expanded tensors, false of any slice or permutation."""
     reach = 0
+    if not tensor.numel():
+        return False
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride <= reach:
