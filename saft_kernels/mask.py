@@ -8,10 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from .common import files, tensor_files
+from .common.memory import out_of_memory_says
 from .common.names import listing, plain_names, short
 from .ops.dtypes import INDEX_DTYPES, index_dtype
 
@@ -168,12 +171,21 @@ class SparseMask(Mapping[str, Tensor]):
         return [self[name].to(parameter.device) for name, parameter in named]
 
     def to_dense(self) -> dict[str, Tensor]:
-        """Bool tensors of the tensors' shapes, True where selected."""
+        """Bool tensors of the tensors' shapes, True where selected.
+
+        Memory is taken for what is selected: the pages around it.
+
+        Raises:
+            torch.OutOfMemoryError: There is no room for so many elements, selected or not.
+        """
         dense = {}
         for name, shape in self.shapes.items():
-            dense[name] = torch.zeros(math.prod(shape), dtype=torch.bool)
-            dense[name][self[name].long()] = True
-            dense[name] = dense[name].view(shape)
+            numel = math.prod(shape)
+            with out_of_memory_says(f"dense mask of {name!r}, {numel:,} elements", f"use its indices: mask[{name!r}]"):
+                # NumPy's zeros are pages that the system has not yet given; torch's are written
+                flat = torch.from_numpy(_zeros(numel))
+            flat[self[name].long()] = True
+            dense[name] = flat.view(shape)
         return dense
 
     @classmethod
@@ -207,7 +219,7 @@ class SparseMask(Mapping[str, Tensor]):
                 f"`masks`: expected names of the model's parameters, got {listing(sorted(unknown))}; they are called "
                 f"{listing(list(named))}"
             )
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
         found = {}
         for plain, name in plain_names(named).items():
             found[name] = indices[given[plain]] if plain in given else empty
@@ -251,6 +263,13 @@ class SparseMask(Mapping[str, Tensor]):
                 f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
                 f"({error}); save the mask again"
             ) from error
+
+
+def _zeros(numel: int) -> npt.NDArray[np.bool_]:
+    try:
+        return np.zeros(numel, dtype=np.bool_)
+    except (ValueError, OverflowError) as error:  # beyond what NumPy can count
+        raise MemoryError(str(error)) from error
 
 
 def _difference(mask: SparseMask, other: SparseMask) -> str:

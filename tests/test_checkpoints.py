@@ -223,6 +223,14 @@ def test_an_output_folder_is_new_and_no_input_is_lost(tmp_path: Path, capsys: py
     same(loaded(tmp_path / "empty"), tuned)
 
 
+def test_a_folder_is_no_delta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, _ = states()
+    model = sharded(tmp_path / "model", base, 2)
+    for words in (("summary", model), ("compare", model, model), ("apply", model, model, "-o", tmp_path / "out")):
+        assert run(*words) == 1
+        assert "a delta, got a folder; of two checkpoints, `saft-kernels diff` makes a delta" in capsys.readouterr().err
+
+
 def test_a_failed_folder_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +433,9 @@ def test_no_code_of_a_file_is_run(where: str, tmp_path: Path, capsys: pytest.Cap
     torch.save(content, tmp_path / "a.pth.tar")
     safetensors.torch.save_file(base, tmp_path / "b.safetensors")
     assert run("diff", tmp_path / "b.safetensors", tmp_path / "a.pth.tar", "-o", tmp_path / "d") == 1
-    assert "expected a file that torch.load(weights_only=True) reads" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "expected a file that torch.load(weights_only=True) reads" in message
+    assert "unsupported GLOBAL posix.mkdir" in message
     assert not Runs.folder.exists()
 
 

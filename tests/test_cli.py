@@ -6,6 +6,7 @@ import builtins
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -470,6 +471,34 @@ def test_a_terminal_gets_richs_table(
     assert "visual.blocks.2.norm.bias" in out
 
 
+def test_names_break_after_dots() -> None:
+    """No piece is wider than it may be, as long as there are dots, and nothing is lost."""
+    name = "visual.transformer.resblocks.11.attn.in_proj_weight"
+    assert summary.broken(name, 60) == name
+    assert summary.broken(name, 34) == "visual.transformer.resblocks.11.\n  attn.in_proj_weight"
+    for width in range(22, 60):
+        lines = summary.broken(name, width).split("\n")
+        assert max(map(len, lines)) <= width
+        assert "".join(line.strip() for line in lines) == name
+    assert summary.broken("nodots" * 9, 20) == "nodots" * 9
+    assert summary.broken("...a", 2) in ("...a", ".\n  ..a", "..\n  .a", "...\n  a")
+
+
+def test_a_table_fits_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model, with long names."""
+    names = [f"visual.transformer.resblocks.{i}.attn.in_proj_weight" for i in range(11)]
+    mask = SparseMask({name: torch.arange(10_000) for name in names}, dict.fromkeys(names, (10**5, 10**5)))
+    mask.save(tmp_path / "mask.safetensors")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(tmp_path, "summary mask.safetensors") == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[4:6]] == ["visual.transformer.resblocks.0.", "attn.in_proj_weight"]
+
+
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """As if a package were not installed."""
     original = builtins.__import__
@@ -499,6 +528,25 @@ def test_png(state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     content = (tmp_path / "where.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000
+
+
+def test_a_stack_without_selected_elements_is_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of text says so; where there is nothing but such, no map is drawn."""
+    rows = [summary.Row(f"text.{i}.{kind}", 3 + i, 10) for i in range(4) for kind in "ab"]
+    rows += [summary.Row(f"visual.{i}.{kind}", 0, 10) for i in range(4) for kind in "ab"]
+    drawn: list[str] = []
+    plot = summary._plot_stack
+
+    def counted(axis: Any, stack: summary.Stack, norm: Any) -> Any:
+        drawn.append(stack.name)
+        return plot(axis, stack, norm)
+
+    monkeypatch.setattr(summary, "_plot_stack", counted)
+    summary.save_figure(tmp_path / "a.png", "a", rows, 160)
+    assert drawn == ["text"]
+    summary.save_figure(tmp_path / "b.png", "b", [summary.Row("head", 1, 5), *rows[8:]], 85)
+    assert drawn == ["text"]
+    assert (tmp_path / "b.png").stat().st_size < (tmp_path / "a.png").stat().st_size
 
 
 def test_the_picture_covers_every_element() -> None:

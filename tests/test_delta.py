@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask
 from saft_kernels.common import tensor_files
+from saft_kernels.delta import difference
 from saft_kernels.delta import file as delta_file
 from saft_kernels.delta.changes import Changes
 
@@ -175,6 +176,80 @@ def test_tied_weights_are_stored_once_and_written_under_every_name(tmp_path: Pat
     assert (mixed.tied, mixed.mask["head.weight"].tolist()) == ({}, [12])
     with pytest.raises(ValueError, match=r"without 'embed\.weight'"):
         delta.apply_({"other": torch.zeros(5, 3)})
+
+
+def test_files_and_compositions_name_their_device(tmp_path: Path) -> None:
+    """Another default device: every tensor that is made here says where it is."""
+    delta = SparseDelta.diff(small(), changed(small()), whole=True)
+    try:
+        torch.set_default_device("meta")
+        delta.save(tmp_path / "d", include_original=True)
+        loaded = SparseDelta.load(tmp_path / "d")
+        both = SparseDelta.compose([loaded, loaded], on_conflict="sum").delta
+        dense = loaded.mask.to_dense()
+        loaded.mask.save(tmp_path / "m")
+        masks = [SparseMask.load(tmp_path / "m"), SparseMask.from_dense(dense)]
+        assert loaded == delta
+        assert both.mask == delta.mask
+        assert masks == [delta.mask, delta.mask]
+    finally:
+        torch.set_default_device(None)
+
+
+def test_another_default_dtype_changes_nothing(tmp_path: Path) -> None:
+    base, tuned = small(), changed(small())
+    linear = nn.Sequential(nn.Linear(6, 5, bias=False))
+    adapted = copy.deepcopy(linear)
+    with torch.no_grad():
+        adapted[0].weight[0, 1] += 0.25
+    expected = SparseDelta.diff(base, tuned)
+    half = copied(base)
+    expected.interpolate_(half, 0.5)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        delta = SparseDelta.diff(base, tuned)
+        delta.interpolate_(base, 0.5)
+        assert_same_state(base, half)
+        delta.save(tmp_path / "d", include_original=True)
+        SparseDelta.load(tmp_path / "d").apply_(base)
+        SparseDelta.diff(linear, adapted).to_shira(tmp_path / "adapter", linear)
+        shira = SparseDelta.from_shira(tmp_path / "adapter", linear)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert delta == expected
+    assert_same_state(base, tuned)
+    assert shira == SparseDelta.diff(linear, adapted)
+
+
+def test_a_large_tensor_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its strides, in the order of its elements."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(1, 6, 5, 7, generator=generator)
+    for view in (tensor, tensor.transpose(1, 3), tensor[:, ::2], tensor[:, :, :1].expand(1, 6, 5, 7), tensor[0, 0, 0]):
+        other = torch.where(torch.rand(view.shape, generator=generator) < 0.3, view + 1, view)
+        expected = SparseDelta.diff({"w": view}, {"w": other})
+        assert expected.mask["w"].tolist() == (view != other).flatten().nonzero().flatten().tolist()
+        for block in (1, 3, 10):
+            monkeypatch.setattr(difference, "_BLOCK", block)
+            assert SparseDelta.diff({"w": view}, {"w": other}) == expected
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_views_of_a_single_element(whole: bool, tmp_path: Path) -> None:
+    """They have any stride, and torch calls them contiguous."""
+    storage = torch.arange(8.0)
+    for view in (storage[::2][:1], storage.view(2, 4)[:, 2:3][:1], storage[3:4], storage.as_strided((1, 1), (5, 3))):
+        parameter = nn.Parameter(view)
+        delta = SparseDelta.diff({"w": parameter}, {"w": parameter.detach() + 1}, whole=whole)
+        plain = torch.tensor(view.flatten().tolist()).view(view.shape)
+        assert delta == SparseDelta.diff({"w": plain}, {"w": plain + 1}, whole=whole)
+        delta.save(tmp_path / "d", include_original=True)
+        assert SparseDelta.load(tmp_path / "d") == delta
+    with pytest.raises(TypeError, match="negated or conjugated view"):
+        SparseDelta.diff(
+            {"w": torch.ones(2, dtype=torch.complex64).conj()}, {"w": torch.ones(2, dtype=torch.complex64)}
+        )
 
 
 def test_nothing_changed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def test_dense_round_trip() -> None:
     transposed = SparseMask.from_dense({"w0": dense["w0"].t().contiguous().t()})
     assert torch.equal(transposed["w0"], mask["w0"])
     assert SparseMask.from_dense({"w": torch.tensor([0.0, 2.0, -1.0])})["w"].tolist() == [1, 2]
+
+
+def test_a_dense_mask_takes_memory_for_what_is_selected() -> None:
+    """2^33 elements would be 8 GiB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dense = SparseMask({"w": torch.tensor([5, 2**33 - 1])}, {"w": (2**20, 2**13)}).to_dense()["w"]
+    assert dense.shape == (2**20, 2**13)
+    assert [bool(dense.view(-1)[i]) for i in (4, 5, 6, -2, -1)] == [False, True, False, False, True]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    for shape in ((2**45,), (2**62,), (2**31, 2**31, 4)):
+        with pytest.raises(torch.OutOfMemoryError, match="expected it to fit in memory") as error:
+            SparseMask({"w": torch.tensor([5])}, {"w": shape}).to_dense()
+        assert_message(error, [f"dense mask of 'w', {math.prod(shape):,} elements", "use its indices: mask['w']"])
 
 
 def test_iou() -> None:

@@ -81,7 +81,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of its files of tensors."""
-        return sum(file.path.stat().st_size for file in self._files)
+        return sum(file.nbytes for file in self._files)
 
     def read(self, name: str) -> Tensor:
         """The values of a tensor, which do not follow its file."""

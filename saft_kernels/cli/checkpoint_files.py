@@ -53,6 +53,7 @@ class TensorFile:
         """What is no tensor, or none of a dtype that torch has."""
         self._file = open(path, "rb")  # noqa: SIM115
         self._before = os.fstat(self._file.fileno())
+        self.nbytes = self._before.st_size
         try:
             self._open()
         except BaseException:
@@ -87,8 +88,11 @@ class TensorFile:
             )
 
     def _error(self, expected: str, error: Exception, remedy: str) -> ValueError:
-        text = str(error).strip() or type(error).__name__
-        return ValueError(f"{self.path}: expected {expected} ({text.splitlines()[0][:160]}); {remedy}")
+        # torch says first how to run the file's code, and then what is wrong with it
+        text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip() or type(error).__name__
+        lines = text.splitlines()
+        line = next((line for line in lines if "GLOBAL" in line), lines[0])
+        return ValueError(f"{self.path}: expected {expected} ({line.strip()[:160]}); {remedy}")
 
 
 class SafetensorsFile(TensorFile):
@@ -187,7 +191,7 @@ class TorchFile(TensorFile):
                 if tensor.layout != torch.strided:
                     return None
                 storage = tensor.untyped_storage()
-                offset = storage._checkpoint_offset
+                offset = getattr(storage, "_checkpoint_offset", None)
                 reach = (int(tensor.storage_offset()) + _reach(tensor)) * tensor.itemsize
                 if offset is None or sizes.get(offset) != storage.nbytes() or reach > storage.nbytes():
                     return None
@@ -238,7 +242,7 @@ class TorchFile(TensorFile):
         for name, (index, values) in changes.items():
             ops.scatter_([state[name].detach()], [index], [values])
         torch.save(content, file)
-        advance(self._before.st_size)
+        advance(self.nbytes)
 
 
 def load(file: BinaryIO, device: str) -> Any:

@@ -119,7 +119,7 @@ def compare(args: argparse.Namespace) -> None:
             f"{args.b}: expected tensor names as in {args.a}, such as {listing(list(masks[0]))}, got "
             f"{listing(list(masks[1]))}; compare masks of one model"
         )
-    empty = torch.empty(0, dtype=torch.int32)
+    empty = torch.empty(0, dtype=torch.int32, device="cpu")
     rows: dict[str, list[int]] = {}
     agreeing = 0
     for name in names:
@@ -185,6 +185,7 @@ def _move(args: argparse.Namespace, alpha: float, *, originals_needed: bool = Fa
     check_format(args.output, args.model)
     if not math.isfinite(alpha):
         raise ValueError(f"`alpha`: expected a finite number, got {alpha}; 0 is the base, 1 the tuned model")
+    _check_file(args.delta, "a delta")
     changes = SparseDelta.load(args.delta).changes
     verify = args.verify or ("whole" if changes.rest else "selected")
     check_verify(changes, verify)
@@ -243,6 +244,7 @@ def _elements(argument: str, model: Checkpoint, changes: Changes, *, whole: bool
 
 def _load(path: Path) -> SparseMask | SparseDelta:
     """A mask, a delta, or a dictionary of bool or 0/1 masks from torch.save."""
+    _check_file(path, "a mask or a delta")
     try:
         with open(path, "rb") as file:
             form = tensor_files.read_header(file).metadata.get("format")
@@ -258,6 +260,13 @@ def _load(path: Path) -> SparseMask | SparseDelta:
             "checkpoints, `saft-kernels diff` makes a delta"
         )
     return SparseDelta.load(path) if form == delta_file.FORMAT else SparseMask.load(path)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path}: expected {expected}, got a folder; of two checkpoints, `saft-kernels diff` makes a delta"
+        )
 
 
 def _load_masks(path: Path) -> SparseMask:

@@ -55,6 +55,11 @@ def named_tensors(argument: str, model: Model) -> dict[str, Tensor]:
                 f"`{argument}`[{name!r}]: expected a strided tensor in memory, got {got}; gather the full state dict "
                 "first"
             )
+        if tensor.is_neg() or tensor.is_conj():
+            raise TypeError(
+                f"`{argument}`[{name!r}]: expected values in memory, got a negated or conjugated view of others; clone "
+                "it first"
+            )
         found[plain] = tensor.detach()
     return found
 

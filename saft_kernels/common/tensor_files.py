@@ -220,7 +220,10 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The values in row-major order, little-endian."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # contiguous() leaves a single element its stride, and view() refuses that
+        flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(flat)
+    return flat.view(torch.uint8).numpy().data
 
 
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

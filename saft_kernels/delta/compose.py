@@ -79,9 +79,10 @@ def compose(deltas: Sequence[Changes], on_conflict: Policy) -> tuple[Changes, Co
                 f"`deltas`: expected deltas of one base, got different originals in {name!r}; make them from the same "
                 "model"
             )
-        element = torch.cat([torch.zeros(min(1, len(index)), dtype=torch.long), again.logical_not().long().cumsum(0)])
+        first_row = torch.zeros(min(1, len(index)), dtype=torch.long, device="cpu")
+        element = torch.cat([first_row, again.logical_not().long().cumsum(0)])
         counts = torch.bincount(element)
-        conflicting = torch.zeros(len(counts), dtype=torch.bool)
+        conflicting = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
         conflicting[element[1:][again & (as_bits(after)[1:] != as_bits(after)[:-1])]] = True
         if bool((counts > 1).any()):
             rows.append(ConflictRow(name, int((counts > 1).sum()), int(conflicting.sum())))

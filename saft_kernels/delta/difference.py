@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -12,6 +13,8 @@ from ..common.names import check_same_kind, listing, short
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
 from .changes import DTYPES, Changes, rest_checksum
+
+_BLOCK = 2**24  # elements compared at once: a byte for each
 
 
 def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclude: Sequence[str] | str) -> list[str]:
@@ -42,6 +45,19 @@ def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclud
     return names
 
 
+def _differing(old: Tensor, new: Tensor) -> Tensor:
+    """Flat positions of the elements that differ; block by block, whatever the strides."""
+    if old.numel() <= _BLOCK:
+        return (old != new).reshape(-1).nonzero().flatten()
+    axis = next(axis for axis, size in enumerate(old.shape) if size > 1)
+    half = old.shape[axis] // 2
+    parts = [
+        (tensor.narrow(axis, 0, half), tensor.narrow(axis, half, tensor.shape[axis] - half)) for tensor in (old, new)
+    ]
+    first, second = (_differing(*pair) for pair in zip(*parts, strict=True))
+    return torch.cat([first, second + parts[0][0].numel()])
+
+
 def difference(
     pairs: Iterable[tuple[str, Tensor, Tensor]],
     names: Sequence[str],
@@ -69,7 +85,7 @@ def difference(
                 f"`base`: expected dtypes that safetensors files hold, got {short(old.dtype)} for {name!r}; exclude it"
             )
         new = new.to(old.device)
-        index = (as_bits(old) != as_bits(new)).reshape(-1).nonzero().flatten()
+        index = _differing(as_bits(old), as_bits(new))
         if index.numel() or whole:
             indices[name], shapes[name] = index, tuple(old.shape)
             ((originals[name],), (values[name],)) = ops.gather([old], [index]), ops.gather([new], [index])

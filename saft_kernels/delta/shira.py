@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..common import files, tensor_files
-from ..common.names import Model, listing, named_tensors, plain_names
+from ..common.names import Model, listing, named_tensors, plain_names, short
 from ..mask import SparseMask
-from ..ops.dtypes import as_bits
+from ..ops.dtypes import INDEX_DTYPES, as_bits
 from .changes import Changes
 
 _PREFIX = "base_model.model."
@@ -50,9 +50,14 @@ def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, par
         What was left out.
 
     Raises:
+        TypeError: `base` is no module.
         ValueError: Changes elsewhere, with partial=False; none in nn.Linear weights; more changes in one module than
             any r allows.
     """
+    if not isinstance(base, nn.Module):
+        raise TypeError(
+            f"`base`: expected a module, whose nn.Linear it adapts, got {type(base).__name__}; pass the model"
+        )
     originals = delta.known_originals("to_shira")
     linears = _linear_weights(base)
     changed = [name for name in delta.mask if delta.mask[name].numel()]
@@ -86,11 +91,11 @@ def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, par
         inexact += int((as_bits(_added(old, difference)) != as_bits(new)).sum())
         index = delta.mask[name].long()
         padding = count - index.numel()
-        free = torch.arange(count)
+        free = torch.arange(count, device="cpu")
         free = free[~torch.isin(free, index, assume_unique=True)][:padding]
         index, order = torch.cat([index, free]).sort()
         # adding -0 leaves every value its bits, -0 too
-        difference = torch.cat([difference, torch.full((padding,), -0.0, dtype=dtype)])[order]
+        difference = torch.cat([difference, torch.full((padding,), -0.0, dtype=dtype, device="cpu")])[order]
         module = _PREFIX + linears[name]
         tensors[f"{module}.shira_weight"] = difference
         tensors[f"{module}.shira_indices"] = torch.stack([index // in_features, index % in_features]).int()
@@ -135,11 +140,12 @@ def load(folder: str | os.PathLike[str], base: Model) -> Changes:
         base: The model the adapter was trained on, or its state dict. Not changed.
 
     Raises:
-        ValueError: Another kind of adapter, or another model.
+        ValueError: Another kind of adapter, a damaged one, or another model.
+        OSError: A file of it cannot be read.
     """
     folder = Path(folder)
     try:
-        kind = json.loads((folder / _CONFIG).read_text()).get("peft_type")
+        kind = json.loads((folder / _CONFIG).read_bytes()).get("peft_type")
         _, stored = tensor_files.read(folder / _WEIGHTS)
     except OSError:
         raise
@@ -163,15 +169,27 @@ def load(folder: str | os.PathLike[str], base: Model) -> Changes:
         if name not in tensors or tensors[name].dim() != 2:
             raise ValueError(f"`base`: expected the adapter's modules, got a model without {name!r}; pass its base")
         shapes[name] = rows, columns = tuple(tensors[name].shape)
-        difference, place = stored[f"{module}.shira_weight"], stored[f"{module}.shira_indices"].long()
-        if place.shape != (2, difference.numel()) or bool(
-            ((place < 0) | (place >= torch.tensor([[rows], [columns]]))).any()
+        difference, place = stored[f"{module}.shira_weight"], stored[f"{module}.shira_indices"]
+        if (
+            not (difference.is_floating_point() and tensors[name].is_floating_point())
+            or place.dtype not in INDEX_DTYPES
+            or place.shape != (2, *difference.shape)
+            or difference.dim() != 1
         ):
+            got = [f"{short(tensor.dtype)} {tuple(tensor.shape)}" for tensor in (difference, place, tensors[name])]
+            raise ValueError(
+                f"{folder}: expected floats (n,) and integers (2, n) for float weights, got {got[0]} and {got[1]} for "
+                f"{name!r}, {got[2]}; get it anew"
+            )
+        row, column = place.long()
+        if bool(((place < 0).any(0) | (row >= rows) | (column >= columns)).any()):
             raise ValueError(
                 f"{folder}: expected row and column within {(rows, columns)} per value of {name!r}, got others: an "
                 "adapter for another model; pass its base"
             )
-        index, order = (place[0] * columns + place[1]).sort()
+        index, order = (row * columns + column).sort()
+        if bool((index[1:] == index[:-1]).any()):
+            raise ValueError(f"{folder}: expected each element of {name!r} once, got some twice; get it anew")
         (old,) = ops.gather([tensors[name]], [index.to(tensors[name].device)])
         old = old.cpu()
         new = _added(old, difference[order])

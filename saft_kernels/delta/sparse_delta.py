@@ -144,7 +144,7 @@ class SparseDelta:
         """What changed between two models: every element whose bits differ (NaN by payload, -0 from +0).
 
         Args:
-            base: The model before. One read of both models; 1 B per element of the largest tensor beside them.
+            base: The model before. One read of both models; 16 MiB beside them, and what has changed.
             tuned: The model after: the same names, shapes and dtypes.
             exclude: Glob or globs (fnmatch) over names to leave out, in both.
             whole: Take checksums of all other elements too, for `verify="whole"`. They go into the file, some 30 B

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -60,8 +60,8 @@ def matched(argument: str, tensors: Named, changes: Changes) -> list[tuple[str, 
         check_same_kind(argument, alias, tensor, changes.mask.shapes[name], changes.values[name].dtype)
         if _may_overlap(tensor):
             raise ValueError(
-                f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor "
-                f"with strides {tensor.stride()}; clone it first"
+                f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor with "
+                f"strides {tensor.stride()}; clone it first"
             )
     return pairs
 
@@ -87,7 +87,7 @@ class Targets:
 
     def gather(self) -> list[Tensor]:
         """The changed elements as they are now, per target, on its device."""
-        current: list[Tensor] = [torch.empty(0)] * len(self.tensors)
+        current: list[Tensor] = [torch.empty(0, device="cpu")] * len(self.tensors)
         for device, rows in self._rows.items():
             indices = self._copies.on(device, self._indices, "indices")
             picked = ops.gather([self.tensors[row] for row in rows], [indices[self.names[row]] for row in rows])
@@ -173,14 +173,20 @@ def check_state(changes: Changes, targets: Targets, alphas: Sequence[float]) -> 
     if not strange or not targets.differing(current, changes.values, "values"):
         return None
     if changes.originals is not None:
-        named = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
-        for alpha in (*alphas, *changes.possible_alphas(named)):
+        for alpha in _alphas(changes, targets, current, alphas):
             if not targets.differing(current, changes.at(alpha), None):
                 return alpha
     raise ValueError(
         f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
         f"{listing(strange)}; load the model that it was made from"
     )
+
+
+def _alphas(
+    changes: Changes, targets: Targets, current: Sequence[Tensor], remembered: Sequence[float]
+) -> Iterator[float]:
+    yield from remembered
+    yield from changes.possible_alphas({n: values.cpu() for n, values in zip(targets.names, current, strict=True)})
 
 
 def take_originals(changes: Changes, targets: Targets) -> None:
@@ -201,6 +207,8 @@ def _learn(changes: Changes, targets: Targets, current: Sequence[Tensor]) -> Non
 def _may_overlap(tensor: Tensor) -> bool:
     """Whether two elements may lie in one place: true of expanded tensors, false of any slice or permutation."""
     reach = 0
+    if not tensor.numel():
+        return False
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride <= reach:
