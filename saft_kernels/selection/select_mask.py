@@ -132,7 +132,7 @@ def select(
                 with torch.no_grad():
                     sums = {n: scoring.of_mean(total, candidates[n].to(total.dtype)) for n, total in sums.items()}
             picked = pick(sums)
-    empty = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     return SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
 
 
