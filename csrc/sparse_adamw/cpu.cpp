@@ -9,6 +9,7 @@
 // Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -106,9 +107,11 @@ struct Operand {
 template <class index_type>
 void check_range(const index_type* indices, index_t n, index_t numel) {
   using unsigned_t = std::make_unsigned_t<index_type>;
-  unsigned_t largest = 0;  // a negative one is larger still
-  for (index_t i = 0; i < n; ++i) largest = std::max(largest, unsigned_t(indices[i]));
-  if (n > 0 && uint64_t(largest) >= uint64_t(numel)) {
+  const auto last = unsigned_t(std::min<index_t>(numel - 1, std::numeric_limits<index_type>::max()));
+  // a negative index sets the top bit, and one beyond the last does so in the difference; no compare is as cheap
+  unsigned_t outside = 0;
+  for (index_t i = 0; i < n; ++i) outside |= unsigned_t(indices[i]) | (last - unsigned_t(indices[i]));
+  if (outside >> (8 * sizeof(index_type) - 1) != 0) {
     throw std::out_of_range("indices: expected flat positions in the parameter, got one outside");
   }
 }
