@@ -31,13 +31,12 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from finetune_report import Run, count_by_part, print_tables, replacing, save_figure, summarise
+from finetune_report import Run, count_by_part, print_tables, progress, replacing, save_figure, say, summarise
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import saft_kernels
 
@@ -318,7 +317,7 @@ class Task:
         """Accuracy in percent on every test set, each scored among the classes it holds."""
         self.model.eval()
         tests = self.folders.tests
-        bar = tqdm(total=sum(map(len, tests.values())), desc="evaluating", unit="image", leave=False, disable=None)
+        bar = progress("evaluating", sum(map(len, tests.values())), "image")
         accuracy = {}
         with bar, self.autocast():
             chunk = max(1, TEST_PROMPTS // self.prompts.shape[1])
@@ -430,6 +429,7 @@ class FineTuning:
         try:
             if resumed:
                 return saft_kernels.SparseMask.load(self.mask_file)
+            say(f"selecting, seed {self.seed}: {len(files)} images")
             mask = select_mask(self.task, files)
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
@@ -439,12 +439,12 @@ class FineTuning:
 
     def run(self) -> Run:
         """Trains the epochs that are left, saves the values, evaluates."""
-        bar = tqdm(total=self.args.epochs * len(self.loader), initial=self.epoch * len(self.loader), unit="step",
-                   desc=f"{self.method}, seed {self.seed}", leave=False, disable=None)  # fmt: skip
-        with bar:
+        name, steps = f"{self.method}, seed {self.seed}", len(self.loader)
+        with progress(name, self.args.epochs * steps, "step", initial=self.epoch * steps) as bar:
             while self.epoch < self.args.epochs:
                 self._train_epoch(bar)
                 self._save_checkpoint()
+                say(f"{name}: epoch {self.epoch}/{self.args.epochs}, loss {self.loss:.3f}")
         if isinstance(self.optimizer, saft_kernels.SparseAdamW):
             saft_kernels.SparseDelta.from_optimizer(self.optimizer, self.originals).save(self.values_file)
         else:
@@ -464,7 +464,7 @@ class FineTuning:
             selected=None if self.mask is None else count_by_part({n: i.numel() for n, i in self.mask.items()}),
         )
 
-    def _train_epoch(self, bar: tqdm[Any]) -> None:
+    def _train_epoch(self, bar: Any) -> None:
         # Everything random in an epoch follows from its number, so a resumed run needs no saved generator.
         torch.manual_seed(1_000_003 * self.seed + self.epoch)
         self.task.model.train()

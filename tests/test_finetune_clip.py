@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -276,6 +277,67 @@ def test_templates_file(tiny_clip, photos, tmp_path):
     assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text())["arguments"]["templates"]
     assert written == ["a photo of a {}.", "a drawing of a {}."]
+
+
+# ---- what is said meanwhile ----
+
+
+def test_a_log_file_gets_a_line_per_phase_and_epoch(tiny_clip, photos, tmp_path, capsys):
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--shots", "4", "--seed", "3") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "\r" not in captured.out
+    lines = iter(captured.out.splitlines())
+    for expected in (
+        "evaluating: 20 images",
+        "selecting, seed 3: 12 images",
+        "saft, seed 3: 6 steps",
+        "saft, seed 3: epoch 1/2, loss ",
+        "saft, seed 3: epoch 2/2, loss ",
+        "evaluating: 20 images",
+        "full, seed 3: 6 steps",
+        "full, seed 3: epoch 1/2, loss ",
+        "full, seed 3: epoch 2/2, loss ",
+    ):
+        assert any(line.startswith(expected) for line in lines), expected  # in this order
+
+
+def test_pre_training_the_demo_is_said(tmp_path, capsys):
+    digits_demo.prepare(tmp_path, dataclasses.replace(RECIPE, steps=200))
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for expected in (
+        "drawing the demo's images",
+        "pre-training the demo's CLIP",
+        "step 100/200, loss ",
+        "step 200/200",
+    ):
+        assert expected in captured.out
+
+
+def test_a_terminal_gets_bars_and_no_lines(tiny_clip, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--epochs", "1") == 0
+    captured = capsys.readouterr()
+    assert "saft, seed 0" in captured.err
+    assert "evaluating" in captured.err
+    assert "epoch 1/1" not in captured.out
+    assert "evaluating" not in captured.out
+
+
+@pytest.mark.parametrize("spread", [0.0, 8.0])
+def test_the_figure_ends_at_100_percent(spread):
+    from matplotlib import pyplot as plt
+
+    means = {"val": 100.0, "mean shifted": 97.0, "sketches": 97.0}
+    rows = [{"method": "saft"} | {name: {"mean": mean, "std": spread} for name, mean in means.items()}]
+    figure, axis = plt.subplots()
+    finetune_report._plot_accuracy(axis, rows, ["val", "sketches"])
+    assert axis.get_xlim()[1] == 100
+    drawn = [point for bars in axis.collections for path in bars.get_segments() for point in path[:, 0]]
+    assert len(drawn) == 6
+    assert max(drawn) <= 100
+    plt.close(figure)
 
 
 # ---- errors ----
