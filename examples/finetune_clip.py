@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ METHODS = ("saft", "full")
 DEFAULT_LR = {"saft": 1e-4, "full": 1e-5}
 DEMO_LR = {"saft": 1e-3, "full": 1e-4}
 DEFAULT_TEMPLATE = "a photo of a {}."
+OWN_WEIGHTS = ("hf-hub:", "local-dir:")  # of --model: open_clip ignores any others
+RANDOM = "none"
 MAX_GRAD_NORM = 1.0
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip's training
 TEST_BATCH_SIZE = 128
@@ -59,6 +62,7 @@ EPILOG = """\
   DIR/val/<class>/*.jpg       the test set in distribution
   DIR/<any>/<class>/*.jpg     every further folder is a shifted test set. A test set may hold some of the classes; it is
                               then scored among those.
+  Names that begin with a dot are passed over, at every depth.
 --templates are texts with {} for the class name, or one file with one text a line. A class is the mean of its texts'
 features, so a step reads classes x templates prompts through the text tower, with gradients.
 
@@ -151,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group("model and data (without --data: the digits demo)").add_argument
     add("--model", help="an open_clip model, as in open_clip.list_models(), or hf-hub:NAME, or local-dir:PATH")
-    add("--pretrained", help="one of the model's pre-trained tags, or a checkpoint file")
+    add("--pretrained", help="one of the model's pre-trained tags, or a checkpoint file, or none: random weights")
     add("--data", type=Path, metavar="DIR", help="folder with train/, val/ and shifted test sets; see below")
     add(
         "--templates",
@@ -205,12 +209,17 @@ class ImageSet(Dataset[tuple[Any, Any]]):
             raise InputError(f"{path}: expected a readable image, got {error}; replace or remove the file") from None
 
 
+def is_data(file: Path, folder: Path) -> bool:
+    """Whether it is a file and, from the folder down, not hidden (.ipynb_checkpoints, macOS's ._name.jpg)."""
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def scan(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class: one sub-folder per class, images anywhere below it."""
+    """Image files by class: one sub-folder per class, images anywhere below it, but nothing hidden."""
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with one sub-folder per class, found none; see --help")
     classes = {
-        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and is_data(f, entry))
         for entry in sorted(folder.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
@@ -230,6 +239,11 @@ class ImageFolders:
     classes: list[str]
     train: list[tuple[Path, int]]
     tests: dict[str, list[tuple[Path, int]]]
+
+    def training_images(self) -> dict[str, int]:
+        """How many each class has."""
+        numbers = Counter(label for _, label in self.train)
+        return {name: numbers[label] for label, name in enumerate(self.classes)}
 
     def few_shot(self, shots: int, seed: int) -> list[tuple[Path, int]]:
         """``shots`` random training images of each class (all where it has fewer, or with 0)."""
@@ -348,26 +362,46 @@ def read_templates(given: list[str]) -> list[str]:
     return given
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
-    """open_clip's model and its training and evaluation transforms."""
-    by_name = not args.model.startswith(("hf-hub:", "local-dir:"))
-    tags = open_clip.list_pretrained_tags_by_model(args.model) if by_name else []
-    if by_name and args.model not in open_clip.list_models():
+def check_model(args: argparse.Namespace) -> None:
+    """Raises InputError where --model and --pretrained do not go together."""
+    if args.model.startswith(OWN_WEIGHTS):
+        if args.pretrained not in (None, RANDOM):
+            raise InputError(
+                f"--pretrained {args.pretrained}: expected none beside --model {args.model}, which has weights of its "
+                "own; leave it out, or name the architecture with --model to use the checkpoint"
+            )
+        return
+    if args.model not in open_clip.list_models():
         near = difflib.get_close_matches(args.model, open_clip.list_models(), n=3, cutoff=0.4)
         raise InputError(f"--model {args.model}: expected an open_clip model such as {', '.join(near) or 'ViT-B-16'}")
-    if by_name and args.pretrained not in tags and not os.path.isfile(args.pretrained or ""):
+    tags = open_clip.list_pretrained_tags_by_model(args.model)
+    if args.pretrained not in (RANDOM, *tags) and not os.path.isfile(args.pretrained or ""):
         raise InputError(
-            f"--pretrained {args.pretrained}: expected a checkpoint file or one of {', '.join(tags) or '(no tags)'}"
+            f"--pretrained {args.pretrained}: expected a checkpoint file or one of {', '.join(tags) or '(no tags)'}; "
+            f"or {RANDOM}, for random weights"
         )
-    quick_gelu = args.pretrained in tags and open_clip.get_pretrained_cfg(args.model, args.pretrained).get("quick_gelu")
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
+    """open_clip's model and its training and evaluation transforms."""
+    own, random_weights = args.model.startswith(OWN_WEIGHTS), args.pretrained == RANDOM
+    pretrained = None if random_weights else args.pretrained
+    config = None if own or pretrained is None else open_clip.get_pretrained_cfg(args.model, pretrained)
+    how: dict[str, Any] = {"load_weights": False, "pretrained_text": False} if random_weights else {}
+    torch.manual_seed(0)  # --resume needs the same random weights
     logging.disable(logging.ERROR)
     try:
         return open_clip.create_model_and_transforms(
-            args.model, args.pretrained, device=args.device, force_quick_gelu=bool(quick_gelu)
+            args.model,
+            pretrained,
+            device=args.device,
+            force_quick_gelu=bool((config or {}).get("quick_gelu")),
+            require_pretrained=not random_weights,  # else open_clip takes random ones, and only warns
+            **how,
         )
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"--model {args.model}" + (f" --pretrained {args.pretrained}" if by_name else "")
+        what = f"--model {args.model}" + ("" if own else f" --pretrained {args.pretrained}")
         raise InputError(f"{what}: expected a checkpoint of this model, could not load it: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -582,6 +616,7 @@ def save_results(file: Path, task: Task, runs: Sequence[Run], rows: Sequence[Map
             "python": sys.version.split()[0],
         },
         "classes": task.folders.classes,
+        "training_images": {name: min(n, task.args.shots or n) for name, n in task.folders.training_images().items()},
         "test_images": {name: len(files) for name, files in task.folders.tests.items()},
         "parameters": task.numel,
         "parameters_by_part": count_by_part({n: p.numel() for n, p in task.parameters.items()}),
@@ -623,6 +658,7 @@ def load_task(args: argparse.Namespace, recipe: Any) -> Task:
     }
     if args.workers is None:
         args.workers = 0 if demo else 2
+    check_model(args)
     folders = read_folders(args.data)
     model, train_transform, test_transform = load_model(args)
     tokenize = tokenize or open_clip.get_tokenizer(args.model)

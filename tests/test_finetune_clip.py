@@ -215,7 +215,7 @@ def tiny_clip(tmp_path_factory):
     config = _tiny(49408, 16)
     (folder / "tiny-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-clip.json")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     torch.save(open_clip.CLIP(**config).state_dict(), folder / "tiny.pt")
     return ["--model", "tiny-clip", "--pretrained", str(folder / "tiny.pt")]
 
@@ -277,6 +277,86 @@ def test_templates_file(tiny_clip, photos, tmp_path):
     assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text())["arguments"]["templates"]
     assert written == ["a photo of a {}.", "a drawing of a {}."]
+
+
+def _results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def _save_image(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file)
+
+
+def test_hidden_files_and_folders_are_no_data(tiny_clip, photos, tmp_path):
+    """macOS's resource forks, notebooks' copies; and a folder that is called like an image."""
+    (photos / "train" / "fig" / "._0.png").write_bytes(b"resource fork")
+    _save_image(photos / "train" / "fig" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    _save_image(photos / "val" / "fig" / "more" / ".trash" / "old" / "1.png")
+    _save_image(photos / "val" / ".cache" / "0.png")
+    (photos / "val" / "fig" / "album.jpg").mkdir()
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--shots", "0", "--epochs", "1") == 0
+    results = _results(tmp_path / "out")
+    assert results["training_images"] == dict.fromkeys(CLASSES, 4)
+    assert results["test_images"] == {"val": 12, "sketches": 8}
+
+
+def test_a_hidden_folder_does_not_hide_what_is_above(tiny_clip, photos, tmp_path):
+    """Only what is below a class counts."""
+    photos = photos.rename(tmp_path / ".photos")
+    assert finetune_clip.read_folders(photos).training_images() == dict.fromkeys(CLASSES, 4)
+
+
+def test_random_weights(tiny_clip, photos, tmp_path):
+    """They are asked for by name, and are the same in a run that is resumed."""
+    arguments = ["--model", "tiny-clip", "--pretrained", "none", "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments) == 0
+    assert _results(tmp_path / "out")["arguments"]["pretrained"] == "none"
+    torch.manual_seed(5)
+    assert _run(photos, tmp_path / "out", *arguments, "--resume") == 0
+    args = finetune_clip.build_parser().parse_args(arguments)
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(finetune_clip.load_model(args)[0].state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    saved = torch.load(tiny_clip[3], weights_only=True)
+    assert not torch.equal(models[0]["visual.conv1.weight"], saved["visual.conv1.weight"])
+
+
+@pytest.fixture
+def local_dir(tiny_clip, tmp_path):
+    """--model of a folder with a CLIP and its weights."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": _tiny(49408, 16), "preprocess_cfg": {}}))
+    (folder / "open_clip_pytorch_model.bin").write_bytes(Path(tiny_clip[3]).read_bytes())
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("pretrained", [None, "none"])
+def test_results_say_which_weights_a_local_model_had(tiny_clip, local_dir, photos, tmp_path, pretrained):
+    given = [] if pretrained is None else ["--pretrained", pretrained]
+    args = finetune_clip.build_parser().parse_args(["--model", local_dir, *given])
+    weight = finetune_clip.load_model(args)[0].visual.conv1.weight
+    saved = torch.load(tiny_clip[3], weights_only=True)["visual.conv1.weight"]
+    assert torch.equal(weight, saved) == (pretrained is None)
+    arguments = ["--model", local_dir, *given, "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments) == 0
+    assert _results(tmp_path / "out")["arguments"]["pretrained"] == pretrained
+
+
+def test_a_local_model_without_weights_is_not_random_in_silence(local_dir, photos, tmp_path, capsys):
+    Path(local_dir.partition(":")[2], "open_clip_pytorch_model.bin").unlink()
+    assert _run(photos, tmp_path / "out", "--model", local_dir) == 2
+    _one_line(capsys, "--model local-dir:", "could not load it")
+
+
+@pytest.mark.parametrize("model", ["local-dir:.", "hf-hub:org/name"])
+@pytest.mark.parametrize("pretrained", ["no-such-file.pt", "openai", __file__])
+def test_weights_beside_a_model_with_its_own(model, pretrained, photos, tmp_path, capsys):
+    assert _run(photos, tmp_path / "out", "--model", model, "--pretrained", pretrained) == 2
+    _one_line(capsys, f"--pretrained {pretrained}", f"--model {model}", "leave it out")
 
 
 # ---- what is said meanwhile ----
