@@ -14,6 +14,7 @@ gradient clipping at 1.0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -22,9 +23,11 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ MAX_LOGIT_SCALE = math.log(100)  # as open_clip's training
 TEST_BATCH_SIZE = 128
 TEST_PROMPTS = 256  # at once; training needs the gradient of all prompts
 AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 EPILOG = """\
@@ -81,7 +85,7 @@ examples:
   python finetune_clip.py --data DIR --model ViT-B-16 --pretrained openai --output runs/photos --resume
 
 written to --output:
-  results.json, results.png       accuracy, sizes and times of every run
+  results.json, results.png       accuracy, sizes and times of every run; the former grows run by run
   mask.safetensors                which parameters SAFT trains; `saft-kernels summary FILE --png PICTURE` draws it
   saft.safetensors                the fine-tune as a SparseDelta: what changed, for the command saft-kernels, too
   full.safetensors                every parameter
@@ -205,8 +209,33 @@ class ImageSet(Dataset[tuple[Any, Any]]):
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:  # it was readable at the start
             raise InputError(f"{path}: expected a readable image, got {error}; replace or remove the file") from None
+
+
+def check_images(files: Sequence[Path]) -> None:
+    """Decodes each, a JPEG at an eighth of its size. Raises InputError with all that are unreadable."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (1, 1))
+                image.load()
+        except UNREADABLE as error:
+            return f"{path}: expected a readable image, got {error}"
+        return None
+
+    threads = os.cpu_count() or 1
+    with progress("checking images", len(files), "image") as bar, ThreadPoolExecutor(threads) as pool:
+        faults = []
+        for found in pool.map(fault, files):
+            bar.update()
+            if found is not None:
+                faults.append(found)
+    if faults:
+        number, it = (f"{len(faults)} images:\n  ", "them") if len(faults) > 1 else ("", "the file")
+        separator = "\n  "
+        raise InputError(f"{number}{separator.join(faults)}; replace or remove {it}")
 
 
 def is_data(file: Path, folder: Path) -> bool:
@@ -349,16 +378,21 @@ class Task:
 
 def read_templates(given: list[str]) -> list[str]:
     """The --templates argument: prompts, or a file with one a line."""
-    if len(given) == 1 and "{}" not in given[0]:
+    if len(given) == 1 and "{" not in given[0]:
+        file = given[0]
         try:
-            given = [line.strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError as error:
-            raise InputError(
-                f"--templates {given[0]}: expected a text with {{}} or a file, got {error.strerror}"
-            ) from None
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"a file that is no UTF-8 text: {error}"
+            raise InputError(f"--templates {file}: expected a text with {{}} or a file of them, got {reason}") from None
+        given = [line.strip() for line in lines if line.strip()]
+        if not given:
+            raise InputError(f"--templates {file}: expected a text with {{}} a line, got an empty file")
     for template in given:
-        if template.count("{}") != 1:
-            raise InputError(f"--templates: expected one {{}} for the class name in each, got {template!r}")
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise InputError(
+                f"--templates: expected one {{}} for the class name, and no other braces, in each, got {template!r}"
+            )
     return given
 
 
@@ -620,6 +654,7 @@ def save_results(file: Path, task: Task, runs: Sequence[Run], rows: Sequence[Map
         "test_images": {name: len(files) for name, files in task.folders.tests.items()},
         "parameters": task.numel,
         "parameters_by_part": count_by_part({n: p.numel() for n, p in task.parameters.items()}),
+        "complete": len(runs) == 1 + len(task.args.method) * len(task.args.seed),
         "runs": [
             asdict(run) | {"in_distribution": run.in_distribution, "mean_shifted": run.mean_shifted} for run in runs
         ],
@@ -649,10 +684,12 @@ def use_digits(args: argparse.Namespace, recipe: Any) -> Callable[[list[str]], T
 def load_task(args: argparse.Namespace, recipe: Any) -> Task:
     """Reads folders, model and prompts, after filling in the arguments that depend on others."""
     demo = args.data is None
+    if args.templates is not None:  # before the demo pre-trains
+        args.templates = read_templates(args.templates)
     tokenize = use_digits(args, recipe) if demo else None
     if args.model is None:
         raise InputError("--model: expected an open_clip model with --data, got none; for example --model ViT-B-16")
-    args.templates = read_templates(args.templates or [DEFAULT_TEMPLATE])
+    args.templates = args.templates or [DEFAULT_TEMPLATE]
     args.lr = {
         method: lr for given in [DEMO_LR if demo else DEFAULT_LR, *(args.lr or [])] for method, lr in given.items()
     }
@@ -660,12 +697,42 @@ def load_task(args: argparse.Namespace, recipe: Any) -> Task:
         args.workers = 0 if demo else 2
     check_model(args)
     folders = read_folders(args.data)
+    few = [f"{name!r} ({n})" for name, n in folders.training_images().items() if n < args.shots]
+    if few:
+        more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""
+        print(f"--shots {args.shots}: fewer training images in {', '.join(few[:5])}{more}; all are used", flush=True)
+    used = {file for seed in args.seed for file, _ in folders.few_shot(args.shots, seed)}
+    check_images(sorted(used.union(*([file for file, _ in files] for files in folders.tests.values()))))
     model, train_transform, test_transform = load_model(args)
     tokenize = tokenize or open_clip.get_tokenizer(args.model)
     names = [name.replace("_", " ") for name in folders.classes]
-    texts = [template.format(name) for name in names for template in args.templates]
+    texts = [template.replace("{}", name) for name in names for template in args.templates]
     prompts = tokenize(texts).unflatten(0, (len(names), len(args.templates))).to(args.device)
     return Task(model, train_transform, test_transform, prompts, folders, args)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises InputError where the files cannot be written. Leaves nothing behind."""
+    names = ["mask.safetensors", *(f"{m}{end}" for m in args.method for end in (".safetensors", ".checkpoint.pt"))]
+    folders = [run_folder(args, seed) for seed in args.seed]
+    files = [args.output / "results.json", args.output / "results.png", *(f / name for f in folders for name in names)]
+    for folder in dict.fromkeys([args.output, *folders]):
+        made: list[Path] = []
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(
+                f"--output: expected a folder to write to, got {folder}: {error.strerror}; name another"
+            ) from None
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"--output: expected to write a file {file}, got a folder; name another, or remove it")
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -687,6 +754,7 @@ def prepare_output(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     """Zero-shot, then every method at every seed, then the report."""
     args.seed, args.method = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.method))
+    check_output(args)
     if args.resume:
         prepare_output(args)
     task = load_task(args, recipe)
@@ -700,8 +768,8 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     for method in args.method:
         for seed in args.seed:
             runs.append(FineTuning(task, method, seed).run())
-    rows = summarise(runs)
-    save_results(args.output / "results.json", task, runs, rows)
+            rows = summarise(runs)
+            save_results(args.output / "results.json", task, runs, rows)
     save_figure(args.output / "results.png", rows, runs)
     print_tables(rows, list(task.folders.tests), console)
     console.print(f"written to {args.output}: results.json, results.png, the mask and the fine-tuned values")
@@ -714,8 +782,7 @@ def main(argv: Sequence[str] | None = None, recipe: Any = None) -> int:
         run(args, recipe, Console())
     except InputError as error:
         # a DataLoader worker wraps the message in its traceback
-        message = str(error).strip().splitlines()[-1].partition("InputError: ")
-        print(f"error: {message[2] or message[0]}", file=sys.stderr)
+        print(f"error: {str(error).strip().rpartition('InputError: ')[2]}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

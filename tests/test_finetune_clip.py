@@ -307,6 +307,17 @@ def test_a_hidden_folder_does_not_hide_what_is_above(tiny_clip, photos, tmp_path
     assert finetune_clip.read_folders(photos).training_images() == dict.fromkeys(CLASSES, 4)
 
 
+def test_more_shots_than_images_are_said(tiny_clip, photos, tmp_path, capsys):
+    (photos / "train" / "fig" / "0.png").unlink()
+    arguments = [*tiny_clip, "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments, "--shots", "4") == 0
+    assert "--shots 4: fewer training images in 'fig' (3); all are used" in capsys.readouterr().out
+    assert _results(tmp_path / "out")["training_images"] == {"apple": 4, "fig": 3, "ripe_plum": 4}
+    for shots in ("3", "0"):
+        assert _run(photos, tmp_path / "out", *arguments, "--shots", shots) == 0
+        assert "fewer training images" not in capsys.readouterr().out
+
+
 def test_random_weights(tiny_clip, photos, tmp_path):
     """They are asked for by name, and are the same in a run that is resumed."""
     arguments = ["--model", "tiny-clip", "--pretrained", "none", "--method", "saft", "--epochs", "1"]
@@ -359,6 +370,26 @@ def test_weights_beside_a_model_with_its_own(model, pretrained, photos, tmp_path
     _one_line(capsys, f"--pretrained {pretrained}", f"--model {model}", "leave it out")
 
 
+def test_results_are_written_run_by_run(tiny_clip, photos, tmp_path, monkeypatch, capsys):
+    output, run_one = tmp_path / "out", finetune_clip.FineTuning.run
+
+    def run(self):
+        if self.method == "full":
+            raise KeyboardInterrupt
+        return run_one(self)
+
+    monkeypatch.setattr(finetune_clip.FineTuning, "run", run)
+    assert _run(photos, output, *tiny_clip) == 130
+    results = _results(output)
+    assert [run["method"] for run in results["runs"]] == ["zero-shot", "saft"]
+    assert [row["method"] for row in results["summary"]] == ["zero-shot", "saft"]
+    assert results["complete"] is False
+    monkeypatch.undo()
+    assert _run(photos, output, *tiny_clip, "--resume") == 0
+    assert [run["method"] for run in _results(output)["runs"]] == ["zero-shot", "saft", "full"]
+    assert _results(output)["complete"] is True
+
+
 # ---- what is said meanwhile ----
 
 
@@ -369,6 +400,7 @@ def test_a_log_file_gets_a_line_per_phase_and_epoch(tiny_clip, photos, tmp_path,
     assert "\r" not in captured.out
     lines = iter(captured.out.splitlines())
     for expected in (
+        "checking images: 32 images",
         "evaluating: 20 images",
         "selecting, seed 3: 12 images",
         "saft, seed 3: 6 steps",
@@ -421,6 +453,55 @@ def test_the_figure_ends_at_100_percent(spread):
 
 
 # ---- errors ----
+
+
+def test_all_unreadable_images_are_listed_at_the_start(tiny_clip, photos, tmp_path, capsys, monkeypatch):
+    """Cut off, empty, and no image at all; before the model is built."""
+    monkeypatch.setattr(finetune_clip, "load_model", lambda *_: pytest.fail("built the model"))
+    _break(photos / "train/fig/0.png")
+    (photos / "val/apple/1.jpg").write_bytes(b"")
+    file = photos / "sketches/fig/more/3.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+    assert _run(photos, tmp_path / "out", *tiny_clip) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[0] == "error: 3 images:"
+    assert len(error) == 4
+    for line, where in zip(error[1:], ("sketches/fig/more/3.jpg", "train/fig/0.png", "val/apple/1.jpg"), strict=True):
+        assert line.startswith(f"  {photos / where}: expected a readable image, got ")
+    assert error[-1].endswith("replace or remove them")
+
+
+def test_images_that_are_not_used_are_not_read(tiny_clip, photos, tmp_path):
+    folders = finetune_clip.read_folders(photos)
+    chosen = {file for file, _ in folders.few_shot(1, 0)}
+    for file, _ in folders.train:
+        if file not in chosen:
+            _break(file)
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--shots", "1", "--epochs", "1") == 0
+
+
+def _file(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: _file(path), "expected a folder to write to"),
+        (lambda path: _file(path) / "below" / "it", "expected a folder to write to"),
+        (lambda path: path / ("x" * 300), "expected a folder to write to"),
+        (lambda path: (path / "results.json").mkdir(parents=True) or path, "expected to write a file"),
+        (lambda path: (path / "saft.safetensors").mkdir(parents=True) or path, "expected to write a file"),
+    ],
+)
+def test_bad_output_fails_before_any_work(tiny_clip, photos, tmp_path, capsys, monkeypatch, make, said):
+    monkeypatch.setattr(finetune_clip, "load_task", lambda *_: pytest.fail("worked"))
+    output = make(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    assert _run(photos, output, *tiny_clip) == 2
+    _one_line(capsys, "--output", str(output), said)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def _one_line(capsys, *expected: str) -> None:
@@ -485,6 +566,11 @@ def test_bad_folder(tiny_clip, photos, tmp_path, capsys, damage, where, said, wo
         (["--pretrained", "openai"], ["--model", "got none"]),
         (["TINY", "--templates", "no-such-file"], ["--templates no-such-file"]),
         (["TINY", "--templates", "a photo", "of {}"], ["--templates", "'a photo'"]),
+        (["TINY", "--templates", "a {color} photo of {}"], ["--templates", "'a {color} photo of {}'"]),
+        (["TINY", "--templates", "a {0}"], ["--templates", "'a {0}'"]),
+        (["TINY", "--templates", "a {}", "{} {!r}"], ["--templates", "'{} {!r}'"]),
+        (["TINY", "--templates", "a {} {"], ["--templates", "'a {} {'"]),
+        (["TINY", "--templates", "a {} and {}"], ["--templates", "'a {} and {}'"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -493,6 +579,30 @@ def test_bad_model_or_templates(tiny_clip, photos, tmp_path, capsys, arguments, 
     assert _run(photos, tmp_path / "out", *arguments) == 2
     _one_line(capsys, *said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\n \n", "empty"), (b"\xff\xfe a {}", "UTF-8"), (b"a {}\na {b} {}", "'a {b} {}'")]
+)
+def test_bad_templates_file(photos, tmp_path, capsys, content, said, monkeypatch):
+    """Before anything of the model is looked at."""
+    monkeypatch.setattr(finetune_clip, "check_model", lambda *_: pytest.fail("went on"))
+    (tmp_path / "templates.txt").write_bytes(content)
+    assert _run(photos, tmp_path / "out", "--model", "ViT-B-16", "--templates", str(tmp_path / "templates.txt")) == 2
+    _one_line(capsys, "--templates", said)
+
+
+def test_bad_templates_before_the_demo_pre_trains(demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(digits_demo, "prepare", lambda *_: pytest.fail("prepared the demo"))
+    assert demo(tmp_path / "out", "--templates", "the digit {digit}") == 2
+    _one_line(capsys, "--templates", "'the digit {digit}'")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_meanwhile(tiny_clip, photos, tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setattr(finetune_clip, "check_images", lambda _: _break(photos / "val/fig/0.png"))
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--workers", str(workers)) == 2
+    _one_line(capsys, f"{photos / 'val/fig/0.png'}: expected a readable image")
 
 
 def test_checkpoint_of_another_model(tiny_clip, photos, tmp_path, capsys):
