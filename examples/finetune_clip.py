@@ -701,8 +701,9 @@ def load_task(args: argparse.Namespace, recipe: Any) -> Task:
     if few:
         more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""
         print(f"--shots {args.shots}: fewer training images in {', '.join(few[:5])}{more}; all are used", flush=True)
-    used = {file for seed in args.seed for file, _ in folders.few_shot(args.shots, seed)}
-    check_images(sorted(used.union(*([file for file, _ in files] for files in folders.tests.values()))))
+    if not demo:  # else they are its own
+        used = {file for seed in args.seed for file, _ in folders.few_shot(args.shots, seed)}
+        check_images(sorted(used.union(*([file for file, _ in files] for files in folders.tests.values()))))
     model, train_transform, test_transform = load_model(args)
     tokenize = tokenize or open_clip.get_tokenizer(args.model)
     names = [name.replace("_", " ") for name in folders.classes]
