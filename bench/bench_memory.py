@@ -384,8 +384,8 @@ def draw(plt: Any, results: harness.Results) -> Any:
         axis.set_title(f"{model}, {rows[0].dtype}, {rows[0].data}", loc="left")
         axis.invert_yaxis()
         axis.margins(x=0.18)
-    # above the first panel: inside, it covers whatever bar comes to lie there
-    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    # beside the first title: inside, it covers whatever bar comes to lie there
+    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
     return figure
 
 

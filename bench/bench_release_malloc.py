@@ -173,8 +173,8 @@ def draw(plt: Any, results: harness.Results) -> Any:
 
 def main() -> None:
     parser = harness.argument_parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--models", nargs="+", default=["layers"], choices=MODELS)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64, help="rows of the layers' input")
     parser.add_argument("--images", type=int, default=8, help="of the CLIP batch")

@@ -399,7 +399,10 @@ def bars(plt: Any, labels: Sequence[str], rows: Sequence[Row], values: Sequence[
         axis.set_yticks(range(len(rows)), labels)
         axis.grid(axis="y", linestyle=":")
         for at, (x, text) in enumerate(zip(milliseconds, values, strict=True)):
-            axis.annotate(text, (x, at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+            where = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(
+                text, (x, at), fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, **where
+            )
     else:
         axis.barh(labels, milliseconds)
         axis.bar_label(axis.containers[0], labels=values, padding=3, fontsize=9)
