@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> harness.Results:
                 malloc=malloc,
                 round=round_,
                 device=harness.device_name("cpu"),
-                load=harness.load(),
+                load=round(harness.load(), 1),
                 torch=torch.__version__,
                 commit=harness.commit(),
                 day=date.today().isoformat(),
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> harness.Results:
                 **json.loads(done.stdout.splitlines()[-1]),
             )
         )
+        results.write()
     return results
 
 
