@@ -88,9 +88,10 @@ SAFT_HOST_DEVICE void adamw_element(opmath_t& param, opmath_t grad, opmath_t& ex
 
 // ---- cpu entry ----
 
-// Preconditions (checked by the caller): indices in range and distinct; state arrays of `count` values.
-void sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
-                      int num_threads, int isa);
+// Returns -1, or a segment that has an index out of range: of its coordinates, and of the others', some are written, and
+// nothing else. Preconditions (checked by the caller): indices distinct; state arrays of `count` values.
+index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
+                         int num_threads, int isa);
 
 // ---- cuda entries ----
 //

@@ -52,7 +52,7 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices.split(counts.tolist()), threshold, num_nonfinite)
 
 
-checks_index_ranges = True  # gather and scatter_ do it in the kernel
+checks_index_ranges = True  # gather, scatter_ and sddmm do it in the kernel
 
 
 def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -89,7 +89,8 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
 def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `saft_kernels.ops.sddmm`. Memory: 1 KB (fp64: 2 KB) per row and column that has a selected entry."""
     params = tables.sddmm_params(dy, x, indices, out, accumulate)
-    _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA)
+    if not _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA):
+        raise checks.out_of_range(0, indices, dy.shape[1] * x.shape[1], "weight")
 
 
 _pack_hyper = tables.packer(tables.ADAMW_HYPER)
@@ -119,7 +120,9 @@ class Plan:
         failed = _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
         if failed >= 0:
             self._follower.check_memory(grads)
-            raise ValueError(f"`grads[{failed}]`: expected a tensor with memory, got none; pass one that was not freed")
+            index = self.segments[failed].indices
+            assert index is not None
+            raise checks.out_of_range(failed, index, self._params[failed].numel(), "params")
         del copies
 
     def _follow(self, grads: list[Tensor]) -> list[Tensor]:
