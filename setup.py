@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 SOURCES = [path for path in sorted(glob("csrc/*/*.cpp") + glob("python/*.cpp")) if path != CUDA_BINDINGS]
 CUDA_SOURCES = sorted(glob("csrc/*/*.cu"))
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("python/*.h"))
 # as -ffp-contract=off below: the step's bits are those of the cpu backend, and fused ones drift from torch's AdamW
 UNFUSED_SOURCES = ["csrc/sparse_adamw/cuda.cu"]
 # no -march=native and no fast-math: one build serves every processor, and every instruction set gives the same bits

@@ -30,8 +30,7 @@ using index_t = int64_t;  // every count, offset and stride
 
 SAFT_HOST_DEVICE constexpr index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 
-// Storage types. The numbers are part of the private table format that saft_kernels/ops/dtypes.py
-// has; change both together.
+// Storage types. saft_kernels/ops/dtypes.py has the same numbers; change both together.
 enum class ScalarType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 inline index_t itemsize_of(ScalarType dtype) {

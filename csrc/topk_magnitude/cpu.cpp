@@ -40,7 +40,7 @@ constexpr double kListShare = 1.0 / 32;  // expect fewer survivors than this: li
 constexpr index_t kListBudget = 16;      // lists hold at most numel / kListBudget survivors
 constexpr int kDigitBits = 11;
 // Tiles handed out together: many runs per thread for balance, but not one tile at a time where there are many.
-constexpr index_t kMaxRun = 64, kRunsPerThread = 256;
+constexpr int kMaxRun = 64, kRunsPerThread = 256;
 
 // Fresh pages cost more than the bytes written to them: ask for huge ones where the system leaves the choice.
 inline void advise_huge_pages(void* data, size_t bytes) {
