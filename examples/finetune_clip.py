@@ -78,8 +78,8 @@ examples:
   python finetune_clip.py --data DIR --model ViT-B-16 --pretrained openai --output runs/photos --resume
 
 written to --output:
-  results.json, results.png       accuracy, sizes and times of every run; where the selected parameters are
-  mask.safetensors                which parameters SAFT trains
+  results.json, results.png       accuracy, sizes and times of every run
+  mask.safetensors                which parameters SAFT trains; `saft-kernels summary FILE --png PICTURE` draws it
   saft.safetensors                the fine-tune as a SparseDelta: what changed, for the command saft-kernels, too
   full.safetensors                every parameter
   METHOD.checkpoint.pt            for --resume; written after every epoch
@@ -654,7 +654,6 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     if args.resume:
         prepare_output(args)
     task = load_task(args, recipe)
-    numel = count_by_part({name: p.numel() for name, p in task.parameters.items()})
     console.print(
         f"{args.model}: {task.numel:,} parameters; {len(task.folders.classes)} classes, "
         f"{len(task.folders.few_shot(args.shots, args.seed[0]))} training images, {len(task.folders.tests)} test sets"
@@ -667,7 +666,7 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
             runs.append(FineTuning(task, method, seed).run())
     rows = summarise(runs)
     save_results(args.output / "results.json", task, runs, rows)
-    save_figure(args.output / "results.png", rows, runs, numel)
+    save_figure(args.output / "results.png", rows, runs)
     print_tables(rows, list(task.folders.tests), console)
     console.print(f"written to {args.output}: results.json, results.png, the mask and the fine-tuned values")
 

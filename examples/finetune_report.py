@@ -113,7 +113,7 @@ def print_tables(rows: Sequence[Mapping[str, Any]], tests: Sequence[str], consol
     spread = ": mean ± standard deviation over seeds" if rows[-1]["seeds"] > 1 else ""
     table = Table("method", title=f"Accuracy (%){spread}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = (
-        "in distri-\nbution",
+        "in\ndistribution",
         "mean\nshifted",
         "trained\nparameters",
         "optimizer\nstate",
@@ -145,24 +145,19 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def save_figure(file: Path, rows: Sequence[Mapping[str, Any]], runs: Sequence[Run], numel: Mapping[str, int]) -> None:
-    """Left: accuracy per test set and method. Right: where the selected parameters are."""
+def save_figure(file: Path, rows: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> None:
+    """Accuracy per test set and method. Where the selected elements are, ``saft-kernels summary --png`` draws."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    selected = [run.selected for run in runs if run.selected is not None]
     tests = list(runs[0].accuracy)
-    height = 1.6 + 0.34 * max(len(tests) + 1, len(numel) if selected else 0)
-    figure, axes = plt.subplots(1, 2 if selected else 1, figsize=(12 if selected else 7, height), squeeze=False)
-    _plot_accuracy(axes[0, 0], rows, tests)
-    if selected:
-        _plot_selected(axes[0, 1], selected, numel)
-    for axis in axes.flat:
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    figure.tight_layout(w_pad=3)
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.34 * (len(tests) + 1)))
+    _plot_accuracy(axis, rows, tests)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    figure.tight_layout()
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
@@ -186,22 +181,3 @@ def _plot_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]], tests: Sequence
     axis.set_xlabel("accuracy (%)")
     axis.set_title("Accuracy in and out of distribution", loc="left", fontsize=11)
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(rows))
-
-
-def _plot_selected(axis: Any, selected: Sequence[Mapping[str, int]], numel: Mapping[str, int]) -> None:
-    totals = {part: sum(counts[part] for counts in selected) for part in numel}
-    parts, at = list(numel), range(len(numel))
-    share = [100 * totals[part] / sum(totals.values()) for part in parts]
-    whole = [100 * numel[part] / sum(numel.values()) for part in parts]
-    axis.barh(at, share, height=0.62, color=COLOURS["saft"], label="selected parameters")
-    axis.scatter(whole, at, marker="|", s=140, linewidths=2, color="#24292f", label="all parameters", zorder=3)
-    for y, (part, value) in enumerate(zip(parts, share, strict=True)):
-        text = f"{value:.1f} %  ({totals[part] / len(selected):,.0f})"
-        axis.text(max(value, whole[y]) + 1, y, text, va="center", fontsize=8, color="#57606a")
-    axis.set_yticks(at, parts)
-    axis.set_ylim(len(parts) - 0.4, -0.6)
-    axis.set_xlim(0, 1.25 * max(*share, *whole))
-    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    axis.set_xlabel("share (%)")
-    axis.set_title("Where the selected parameters are", loc="left", fontsize=11)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -64,6 +65,14 @@ uint64_t form_of(const DLTensor& x) {
   return hash;
 }
 
+uint64_t address_of(const DLTensor& x) { return reinterpret_cast<uintptr_t>(x.data) + x.byte_offset; }
+
+int64_t numel_of(const DLTensor& x) {
+  int64_t numel = 1;
+  for (int32_t d = 0; d < x.ndim; ++d) numel *= x.shape[d];
+  return numel;
+}
+
 class TensorReader {
  public:
   TensorReader(const py::object& tensor_class, const py::object& parameter_class)
@@ -90,7 +99,8 @@ class TensorReader {
         PyErr_Clear();
         return py::none();
       }
-      const uint64_t data = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+      const uint64_t data = address_of(tensor);
+      if (data == 0 && numel_of(tensor) != 0) return py::none();  // its memory is gone
       const uint64_t now = is_fixed ? mix(form_of(tensor), data) : form_of(tensor);
       same = same && *form == now;
       *form++ = now;
@@ -98,6 +108,18 @@ class TensorReader {
       column += uintptr_t(row_bytes);
     }
     return py::bool_(same);
+  }
+
+  // What `tensor` is and where it lies, as one number. False when it is of a subclass, or cannot be read.
+  bool where(PyObject* tensor, uint64_t* hash) const {
+    DLTensor x;
+    if (!is_known(Py_TYPE(tensor))) return false;
+    if (api_->tensor_from_object(tensor, &x) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    *hash = mix(form_of(x), address_of(x));
+    return true;
   }
 
   // [p.grad for p in parameters], lazily negated ones made so; None when one of them has none.
@@ -114,10 +136,7 @@ class TensorReader {
     return std::move(values);
   }
 
- private:
   static constexpr size_t kAhead = 8;  // tensors
-
-  bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
 
   // What a tensor object points to: between two steps it has left the cache. Nothing is read through the
   // word.
@@ -125,6 +144,9 @@ class TensorReader {
     const char* word = *reinterpret_cast<const char* const*>(object + 1);
     for (size_t line = 0; line < 4; ++line) __builtin_prefetch(word + 64 * line);
   }
+
+ private:
+  bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
 
   // `object.grad`. The descriptors of torch.Tensor spare a search of its base classes.
   py::object gradient(PyObject* object) const {
@@ -149,24 +171,94 @@ class TensorReader {
   py::object grad_, is_neg_;
 };
 
+// The tensors of many dicts, as they are now: whether each dict still holds the same objects under the same
+// keys, and each of them the same memory in the same form. `tensor.data = other`, `set_`, `share_memory_` and
+// a storage that is resized leave the object and change its memory, and torch tells nobody.
+class Watch {
+ public:
+  // Watches dicts[i][key] for all of `keys`, whether or not there is one. Takes a reference to every dict,
+  // and to all that is in it.
+  Watch(const TensorReader& reader, const py::list& dicts, const py::set& keys) : reader_(&reader) {
+    for (const py::handle handle : dicts) {
+      const auto dict = py::reinterpret_borrow<py::dict>(handle);
+      dicts_.push_back(dict);
+      for (const auto& item : dict) {
+        const bool is_watched = keys.contains(item.first) && !item.second.is_none();
+        Item seen{py::reinterpret_borrow<py::object>(item.first),
+                  py::reinterpret_borrow<py::object>(item.second)};
+        if (is_watched) {
+          seen.is_watched = true;
+          is_readable_ = reader.where(item.second.ptr(), &seen.where) && is_readable_;
+        }
+        items_.push_back(std::move(seen));
+      }
+      ends_.push_back(items_.size());
+    }
+    for (const py::handle key : keys) keys_.push_back(py::reinterpret_borrow<py::object>(key));
+  }
+
+  // False when a tensor cannot be read this way; `holds` is then of no use.
+  bool is_readable() const { return is_readable_; }
+
+  bool holds() const {
+    size_t at = 0;
+    for (size_t i = 0; i < dicts_.size(); ++i) {
+      const size_t first = at;
+      PyObject *key, *value;
+      Py_ssize_t position = 0;
+      bool same = size_t(PyDict_GET_SIZE(dicts_[i].ptr())) == ends_[i] - first;
+      for (; same && PyDict_Next(dicts_[i].ptr(), &position, &key, &value); ++at) {
+        same = key == items_[at].key.ptr() && value == items_[at].value.ptr();
+      }
+      // something is other than it was, perhaps not what is watched
+      if (!same && !has_its_tensors(dicts_[i].ptr(), first, ends_[i])) return false;
+      for (at = first; at < ends_[i]; ++at) {
+        if (!items_[at].is_watched) continue;
+        if (at + kAhead < items_.size()) TensorReader::prefetch(items_[at + kAhead].value.ptr());
+        uint64_t where;
+        if (!reader_->where(items_[at].value.ptr(), &where) || where != items_[at].where) return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  static constexpr size_t kAhead = 32;  // items: 8 parameters
+
+  struct Item {
+    py::object key, value;
+    bool is_watched = false;
+    uint64_t where = 0;
+  };
+
+  // Whether it has what it had under the watched keys, by equality of keys.
+  bool has_its_tensors(PyObject* dict, size_t first, size_t end) const {
+    for (const py::object& key : keys_) {
+      PyObject* value = PyDict_GetItemWithError(dict, key.ptr());  // borrowed
+      if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (value == Py_None) value = nullptr;
+      PyObject* then = nullptr;
+      for (size_t at = first; at < end; ++at) {
+        if (items_[at].is_watched && items_[at].key.equal(key)) then = items_[at].value.ptr();
+      }
+      if (value != then) return false;
+    }
+    return true;
+  }
+
+  const TensorReader* reader_;
+  bool is_readable_ = true;
+  std::vector<py::object> keys_;
+  std::vector<py::dict> dicts_;
+  std::vector<size_t> ends_;  // of each dict's items
+  std::vector<Item> items_;
+};
+
 // Whether both hold the same objects.
 bool same_objects(const py::list& now, const py::list& then) {
   if (now.size() != then.size()) return false;
   for (size_t i = 0; i < now.size(); ++i) {
     if (PyList_GET_ITEM(now.ptr(), Py_ssize_t(i)) != PyList_GET_ITEM(then.ptr(), Py_ssize_t(i))) return false;
-  }
-  return true;
-}
-
-// Whether dicts[i][key] is values[i], for all.
-bool same_items(const py::list& dicts, const py::str& key, const py::list& values) {
-  if (dicts.size() != values.size()) return false;
-  for (size_t i = 0; i < dicts.size(); ++i) {
-    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), Py_ssize_t(i));
-    if (!PyDict_Check(dict)) return false;
-    PyObject* value = PyDict_GetItemWithError(dict, key.ptr());  // borrowed
-    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (value != PyList_GET_ITEM(values.ptr(), Py_ssize_t(i))) return false;
   }
   return true;
 }
@@ -181,6 +273,10 @@ void bind_tensors(py::module_& m) {
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
            py::arg("forms"), py::arg("is_fixed"))
       .def("gradients", &TensorReader::gradients, py::arg("parameters"));
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<const TensorReader&, const py::list&, const py::set&>(), py::keep_alive<1, 2>(),
+           py::arg("reader"), py::arg("dicts"), py::arg("keys"))
+      .def_property_readonly("is_readable", &Watch::is_readable)
+      .def("holds", &Watch::holds);
   m.def("same_objects", &same_objects, py::arg("now"), py::arg("then"));
-  m.def("same_items", &same_items, py::arg("dicts"), py::arg("key"), py::arg("values"));
 }

@@ -8,16 +8,20 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .common import files
+from .common import files, tensor_files
+from .common.memory import out_of_memory_says
 from .common.names import listing, plain_names, short
 from .ops.dtypes import INDEX_DTYPES, index_dtype
 
 __all__ = ["MaskSummary", "SparseMask", "SummaryRow"]
 
-_FORMAT = "saft_kernels.SparseMask"
+FORMAT = "saft_kernels.SparseMask"
+_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -167,12 +171,21 @@ class SparseMask(Mapping[str, Tensor]):
         return [self[name].to(parameter.device) for name, parameter in named]
 
     def to_dense(self) -> dict[str, Tensor]:
-        """Bool tensors of the tensors' shapes, True where selected."""
+        """Bool tensors of the tensors' shapes, True where selected.
+
+        Memory is taken for what is selected: the pages around it.
+
+        Raises:
+            torch.OutOfMemoryError: There is no room for so many elements, selected or not.
+        """
         dense = {}
         for name, shape in self.shapes.items():
-            dense[name] = torch.zeros(math.prod(shape), dtype=torch.bool)
-            dense[name][self[name].long()] = True
-            dense[name] = dense[name].view(shape)
+            numel = math.prod(shape)
+            with out_of_memory_says(f"dense mask of {name!r}, {numel:,} elements", f"use its indices: mask[{name!r}]"):
+                # NumPy's zeros are pages that the system has not yet given; torch's are written
+                flat = torch.from_numpy(_zeros(numel))
+            flat[self[name].long()] = True
+            dense[name] = flat.view(shape)
         return dense
 
     @classmethod
@@ -206,7 +219,7 @@ class SparseMask(Mapping[str, Tensor]):
                 f"`masks`: expected names of the model's parameters, got {listing(sorted(unknown))}; they are called "
                 f"{listing(list(named))}"
             )
-        empty = torch.empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device="cpu")
         found = {}
         for plain, name in plain_names(named).items():
             found[name] = indices[given[plain]] if plain in given else empty
@@ -218,27 +231,30 @@ class SparseMask(Mapping[str, Tensor]):
         return cls({name: found[name] for name in named}, {name: p.shape for name, p in named.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a .safetensors file: the indices per tensor, shapes in the header. Whole or not at all."""
-        save_file = files.safetensors_function("save_file")
-        metadata = {"format": _FORMAT, "version": "1", "shapes": json.dumps(self.shapes)}
-        with files.replacing(path) as temporary:
-            save_file({n: i for n, i in self._indices.items() if i.numel()}, temporary, metadata)
+        """Writes a .safetensors file: the indices per tensor, shapes and a checksum in the header.
+
+        Whole or not at all; equal masks give equal bytes.
+
+        Raises:
+            ValueError: A tensor with selected elements is called `__metadata__`.
+            OSError: The file cannot be written; `path` is as it was.
+        """
+        tensors = {name: index for name, index in self._indices.items() if index.numel()}
+        metadata = {"format": FORMAT, "version": _VERSION, "shapes": json.dumps(self.shapes)}
+        metadata["checksum"] = tensor_files.checksum(metadata, tensors)
+        with files.replacing(path) as file:
+            tensor_files.write(file, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseMask:
-        """Reads a file written by `save`. Raises ValueError when it is something else."""
-        safe_open = files.safetensors_function("safe_open")
+        """Reads a file written by `save`. Raises ValueError when it is something else, or has been altered."""
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}")
-                if metadata.get("version") != "1":
-                    raise ValueError(f"its version is {metadata.get('version')!r}, this package reads '1'")
-                shapes = json.loads(metadata["shapes"])
-                names = file.keys()
-                stored = {name: file.get_tensor(name) for name in names}
-            empty = torch.empty(0, dtype=torch.int32)
+            # masks had no checksum at first
+            metadata, stored = tensor_files.read_checked(
+                path, FORMAT, _VERSION, unchecked=("format", "version", "shapes")
+            )
+            shapes = json.loads(metadata["shapes"])
+            empty = torch.empty(0, dtype=torch.int32, device="cpu")
             return cls(dict.fromkeys(shapes, empty) | stored, shapes)
         except OSError:
             raise
@@ -247,6 +263,13 @@ class SparseMask(Mapping[str, Tensor]):
                 f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
                 f"({error}); save the mask again"
             ) from error
+
+
+def _zeros(numel: int) -> npt.NDArray[np.bool_]:
+    try:
+        return np.zeros(numel, dtype=np.bool_)
+    except (ValueError, OverflowError) as error:  # beyond what NumPy can count
+        raise MemoryError(str(error)) from error
 
 
 def _difference(mask: SparseMask, other: SparseMask) -> str:

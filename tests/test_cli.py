@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import io
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,9 @@ from conftest import assert_same_bits
 from torch import Tensor
 
 from saft_kernels import SparseDelta, SparseMask
-from saft_kernels.cli import main, summary
+from saft_kernels.cli import commands, main, summary
+from saft_kernels.common import files as common_files
+from saft_kernels.common import tensor_files
 
 State = dict[str, Tensor]
 MODELS = ("base.safetensors", "flat.bin", "nested.pt", "ddp.pth", "legacy.pt")
@@ -183,7 +191,10 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("diff base.safetensors nowhere.pt -o e.delta", "nowhere.pt"),
         ("diff base.safetensors d.delta -o e.delta", "got '.delta'"),
         ("diff base.safetensors tuned.safetensors -o nowhere/e.delta", "expected an existing folder"),
+        ("diff base.safetensors tuned.safetensors -o e.pt", "got '.pt'; name it e.safetensors"),
+        ("diff base.safetensors tuned.safetensors -o e.delta --exclude x*", "got 'x*', which matches none of 8; they"),
         ("summary base.safetensors", "its format is 'pt'"),
+        ("summary base.safetensors", "of two checkpoints, `saft-kernels diff` makes a delta"),
         ("summary flat.bin", "expected a dictionary of bool or 0/1 masks"),
         ("summary text.safetensors", "expected a mask or a delta"),
         ("summary d.delta --png nowhere/x.png", "expected an existing folder"),
@@ -197,13 +208,155 @@ def test_a_full_disk_leaves_nothing(
     assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
     capsys.readouterr()
 
-    def full(content: Any, path: Any, *_: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise safetensors.SafetensorError("I/O error: No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(memoryview(content)[:4])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(common_files, "open", FullDisk, raising=False)
     fails(capsys, files, "apply base.safetensors d.delta -o base.safetensors", "No space left")
     fails(capsys, files, "diff base.safetensors tuned.safetensors -o d.delta", "No space left")
+    fails(capsys, files, "apply nested.pt d.delta -o nested.pt", "nested.pt: expected to write it, got: No space left")
+
+
+INPUTS_AS_OUTPUTS = [
+    "diff base.safetensors tuned.safetensors -o {base.safetensors}",
+    "diff base.safetensors tuned.safetensors -o {tuned.safetensors}",
+    "apply base.safetensors d.delta -o {d.delta}",
+    "revert tuned.safetensors d.delta -o {d.delta}",
+    "revert tuned.safetensors d.delta -o {base.safetensors} --base base.safetensors",
+    "summary d.delta --png {d.delta}",
+]
+
+
+@pytest.mark.parametrize("way", ["itself", "dots", "link", "hard_link", "link_to_link"])
+@pytest.mark.parametrize("command", INPUTS_AS_OUTPUTS)
+def test_no_command_writes_over_its_input(
+    command: str, way: str, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name; and nothing is read before."""
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+    capsys.readouterr()
+    name = command[command.index("{") + 1 : command.index("}")]
+    output = files / f"output{Path(name).suffix}"
+    if way == "itself":
+        output = files / name
+    elif way == "dots":
+        output = files / ".." / files.name / name
+    elif way == "hard_link":
+        output.hardlink_to(files / name)
+    else:
+        output.symlink_to(name)
+        if way == "link_to_link":
+            (files / "other").symlink_to(output)
+            output = files / "other"
+    monkeypatch.setattr(commands, "Checkpoint", None)  # what reads
+    monkeypatch.setattr(commands, "SparseDelta", None)
+    fails(capsys, files, command.replace(f"{{{name}}}", str(output)), "which would be lost; name another")
+
+
+def test_the_model_may_be_written_over(files: Path) -> None:
+    """It is read whole before; also through a link, which stays one."""
+    _, tuned = states()
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta --include-original") == 0
+    (files / "link.safetensors").symlink_to("base.safetensors")
+    (files / "base.safetensors").chmod(0o600)
+    assert run(files, "apply base.safetensors d.delta -o link.safetensors") == 0
+    assert (files / "link.safetensors").is_symlink()
+    assert (files / "base.safetensors").stat().st_mode & 0o777 == 0o600
+    found = read(files / "base.safetensors")[1]
+    same({name: found[name] for name in tuned}, tuned)
+    base, _ = states()
+    assert run(files, "revert link.safetensors d.delta -o base.safetensors") == 0
+    found = read(files / "base.safetensors")[1]
+    same({name: found[name] for name in base}, base)
+
+
+def test_outputs_that_cannot_be(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+    (files / "folder.safetensors").mkdir()
+    (files / "folder.png").mkdir()
+    capsys.readouterr()
+    before = {path.name for path in files.iterdir()}
+    for command, message in [
+        ("diff base.safetensors tuned.safetensors -o folder.safetensors", "expected a file, got a folder"),
+        ("apply base.safetensors d.delta -o folder.safetensors", "expected a file, got a folder"),
+        ("summary d.delta --png folder.png", "expected a file, got a folder"),
+        ("summary d.delta --png where.jpg", "expected a name that ends in .png, got '.jpg'"),
+    ]:
+        assert run(files, command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert message in captured.err
+        assert {path.name for path in files.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["apply.{}.safetensors", "apply.{}.pt"])
+def test_long_output_names(name: str, files: Path) -> None:
+    _, tuned = states()
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+    output = name.format("n" * (255 - len(name) + 2))
+    assert len(output) == 255
+    assert run(files, f"apply {'flat.bin' if name.endswith('.pt') else 'base.safetensors'} d.delta -o {output}") == 0
+    found = read(files / output)[1]
+    same({key: found[key] for key in tuned}, tuned)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("name", [*MODELS, "d.delta"])
+def test_truncated_inputs(name: str, share: float, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said with the file's name, what was expected, and what to do."""
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+    content = (files / name).read_bytes()
+    (files / name).write_bytes(content[: int(share * len(content))])
+    capsys.readouterr()
+    output = "out.safetensors" if name.endswith((".safetensors", ".delta")) else "out.pt"
+    model = "base.safetensors" if name == "d.delta" else name
+    fails(capsys, files, f"apply {model} d.delta -o {output}", f"{files / name}: expected")
+    if name != "d.delta":
+        fails(capsys, files, f"diff tuned.safetensors {name} -o e.delta", f"{files / name}: expected")
+
+
+def test_equal_outputs(files: Path) -> None:
+    """Byte for byte, whatever they are called: of an archive of torch.save's, the file's name is no part."""
+    for name in MODELS:
+        outputs = set()
+        for i in range(3):
+            assert run(files, f"diff {name} tuned.safetensors -o {i}.delta") == 0
+            assert run(files, f"apply {name} {i}.delta -o out{i}{Path(name).suffix}") == 0
+            outputs.add(((files / f"{i}.delta").read_bytes(), (files / f"out{i}{Path(name).suffix}").read_bytes()))
+        assert len(outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("stopping", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda x: str(x)
+)
+def test_signals(
+    stopping: signal.Signals,
+    status: int,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the middle of writing: one line, the shell's status for that signal, nothing left behind."""
+    assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+    capsys.readouterr()
+
+    def stopped(file: Any, *_: Any) -> None:
+        file.write(b"half")
+        os.kill(os.getpid(), stopping)
+        time.sleep(60)
+
+    monkeypatch.setattr(tensor_files, "write", stopped)
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    handler = signal.getsignal(stopping)
+    assert run(files, "diff base.safetensors tuned.safetensors -o e.delta") == status
+    assert signal.getsignal(stopping) == handler
+    captured = capsys.readouterr()
+    assert captured.err.startswith("saft-kernels: ")
+    assert captured.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
 def test_a_bug_shows_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +471,34 @@ def test_a_terminal_gets_richs_table(
     assert "visual.blocks.2.norm.bias" in out
 
 
+def test_names_break_after_dots() -> None:
+    """No piece is wider than it may be, as long as there are dots, and nothing is lost."""
+    name = "visual.transformer.resblocks.11.attn.in_proj_weight"
+    assert summary.broken(name, 60) == name
+    assert summary.broken(name, 34) == "visual.transformer.resblocks.11.\n  attn.in_proj_weight"
+    for width in range(22, 60):
+        lines = summary.broken(name, width).split("\n")
+        assert max(map(len, lines)) <= width
+        assert "".join(line.strip() for line in lines) == name
+    assert summary.broken("nodots" * 9, 20) == "nodots" * 9
+    assert summary.broken("...a", 2) in ("...a", ".\n  ..a", "..\n  .a", "...\n  a")
+
+
+def test_a_table_fits_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model, with long names."""
+    names = [f"visual.transformer.resblocks.{i}.attn.in_proj_weight" for i in range(11)]
+    mask = SparseMask({name: torch.arange(10_000) for name in names}, dict.fromkeys(names, (10**5, 10**5)))
+    mask.save(tmp_path / "mask.safetensors")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(tmp_path, "summary mask.safetensors") == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[4:6]] == ["visual.transformer.resblocks.0.", "attn.in_proj_weight"]
+
+
 def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """As if a package were not installed."""
     original = builtins.__import__
@@ -347,6 +528,25 @@ def test_png(state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     content = (tmp_path / "where.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000
+
+
+def test_a_stack_without_selected_elements_is_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of text says so; where there is nothing but such, no map is drawn."""
+    rows = [summary.Row(f"text.{i}.{kind}", 3 + i, 10) for i in range(4) for kind in "ab"]
+    rows += [summary.Row(f"visual.{i}.{kind}", 0, 10) for i in range(4) for kind in "ab"]
+    drawn: list[str] = []
+    plot = summary._plot_stack
+
+    def counted(axis: Any, stack: summary.Stack, norm: Any) -> Any:
+        drawn.append(stack.name)
+        return plot(axis, stack, norm)
+
+    monkeypatch.setattr(summary, "_plot_stack", counted)
+    summary.save_figure(tmp_path / "a.png", "a", rows, 160)
+    assert drawn == ["text"]
+    summary.save_figure(tmp_path / "b.png", "b", [summary.Row("head", 1, 5), *rows[8:]], 85)
+    assert drawn == ["text"]
+    assert (tmp_path / "b.png").stat().st_size < (tmp_path / "a.png").stat().st_size
 
 
 def test_the_picture_covers_every_element() -> None:

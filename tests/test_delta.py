@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask
+from saft_kernels.common import tensor_files
+from saft_kernels.delta import difference
 from saft_kernels.delta import file as delta_file
+from saft_kernels.delta.changes import Changes
 
 State = dict[str, Tensor]
 
@@ -173,6 +178,80 @@ def test_tied_weights_are_stored_once_and_written_under_every_name(tmp_path: Pat
         delta.apply_({"other": torch.zeros(5, 3)})
 
 
+def test_files_and_compositions_name_their_device(tmp_path: Path) -> None:
+    """Another default device: every tensor that is made here says where it is."""
+    delta = SparseDelta.diff(small(), changed(small()), whole=True)
+    try:
+        torch.set_default_device("meta")
+        delta.save(tmp_path / "d", include_original=True)
+        loaded = SparseDelta.load(tmp_path / "d")
+        both = SparseDelta.compose([loaded, loaded], on_conflict="sum").delta
+        dense = loaded.mask.to_dense()
+        loaded.mask.save(tmp_path / "m")
+        masks = [SparseMask.load(tmp_path / "m"), SparseMask.from_dense(dense)]
+        assert loaded == delta
+        assert both.mask == delta.mask
+        assert masks == [delta.mask, delta.mask]
+    finally:
+        torch.set_default_device(None)
+
+
+def test_another_default_dtype_changes_nothing(tmp_path: Path) -> None:
+    base, tuned = small(), changed(small())
+    linear = nn.Sequential(nn.Linear(6, 5, bias=False))
+    adapted = copy.deepcopy(linear)
+    with torch.no_grad():
+        adapted[0].weight[0, 1] += 0.25
+    expected = SparseDelta.diff(base, tuned)
+    half = copied(base)
+    expected.interpolate_(half, 0.5)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        delta = SparseDelta.diff(base, tuned)
+        delta.interpolate_(base, 0.5)
+        assert_same_state(base, half)
+        delta.save(tmp_path / "d", include_original=True)
+        SparseDelta.load(tmp_path / "d").apply_(base)
+        SparseDelta.diff(linear, adapted).to_shira(tmp_path / "adapter", linear)
+        shira = SparseDelta.from_shira(tmp_path / "adapter", linear)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert delta == expected
+    assert_same_state(base, tuned)
+    assert shira == SparseDelta.diff(linear, adapted)
+
+
+def test_a_large_tensor_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its strides, in the order of its elements."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(1, 6, 5, 7, generator=generator)
+    for view in (tensor, tensor.transpose(1, 3), tensor[:, ::2], tensor[:, :, :1].expand(1, 6, 5, 7), tensor[0, 0, 0]):
+        other = torch.where(torch.rand(view.shape, generator=generator) < 0.3, view + 1, view)
+        expected = SparseDelta.diff({"w": view}, {"w": other})
+        assert expected.mask["w"].tolist() == (view != other).flatten().nonzero().flatten().tolist()
+        for block in (1, 3, 10):
+            monkeypatch.setattr(difference, "_BLOCK", block)
+            assert SparseDelta.diff({"w": view}, {"w": other}) == expected
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_views_of_a_single_element(whole: bool, tmp_path: Path) -> None:
+    """They have any stride, and torch calls them contiguous."""
+    storage = torch.arange(8.0)
+    for view in (storage[::2][:1], storage.view(2, 4)[:, 2:3][:1], storage[3:4], storage.as_strided((1, 1), (5, 3))):
+        parameter = nn.Parameter(view)
+        delta = SparseDelta.diff({"w": parameter}, {"w": parameter.detach() + 1}, whole=whole)
+        plain = torch.tensor(view.flatten().tolist()).view(view.shape)
+        assert delta == SparseDelta.diff({"w": plain}, {"w": plain + 1}, whole=whole)
+        delta.save(tmp_path / "d", include_original=True)
+        assert SparseDelta.load(tmp_path / "d") == delta
+    with pytest.raises(TypeError, match="negated or conjugated view"):
+        SparseDelta.diff(
+            {"w": torch.ones(2, dtype=torch.complex64).conj()}, {"w": torch.ones(2, dtype=torch.complex64)}
+        )
+
+
 def test_nothing_changed(tmp_path: Path) -> None:
     base = small()
     SparseDelta.diff(base, base).save(tmp_path / "d", include_original=True)
@@ -310,6 +389,9 @@ def test_exclude() -> None:
     delta = SparseDelta.diff(base, tuned, exclude=["*_head", "a.*"], progress=True)
     assert list(delta.mask) == ["b.weight"]
     assert SparseDelta.diff(base, tuned, exclude="*_head").mask.keys() == small().keys()
+    with pytest.raises(ValueError, match=r"got 'head\*', which matches none of 5") as error:
+        SparseDelta.diff(base, tuned, exclude=["*_head", "head*"])
+    assert_message(error, ["`exclude`", "they are called 'a.weight', 'a.bias', 'b.weight' and 2 more"])
 
 
 # ---- originals ----
@@ -467,6 +549,58 @@ def test_a_sweep_starts_from_the_same_endpoints() -> None:
     delta.apply_(model)
     assert_same_state(model, tuned)
     assert_same_state(other, tuned)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 1 / 3, 0.0625, 0.9999, 1e-4, -0.5, 1.5, 7 / 64, 12.25, 5 / 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_another_process_finds_the_alpha(dtype: torch.dtype, alpha: float, tmp_path: Path) -> None:
+    """A model that was saved between base and tuned, and the delta anew from its file."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(500, generator=generator).to(dtype) for name in ("a", "b")}
+    base["n"] = torch.tensor([1, 2, 3])
+    tuned = {name: value + (torch.arange(len(value)) % 3 == 0) for name, value in base.items()}
+    tuned["a"] = torch.where(tuned["a"] == base["a"], base["a"], tuned["a"] * 3)
+    delta = SparseDelta.diff(base, tuned)
+    delta.save(tmp_path / "d", include_original=True)
+    model = copied(base)
+    delta.interpolate_(model, alpha)
+    between = copied(model)
+    for move, expected in (
+        (lambda d, m: d.apply_(m), tuned),
+        (lambda d, m: d.revert_(m), base),
+        (lambda d, m: d.interpolate_(m, alpha), between),
+    ):
+        model = copied(between)
+        move(SparseDelta.load(tmp_path / "d"), model)
+        assert_same_state(model, expected)
+    # another alpha in one tensor, or another value in one element, is no state of this delta
+    other = copied(base)
+    SparseDelta.load(tmp_path / "d").interpolate_(other, alpha + 0.25)
+    for wrong in ({**between, "b": other["b"]}, {**between, "a": bumped(between["a"])}):
+        before = copied(wrong)
+        with pytest.raises(ValueError, match="`model`: expected the base of this delta, or where"):
+            SparseDelta.load(tmp_path / "d").apply_(wrong)
+        assert_same_state(wrong, before)
+
+
+def bumped(values: Tensor) -> Tensor:
+    """The last bit of the first value flipped: it is a changed one."""
+    flipped = values.clone()
+    flipped.view(torch.uint8)[0] ^= 1
+    return flipped
+
+
+def test_an_alpha_that_nobody_would_write_is_not_found(tmp_path: Path) -> None:
+    """This delta remembers it, another process does not."""
+    base, tuned = small(), copied(small())
+    for value in tuned.values():
+        value.view(-1)[::2] += 1
+    delta = SparseDelta.diff(base, tuned)
+    delta.interpolate_(base, 0.123456789)
+    with pytest.raises(ValueError, match="`model`: expected the base of this delta, or where"):
+        SparseDelta.diff(small(), tuned).apply_(base)
+    delta.apply_(base)
+    assert_same_state(base, tuned)
 
 
 def test_integers_and_every_dtype_interpolate() -> None:
@@ -667,13 +801,45 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         SparseDelta.load(path)
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_equal_deltas_are_equal_files(original: bool, tmp_path: Path) -> None:
+    """From run to run: the order of nothing depends on a hash, and loading and saving is no change."""
+    base, tuned = every_dtype(), changed(every_dtype())
+    for path in ("a", "b", "c", "d"):
+        SparseDelta.diff(base, tuned, whole=True).save(tmp_path / path, include_original=original)
+    contents = {(tmp_path / path).read_bytes() for path in ("a", "b", "c", "d")}
+    assert len(contents) == 1
+    SparseDelta.load(tmp_path / "a").save(tmp_path / "a", include_original=original)
+    assert contents == {(tmp_path / "a").read_bytes()}
+
+
+@pytest.mark.parametrize("how", ["overwritten", "truncated"])
+def test_a_loaded_delta_does_not_follow_its_file(how: str, tmp_path: Path) -> None:
+    base = {"w": torch.zeros(100_000)}
+    tuned = {"w": torch.arange(100_000.0)}
+    path = tmp_path / "d"
+    SparseDelta.diff(base, tuned).save(path, include_original=True)
+    delta = SparseDelta.load(path)
+    if how == "truncated":
+        os.truncate(path, 0)
+    else:
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.write(b"\x01" * size)
+    model = copied(base)
+    delta.apply_(model)
+    assert_same_state(model, tuned)
+    delta.revert_(model)
+    assert_same_state(model, base)
+
+
 def with_metadata(content: bytes, **changes: str) -> bytes:
     """The file with other metadata and, unless given, a checksum that fits it."""
     tensors = safetensors.torch.load(content)
     (length,) = struct.unpack("<Q", content[:8])
     metadata = {**json.loads(content[8 : 8 + length])["__metadata__"], **changes}
     if "checksum" not in changes:
-        metadata["checksum"] = delta_file._file_checksum(metadata, tensors)
+        metadata["checksum"] = tensor_files.checksum(metadata, tensors)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -711,11 +877,11 @@ def test_other_files(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delta, content = saved(tmp_path)
 
-    def disk_full(tensors: Any, filename: Any, metadata: Any) -> None:
-        Path(filename).write_bytes(b"half")
+    def disk_full(file: Any, tensors: Any, metadata: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "write", disk_full)
     with pytest.raises(OSError, match="No space left"):
         delta.save(tmp_path / "d")
     assert (tmp_path / "d").read_bytes() == content
@@ -744,3 +910,42 @@ def test_parts_must_fit() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         hash(SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}))
     assert SparseDelta(mask, {"w": torch.zeros(2)}, {"w": torch.ones(2)}) != "a delta"
+
+
+def test_the_record_is_what_the_delta_shows() -> None:
+    """One place holds the facts: what is learned or composed is what every attribute says."""
+    base, tuned = small(), changed(small())
+    whole = SparseDelta.diff(base, tuned, whole=True)
+    record = Changes(
+        whole.mask, whole.values, None, checksums=whole.checksums, rest=whole.rest, tied=whole.tied, numel=whole.numel
+    )
+    assert record == Changes(whole.mask, whole.values, whole.originals, rest=whole.rest, numel=whole.numel)
+    assert record != Changes(whole.mask, whole.originals, whole.originals, rest=whole.rest, numel=whole.numel)
+    delta = SparseDelta(
+        whole.mask, whole.values, None, checksums=whole.checksums, rest=whole.rest, tied=whole.tied, numel=whole.numel
+    )
+    assert delta == whole
+    assert delta.originals is None
+    delta.take_originals(base)
+    assert delta.originals is not None
+    assert_same_state(delta.originals, whole.originals)
+    with pytest.raises(AttributeError):  # device copies of them are kept
+        delta.values = {}
+
+
+def test_imports_of_delta_go_one_way() -> None:
+    """sparse_delta -> {compose, file, shira, targets, difference, originals} -> changes."""
+    folder = Path(delta_file.__file__).parent
+    allowed = {
+        "sparse_delta": {"changes", "compose", "difference", "file", "originals", "shira", "targets"},
+        **{name: {"changes"} for name in ("compose", "difference", "file", "shira", "targets")},
+        **{"changes": set(), "originals": set(), "__init__": {"originals", "sparse_delta"}},
+    }
+    assert {path.stem for path in folder.glob("*.py")} == set(allowed)
+    for path in folder.glob("*.py"):
+        text = path.read_text()
+        found = set(re.findall(r"^ *from \.(\w+) import", text, re.MULTILINE))
+        for names in re.findall(r"^ *from \. import (.+)", text, re.MULTILINE):
+            found |= set(names.split(", "))
+        assert found <= allowed[path.stem], path.name
+        assert "TYPE_CHECKING" not in text

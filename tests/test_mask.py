@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import assert_message
 from torch import Tensor, nn
 
 from saft_kernels import SparseMask
-from saft_kernels.common import files
+from saft_kernels.common import files, tensor_files
 
 LARGE = (2**16, 2**16)  # 2^32 elements: a shape alone, no memory
 
@@ -96,6 +97,19 @@ def test_dense_round_trip() -> None:
     transposed = SparseMask.from_dense({"w0": dense["w0"].t().contiguous().t()})
     assert torch.equal(transposed["w0"], mask["w0"])
     assert SparseMask.from_dense({"w": torch.tensor([0.0, 2.0, -1.0])})["w"].tolist() == [1, 2]
+
+
+def test_a_dense_mask_takes_memory_for_what_is_selected() -> None:
+    """2^33 elements would be 8 GiB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dense = SparseMask({"w": torch.tensor([5, 2**33 - 1])}, {"w": (2**20, 2**13)}).to_dense()["w"]
+    assert dense.shape == (2**20, 2**13)
+    assert [bool(dense.view(-1)[i]) for i in (4, 5, 6, -2, -1)] == [False, True, False, False, True]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    for shape in ((2**45,), (2**62,), (2**31, 2**31, 4)):
+        with pytest.raises(torch.OutOfMemoryError, match="expected it to fit in memory") as error:
+            SparseMask({"w": torch.tensor([5])}, {"w": shape}).to_dense()
+        assert_message(error, [f"dense mask of 'w', {math.prod(shape):,} elements", "use its indices: mask['w']"])
 
 
 def test_iou() -> None:
@@ -267,11 +281,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     old = SparseMask.from_dense({"w": torch.ones(3)})
     old.save(path)
 
-    def disk_full(tensors: Any, filename: Any, metadata: Any) -> None:
-        Path(filename).write_bytes(b"half")
+    def disk_full(file: Any, tensors: Any, metadata: Any) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "write", disk_full)
     with pytest.raises(OSError, match="No space left"):
         a_mask().save(path)
     assert SparseMask.load(path) == old
@@ -331,6 +345,66 @@ def test_other_files(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a mask saved by SparseMask\.save") as error:
         SparseMask.load(path)
     assert_message(error, [str(path), message])
+
+
+def test_no_flipped_bit_makes_another_mask(tmp_path: Path) -> None:
+    """Every bit of a file: each is noticed."""
+    mask = SparseMask.from_dense({"w": torch.arange(40) % 3 == 0, "b": torch.ones(2), "frozen": torch.zeros(3)})
+    path = tmp_path / "mask.safetensors"
+    mask.save(path)
+    content = path.read_bytes()
+    for at in range(8 * len(content)):
+        altered = bytearray(content)
+        altered[at // 8] ^= 1 << at % 8
+        path.write_bytes(altered)
+        with pytest.raises(ValueError, match=r"expected a mask saved by SparseMask\.save"):
+            SparseMask.load(path)
+
+
+def test_files_of_and_for_the_version_before_the_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    mask = a_mask()
+    old = {"format": "saft_kernels.SparseMask", "version": "1", "shapes": json.dumps(mask.shapes)}
+    stored = {name: index for name, index in mask.items() if index.numel()}
+    safetensors.torch.save_file(stored, path, old)
+    assert SparseMask.load(path) == mask
+    # what that version reads of a new file: other metadata than these it does not look at
+    mask.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert {key: metadata[key] for key in old} == old
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[name], stored[name]) for name in stored)
+
+
+def test_equal_masks_are_equal_files(tmp_path: Path) -> None:
+    contents = set()
+    for i in range(5):
+        a_mask().save(tmp_path / f"{i}.safetensors")
+        contents.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
+def test_a_loaded_mask_does_not_follow_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mask.safetensors"
+    mask = SparseMask.from_dense({"w": torch.ones(100_000)})
+    mask.save(path)
+    loaded = SparseMask.load(path)
+    os.truncate(path, 0)
+    assert loaded == mask
+
+
+def test_a_name_that_no_file_can_hold(tmp_path: Path) -> None:
+    """It is an error where the mask is saved, not where it is loaded."""
+    mask = SparseMask.from_dense({"w": torch.ones(2), "__metadata__": torch.ones(2)})
+    with pytest.raises(ValueError, match="got '__metadata__'") as error:
+        mask.save(tmp_path / "mask.safetensors")
+    assert_message(error, ["rename that tensor"])
+    assert not list(tmp_path.iterdir())
+    unselected = SparseMask.from_dense({"w": torch.ones(2), "__metadata__": torch.zeros(2)})
+    unselected.save(tmp_path / "mask.safetensors")
+    assert SparseMask.load(tmp_path / "mask.safetensors") == unselected
 
 
 def test_missing_file(tmp_path: Path) -> None:

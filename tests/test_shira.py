@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -169,6 +172,94 @@ def test_what_shira_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected changes in nn\.Linear weights, got none"):
         SparseDelta.diff(base, tuned).to_shira(tmp_path, base, partial=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("shira_weight", torch.ones(9).long(), "got int64 (9,) and int32 (2, 9)"),
+        ("shira_weight", torch.ones(3, 3), "got float32 (3, 3) and int32 (2, 9)"),
+        ("shira_weight", torch.ones(8), "got float32 (8,) and int32 (2, 9)"),
+        ("shira_weight", torch.tensor(1.0), "got float32 () and int32 (2, 9)"),
+        ("shira_indices", torch.zeros(2, 9), "and float32 (2, 9)"),
+        ("shira_indices", torch.zeros(9, 2).int(), "and int32 (9, 2)"),
+        ("shira_indices", torch.tensor(0), "and int64 ()"),
+        ("shira_indices", torch.zeros(2, 9).long(), "got some twice"),
+        ("shira_indices", torch.full((2, 9), -1), "expected row and column within (5, 4)"),
+        ("shira_indices", torch.full((2, 9), 2**62), "expected row and column within (5, 4)"),
+        ("other", torch.ones(1), "expected shira_weight and shira_indices per module"),
+    ],
+)
+def test_damaged_adapters(part: str, value: Tensor, message: str, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 5))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight[0, 0] += 1
+    SparseDelta.diff(base, tuned).to_shira(tmp_path, base)
+    weights = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file({**safetensors.torch.load_file(weights), f"base_model.model.0.{part}": value}, weights)
+    with pytest.raises(ValueError, match="expected") as error:
+        SparseDelta.from_shira(tmp_path, base)
+    assert_message(error, [str(tmp_path), message])
+
+
+def test_bases_that_do_not_fit(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 5))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight[0, 0] += 1
+    delta = SparseDelta.diff(base, tuned)
+    with pytest.raises(TypeError, match="`base`: expected a module") as error:
+        delta.to_shira(tmp_path / "new", base.state_dict())
+    assert_message(error, ["got OrderedDict; pass the model"])
+    assert not (tmp_path / "new").exists()
+    delta.to_shira(tmp_path, base)
+    with pytest.raises(ValueError, match="expected floats") as error:
+        SparseDelta.from_shira(tmp_path, {"0.weight": torch.zeros(5, 4, dtype=torch.int64)})
+    assert_message(error, ["for '0.weight', int64 (5, 4)"])
+    for config in ("[1]", "\xff", '{"peft_type": ["SHIRA"]}'):
+        (tmp_path / "adapter_config.json").write_text(config, encoding="latin-1")
+        with pytest.raises(ValueError, match="expected a"):
+            SparseDelta.from_shira(tmp_path, base)
+
+
+@pytest.mark.parametrize("when", ["before", "model.safetensors", "config.json"])
+def test_a_killed_process_leaves_no_mixed_adapter(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old or new as a whole, or what nothing loads: never weights with the other's config."""
+    base, first = models(torch.float32, LINEAR[:1])
+    _, second = models(torch.float32, LINEAR[1:])
+    old, new = SparseDelta.diff(base, first), SparseDelta.diff(base, second)
+    folder = tmp_path / "adapter"
+    old.to_shira(folder, base)
+    (folder / "README.md").write_text("mine")
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function: Callable[..., None], file: str, which: int) -> Callable[..., None]:
+        def die(*arguments: Any, **options: Any) -> None:
+            if Path(arguments[which]).name == file:
+                raise Killed
+            function(*arguments, **options)
+
+        return die
+
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(Path, "unlink", dying(Path.unlink, "adapter_config.json", 0))
+        else:
+            patch.setattr(os, "replace", dying(os.replace, f"adapter_{when}", 1))
+        with pytest.raises(Killed):
+            new.to_shira(folder, base)
+    if when == "before":
+        assert SparseDelta.from_shira(folder, base) == old
+    else:
+        with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+            SparseDelta.from_shira(folder, base)
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_model.safetensors"]
+    new.to_shira(folder, base)
+    assert SparseDelta.from_shira(folder, base) == new
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_other_adapters(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_out_of_memory_in_a_step(where: str, monkeypatch: pytest.MonkeyPatch) ->
     mask = optimizer.mask
     before = clones(list(model.parameters()))
     with monkeypatch.context() as patch:
-        patch.setattr(saft_kernels.optim, where, lambda *_: allocate_too_much())
+        patch.setattr(saft_kernels.optim.sparse_adamw, where, lambda *_: allocate_too_much())
         with pytest.raises(torch.OutOfMemoryError) as error:
             optimizer.step()
     assert_message(error, ["step()", "select("])

@@ -9,7 +9,10 @@
 // Contract   what is used of an index is what was checked of it: with one out of range, its block is left out.
 //            Compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
+#include <algorithm>
 #include <atomic>
+#include <type_traits>
+#include <vector>
 
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
@@ -169,8 +172,8 @@ bool run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
 }
 
 template <class opmath_t, class param_t, class grad_t>
-bool run_segment(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, index_t first, index_t last) {
-  const AdamWScalars<opmath_t> scalars(hyper);
+bool run_segment(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa, index_t first,
+                 index_t last) {
   bool in_range = false;
   dispatch_index(segment.indices, segment.index_bytes, [&](const auto* indices) {
     in_range = run_chunk<opmath_t, param_t, grad_t>(segment, scalars, isa, indices, first, last);
@@ -180,23 +183,24 @@ bool run_segment(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, 
 
 // A 16-bit parameter may have an fp32 gradient (masters elsewhere, gradient buffers); nothing else mixes.
 template <class param_t>
-bool run_low_precision(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, index_t first,
-                       index_t last) {
+bool run_low_precision(const AdamWSegment& segment, const AdamWScalars<float>& scalars, Isa isa,
+                       index_t first, index_t last) {
   return segment.grad.dtype == ScalarType::kFloat32
-             ? run_segment<float, param_t, float>(segment, hyper, isa, first, last)
-             : run_segment<float, param_t, param_t>(segment, hyper, isa, first, last);
+             ? run_segment<float, param_t, float>(segment, scalars, isa, first, last)
+             : run_segment<float, param_t, param_t>(segment, scalars, isa, first, last);
 }
 
-bool run_typed(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, index_t first, index_t last) {
+bool run_typed(const AdamWSegment& segment, const AdamWScalars<float>& scalars,
+               const AdamWScalars<double>& scalars64, Isa isa, index_t first, index_t last) {
   switch (segment.param.dtype) {
     case ScalarType::kFloat32:
-      return run_segment<float, float, float>(segment, hyper, isa, first, last);
+      return run_segment<float, float, float>(segment, scalars, isa, first, last);
     case ScalarType::kBFloat16:
-      return run_low_precision<bfloat16>(segment, hyper, isa, first, last);
+      return run_low_precision<bfloat16>(segment, scalars, isa, first, last);
     case ScalarType::kFloat16:
-      return run_low_precision<float16>(segment, hyper, isa, first, last);
+      return run_low_precision<float16>(segment, scalars, isa, first, last);
     case ScalarType::kFloat64:
-      return run_segment<double, double, double>(segment, hyper, isa, first, last);
+      return run_segment<double, double, double>(segment, scalars64, isa, first, last);
   }
   return false;
 }
@@ -206,19 +210,25 @@ bool run_typed(const AdamWSegment& segment, const AdamWHyper& hyper, Isa isa, in
 index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
                          int num_threads, int requested_isa) {
   const Isa isa = resolve_isa(requested_isa);
-  index_t count = 0;
+  index_t count = 0, num_hypers = 0;
   for (index_t s = 0; s < num_segments; ++s) {
     const AdamWSegment& x = segments[s];
     if (x.count > 0 && std::min(uintptr_t(x.param.data), uintptr_t(x.grad.data)) < kLowestAddress) return s;
     count += x.count;
+    num_hypers = std::max(num_hypers, x.hyper + 1);
   }
+  // once for each: their divisions take as long as ten coordinates
+  const std::vector<AdamWScalars<float>> scalars(hypers, hypers + num_hypers);
+  const std::vector<AdamWScalars<double>> scalars64(hypers, hypers + num_hypers);
   const index_t chunk = std::clamp(count / (16 * std::max(1, num_threads)), kMinChunk, kMaxChunk);
   std::atomic<index_t> failed{-1};
-  for_each_chunk(segments, num_segments, chunk, num_threads,
-                 [&](const AdamWSegment& segment, index_t first, index_t last) {
-                   if (!run_typed(segment, hypers[segment.hyper], isa, first, last))
-                     failed = &segment - segments;
-                 });
+  for_each_chunk(
+      segments, num_segments, chunk, num_threads,
+      [&, isa](const AdamWSegment& segment, index_t first, index_t last) {
+        if (!run_typed(segment, scalars[segment.hyper], scalars64[segment.hyper], isa, first, last)) {
+          failed = &segment - segments;
+        }
+      });
   return failed;
 }
 

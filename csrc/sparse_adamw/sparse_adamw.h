@@ -72,7 +72,10 @@ SAFT_HOST_DEVICE void adamw_element(opmath_t& param, opmath_t grad, opmath_t& ex
                                     opmath_t* max_exp_avg_sq, const AdamWScalars<opmath_t>& s) {
   grad *= s.inverse_grad_scale;
   param *= s.decay;
-  exp_avg += (grad - exp_avg) * s.one_minus_beta1;
+  // torch's lerp, from the nearer end: from the other, a small gradient after a large one is lost
+  const opmath_t difference = grad - exp_avg;
+  exp_avg = s.one_minus_beta1 < opmath_t(0.5) ? exp_avg + difference * s.one_minus_beta1
+                                              : grad - difference * (opmath_t(1) - s.one_minus_beta1);
   exp_avg_sq = exp_avg_sq * s.beta2 + s.one_minus_beta2 * grad * grad;
   opmath_t second_moment = exp_avg_sq;
   if (max_exp_avg_sq != nullptr) {
@@ -88,8 +91,10 @@ SAFT_HOST_DEVICE void adamw_element(opmath_t& param, opmath_t grad, opmath_t& ex
 
 // ---- cpu entry ----
 
-// Returns -1, or a segment that has an index out of range: of its coordinates, and of the others', some are written, and
-// nothing else. Preconditions (checked by the caller): indices distinct; state arrays of `count` values.
+// Returns -1, or a segment that has no memory, or an index that is no position in its parameter: code outside may
+// have freed or written it since it was checked. Nothing out of bounds is touched, but other coordinates may
+// have made their step by then. Preconditions (checked by the caller): indices distinct; state arrays of `count`
+// values.
 index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
                          int num_threads, int isa);
 

@@ -1,5 +1,1 @@
-"""The command `saft-kernels`."""
-
-from .main import main
-
-__all__ = ["main"]
+"""The command `saft-kernels`; `main.main` runs it."""

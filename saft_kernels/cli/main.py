@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from ..common.files import safetensors_function
-from ..common.names import listing, plain_names
-from ..delta.file import FORMAT
-from ..delta.sparse_delta import SparseDelta
-from ..delta.targets import same_bits
-from ..mask import SparseMask
-from .checkpoint_files import TORCH_SUFFIXES, Checkpoint, find_state_dict, read_torch
-from .summary import Row, grouped, natural, print_table, save_figure
+from ..delta.targets import VERIFY
+from . import commands
 
 _DESCRIPTION = """\
 Fine-tunes as small files: what changed, its new values, and a check that they meet the right model.
@@ -29,14 +23,16 @@ examples:
   saft-kernels diff pretrained.safetensors logs/run/checkpoints/epoch_5.pt -o task.safetensors
   saft-kernels apply pretrained.safetensors task.safetensors -o tuned.safetensors
   saft-kernels apply pretrained.safetensors task.safetensors -o half.safetensors --alpha 0.5
+  saft-kernels apply llama-7b/ task.safetensors -o llama-7b-task/
   saft-kernels revert tuned.safetensors task.safetensors -o pretrained.safetensors --base other_copy.pt
   saft-kernels summary task.safetensors --depth 3 --png where.png
   saft-kernels compare mask_a.safetensors mask_b.safetensors
 
-Checkpoints are .safetensors, .pt, .pth, .bin or .ckpt files (read without running their code). The state dict may be
-nested under state_dict, model, model_state_dict or module, and its names may start with "module.". The output has the
-format and nesting of MODEL. Existing outputs are replaced, once the new file is whole. Exit status: 0, 1 for an error,
-2 for wrong usage."""
+Checkpoints are .safetensors, .pt, .pth, .bin, .ckpt or .tar files (read without running their code), or a folder with
+one such file, or with shards and their index. The state dict may be nested under state_dict, model, model_state_dict or
+module, and its names may start with "module.". The output has the format and nesting of MODEL; for a folder it is a new
+folder. Existing files are replaced, once the new one is whole. Exit status: 0, 1 for an error, 2 for wrong usage, 130
+when interrupted, 143 when terminated."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,13 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=_info)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser.set_defaults(run=commands.info)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(
         name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+        sub = subparsers.add_parser(
             name,
             help=help,
             description=help[0].upper() + help[1:] + ".",
@@ -64,14 +60,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command(
         "info",
-        _info,
+        commands.info,
         "versions and backends of this machine, to paste into a bug report",
         "info\n\nSet SAFT_BACKEND to one of the backends to force it.",
     )
 
     sub = command(
         "diff",
-        _diff,
+        commands.diff,
         "write what changed between two checkpoints as a delta",
         "diff pretrained.pt epoch_5.pt -o task.safetensors",
     )
@@ -90,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "apply",
-        _apply,
+        commands.apply,
         "write the tuned checkpoint, from the base and a delta",
         "apply pretrained.pt task.safetensors -o tuned.pt",
     )
@@ -100,10 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--alpha", type=float, default=1.0, metavar="A", help="base + A * (tuned - base), as in WiSE-FT (default: 1)"
     )
+    sub.add_argument("--base", type=Path, help="where the old values are, if MODEL is not the base")
+    _verify(sub)
 
     sub = command(
         "revert",
-        _revert,
+        commands.revert,
         "write the base checkpoint, from the tuned one and a delta",
         "revert tuned.pt task.safetensors -o pretrained.pt",
     )
@@ -111,10 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("delta", metavar="DELTA", type=Path)
     _output(sub, "the base checkpoint")
     sub.add_argument("--base", type=Path, help="where the old values are, if the delta does not include them")
+    _verify(sub)
 
     sub = command(
         "summary",
-        _summary,
+        commands.summary,
         "show where the elements of a mask or delta are",
         "summary task.safetensors --depth 4 --png where.png",
     )
@@ -124,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "compare",
-        _compare,
+        commands.compare,
         "show how two masks or deltas overlap: intersection over union",
         "compare a.safetensors b.safetensors --depth 3",
     )
@@ -136,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _output(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=help)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and write nothing")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify",
+        choices=VERIFY,
+        help="what of MODEL is checked before: the elements that the delta changes, all, or nothing but names and "
+        "shapes (default: whole, if the delta has the checksums of `diff --whole`, else selected)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -145,177 +154,47 @@ def _positive(text: str) -> int:
     return number
 
 
-# ---- commands ----
+class _Stopped(BaseException):
+    """A signal that would end the process."""
 
 
-def _info(_: argparse.Namespace) -> None:
-    from .report import report
+@contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise, so that no temporary file stays, as SIGINT does in any Python program."""
 
-    print(report())
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
 
-
-def _diff(args: argparse.Namespace) -> None:
-    base, tuned = Checkpoint(args.base), Checkpoint(args.tuned)
-    _check_folder(args.output)
-    for checkpoint in (base, tuned):
-        if checkpoint.others:
-            print(f"{checkpoint.path}: left out, no tensors: {listing(checkpoint.others)}", file=sys.stderr)
-    delta = SparseDelta.diff(base.tensors, tuned.tensors, exclude=args.exclude, whole=args.whole, progress=True)
-    delta.save(args.output, include_original=args.include_original)
-    _written(args.output, delta)
-
-
-def _apply(args: argparse.Namespace) -> None:
-    delta = SparseDelta.load(args.delta)
-    model = Checkpoint(args.model)
-    model.check_output(args.output)
-    delta.interpolate_(model.tensors, args.alpha, verify="whole" if delta.rest else "selected")
-    model.save(args.output)
-    _written(args.output, delta)
-
-
-def _revert(args: argparse.Namespace) -> None:
-    delta = SparseDelta.load(args.delta)
-    model = Checkpoint(args.model)
-    model.check_output(args.output)
-    if args.base is not None:
-        delta.take_originals(Checkpoint(args.base).tensors)
-    elif delta.originals is None:
-        raise ValueError(
-            f"{args.delta}: expected a delta with original values, got one without; pass --base with the model before "
-            "fine-tuning, or make it with `diff --include-original`"
-        )
-    delta.revert_(model.tensors, verify="whole" if delta.rest else "selected")
-    model.save(args.output)
-    _written(args.output, delta)
-
-
-def _summary(args: argparse.Namespace) -> None:
-    if args.png is not None:
-        _check_folder(args.png)
-    loaded = _load(args.file)
-    mask = loaded.mask if isinstance(loaded, SparseDelta) else loaded
-    rows = [Row(row.name, row.k, row.numel) for row in mask.summary().rows]
-    title = f"{args.file.name}: {mask.k:,} of {loaded.numel:,} elements ({loaded.density:.3%})"
-    table = [
-        [row.name, f"{row.k:,}", f"{row.numel:,}", f"{row.k / max(row.numel, 1):.3%}", f"{row.k / mask.k:.2%}"]
-        for row in grouped(rows, args.depth)
-        if row.k
-    ]
-    table.append(["total", f"{mask.k:,}", f"{loaded.numel:,}", f"{loaded.density:.3%}", "100%"])
-    print_table(title, ["tensor", "selected", "numel", "density", "share"], table, total=True)
-    if isinstance(loaded, SparseDelta):
-        kept = "included" if loaded.originals is not None else "not included"
-        print(f"delta, {args.file.stat().st_size / max(loaded.k, 1):.2f} bytes per value; original values {kept}")
-    if args.png is not None:
-        save_figure(args.png, title, rows, loaded.numel)
-        print(f"{args.png}: written")
-
-
-def _compare(args: argparse.Namespace) -> None:
-    a, b = _load(args.a), _load(args.b)
-    masks = [loaded.mask if isinstance(loaded, SparseDelta) else loaded for loaded in (a, b)]
-    names = list(dict.fromkeys([*masks[0], *masks[1]]))
-    for name in names:
-        shapes = [mask.shapes[name] for mask in masks if name in mask]
-        if shapes[0] != shapes[-1]:
-            raise ValueError(
-                f"{args.b}: expected shape {shapes[0]} for {name!r}, as in {args.a}, got {shapes[1]}; compare masks of "
-                "one model"
-            )
-    if masks[0].k and masks[1].k and not set(masks[0]) & set(masks[1]):
-        raise ValueError(
-            f"{args.b}: expected tensor names as in {args.a}, such as {listing(list(masks[0]))}, got "
-            f"{listing(list(masks[1]))}; compare masks of one model"
-        )
-    empty = torch.empty(0, dtype=torch.int32)
-    rows: dict[str, list[int]] = {}
-    agreeing = 0
-    for name in names:
-        indices = [mask[name].long() if name in mask else empty.long() for mask in masks]
-        in_b = torch.isin(indices[0], indices[1], assume_unique=True)
-        key = ".".join(name.split(".")[: args.depth])
-        counts = rows.setdefault(key, [0, 0, 0])
-        for i, count in enumerate((indices[0].numel(), indices[1].numel(), int(in_b.sum()))):
-            counts[i] += count
-        if isinstance(a, SparseDelta) and isinstance(b, SparseDelta) and bool(in_b.any()):
-            in_a = torch.isin(indices[1], indices[0], assume_unique=True)
-            agreeing += _count_same(a.values[name], in_b, b.values[name], in_a)
-    sorted_rows = sorted(rows.items(), key=lambda item: natural(item[0]))
-    totals = [sum(counts[i] for counts in rows.values()) for i in range(3)]
-    table = [_compare_row(name, counts) for name, counts in sorted_rows if counts[0] or counts[1]]
-    iou = _iou(totals)
-    title = f"IoU {iou:.4f}: {totals[2]:,} elements in both, {totals[0] + totals[1] - totals[2]:,} in either"
-    print_table(title, ["tensor", "A", "B", "both", "IoU"], [*table, _compare_row("total", totals)], total=True)
-    if isinstance(a, SparseDelta) and isinstance(b, SparseDelta):
-        print(f"same new value in {agreeing:,} of the {totals[2]:,} elements in both")
-
-
-def _count_same(a: Tensor, in_b: Tensor, b: Tensor, in_a: Tensor) -> int:
-    if a.dtype != b.dtype:
-        return 0
-    shared_a, shared_b = (
-        tensor.view(torch.uint8).view(-1, tensor.itemsize)[chosen] for tensor, chosen in ((a, in_b), (b, in_a))
-    )
-    return len(shared_a) if same_bits(shared_a, shared_b) else int((shared_a == shared_b).all(1).sum())
-
-
-def _compare_row(name: str, counts: Sequence[int]) -> list[str]:
-    return [name, *(f"{count:,}" for count in counts), f"{_iou(counts):.4f}"]
-
-
-def _iou(counts: Sequence[int]) -> float:
-    either = counts[0] + counts[1] - counts[2]
-    return counts[2] / either if either else 1.0
-
-
-# ---- files ----
-
-
-def _load(path: Path) -> SparseMask | SparseDelta:
-    """A mask, a delta, or a dictionary of bool or 0/1 masks from torch.save."""
-    if path.suffix in TORCH_SUFFIXES:
-        masks = find_state_dict(read_torch(path))
-        if masks is None or any(not isinstance(m, Tensor) or bool(((m != 0) & (m != 1)).any()) for m in masks.values()):
-            raise ValueError(
-                f"{path}: expected a dictionary of bool or 0/1 masks, got something else; for two checkpoints, make a "
-                "delta with `saft-kernels diff`"
-            )
-        return SparseMask.from_dense({plain: masks[name] for plain, name in plain_names(masks).items()})
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if in_main_thread and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
     try:
-        with safetensors_function("safe_open")(path, "pt") as file:
-            kind = (file.metadata() or {}).get("format")
-    except (OSError, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: expected a mask or a delta, got another file or a damaged one ({error})") from error
-    return SparseDelta.load(path) if kind == FORMAT else SparseMask.load(path)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: expected an existing folder; make {path.parent} first")
-
-
-def _written(path: Path, delta: SparseDelta) -> None:
-    size = path.stat().st_size
-    each = f", {size / delta.k:.2f} bytes per value" if delta.k and size < 100 * delta.k else ""
-    print(f"{path}: {delta.k:,} of {delta.numel:,} elements ({delta.density:.3%}) changed; {size:,} bytes{each}")
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 1 after one line on stderr; argparse exits with 2."""
+    """Runs one command. Returns 0, or after one line on stderr 1, or 128 + a signal's number; argparse exits with 2."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with _unwinding_on_signals():
+            args.run(args)
+            sys.stdout.flush()
     except BrokenPipeError:  # `saft-kernels summary ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        # safetensors has an error of its own, for a full disk, say; what is none of these is a bug: show its traceback
-        expected = (OSError, ValueError, TypeError, ImportError, RuntimeError)
-        if not isinstance(error, expected) and type(error).__name__ != "SafetensorError":
-            raise
-        print(f"saft-kernels: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return _said("interrupted", 128 + signal.SIGINT)
+    except _Stopped as stopped:
+        return _said(f"stopped by {signal.Signals(stopped.args[0]).name}", 128 + stopped.args[0])
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
+        # what is none of these is a bug: it shows its traceback
+        return _said(" ".join(str(error).split()) or type(error).__name__, 1)
     return 0
+
+
+def _said(what: str, status: int) -> int:
+    print(f"saft-kernels: {what}", file=sys.stderr)
+    return status

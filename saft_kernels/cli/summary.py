@@ -68,14 +68,27 @@ def _print_rich(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    # the frame: an edge, and two characters after each column
+    width = console.width - 2 * len(headings) - 1
+    width -= sum(max(len(row[i]) for row in [headings, *rows]) for i in range(1, len(headings)))
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for i, row in enumerate(rows):
         if total and i == len(rows) - 1:
             table.add_section()
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(cell) for cell in (broken(row[0], width), *row[1:])))
+    console.print(table)
+
+
+def broken(name: str, width: int) -> str:
+    """A name in lines of at most that width, broken after dots as far as there are any."""
+    lines, rest = [], name
+    while len(rest) > width and (dot := rest.rfind(".", 1, width)) > 0:
+        lines.append(rest[: dot + 1])
+        rest = "  " + rest[dot + 1 :]
+    return "\n".join([*lines, rest])
 
 
 # ---- the picture ----
@@ -114,7 +127,7 @@ def stacks(rows: Sequence[Row]) -> list[Stack]:
 
 
 def save_figure(path: str | os.PathLike[str], title: str, rows: Sequence[Row], numel: int) -> None:
-    """Left: the share of each part of the model. Right: the density of each tensor of its stacks of blocks.
+    """Left: the share of each part of the model. Right: the density of each tensor of its stacks of blocks, where any.
 
     Args:
         path: A .png file, written whole or not at all.
@@ -133,7 +146,8 @@ def save_figure(path: str | os.PathLike[str], title: str, rows: Sequence[Row], n
         raise ImportError("--png needs matplotlib; pip install 'saft_kernels[cli]'") from error
     if not any(row.k for row in rows):
         raise ValueError("--png: expected selected elements, got none; there is nothing to draw")
-    shown = sorted(stacks(rows), key=lambda stack: -sum(row.k for row in stack.cells.values()))[:_MAX_STACKS]
+    counts = {stack.name: sum(row.k for row in stack.cells.values()) for stack in stacks(rows)}
+    shown = sorted((s for s in stacks(rows) if counts[s.name]), key=lambda stack: -counts[stack.name])[:_MAX_STACKS]
     parts = _parts(rows, shown)
     # in inches: bars to the left, heat maps under each other to the right, the text under them
     bars = max(0.24 * len(parts), 1.2)
@@ -170,8 +184,11 @@ def save_figure(path: str | os.PathLike[str], title: str, rows: Sequence[Row], n
         bar.set_yticks([], minor=True)
         bar.tick_params(labelsize=7, colors=GREY, length=2)
         bar.spines[:].set_visible(False)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        if empty := [name for name, count in counts.items() if not count]:
+            text = f"nothing selected in {', '.join(empty)}"
+            figure.text((left + 0.55) / width, 1 - (y - 0.35) / height, text, fontsize=8, color=GREY, va="top")
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _parts(rows: Sequence[Row], shown: Sequence[Stack]) -> list[Row]:
@@ -201,17 +218,25 @@ def _plot_parts(axis: Any, parts: Sequence[Row], numel: int, inches: float) -> N
     k = sum(row.k for row in parts)
     share = [100 * row.k / k for row in parts]
     whole = [100 * row.numel / numel for row in parts]
-    at, limit = range(len(parts)), max(*share, *whole)
+    at, limit = range(len(parts)), 1.04 * max(*share, *whole)
     axis.barh(at, share, height=0.66, color=ACCENT, label="of the selected elements")
     axis.scatter(whole, at, marker="|", s=90, linewidths=2, color=DARK, label="of all elements", zorder=3)
-    for y, row in enumerate(parts):
-        text = f"{share[y]:.1f} %  ({row.k:,})" if share[y] >= 0.05 else f"< 0.1 %  ({row.k:,})"
-        axis.text(max(share[y], whole[y]) + 0.02 * limit, y, text, va="center", fontsize=7.5, color=GREY)
+    # in columns of their own: beside a mark, a value would be taken for the mark's
+    for x, heading, cells in (
+        (1.17, "share", [f"{value:.1f} %" if value >= 0.05 else "< 0.1 %" for value in share]),
+        (1.38, "selected", [f"{row.k:,}" for row in parts]),
+    ):
+        style = {"ha": "right", "fontsize": 7.5, "color": GREY}
+        axis.annotate(heading, (x * limit, -0.5), xytext=(0, 6), textcoords="offset points", **style)
+        for y, text in enumerate(cells):
+            axis.text(x * limit, y, text, va="center", **style)
     axis.set_yticks(at, [row.name for row in parts], fontsize=8)
     axis.set_ylim(len(parts) - 0.5, -0.5)
     axis.set_xlim(0, 1.4 * limit)
-    axis.set_xlabel("share (%)", fontsize=8.5)
-    axis.set_title("Share of each part", loc="left", fontsize=10, color=DARK)
+    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= limit])
+    axis.spines["bottom"].set_bounds(0, limit)
+    axis.set_xlabel("share (%)", fontsize=8.5, loc="left")
+    axis.set_title("Share of each part", loc="left", fontsize=10, color=DARK, pad=14)
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.4 / inches), ncols=2)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,23 +55,33 @@ def named_tensors(argument: str, model: Model) -> dict[str, Tensor]:
                 f"`{argument}`[{name!r}]: expected a strided tensor in memory, got {got}; gather the full state dict "
                 "first"
             )
+        if tensor.is_neg() or tensor.is_conj():
+            raise TypeError(
+                f"`{argument}`[{name!r}]: expected values in memory, got a negated or conjugated view of others; clone "
+                "it first"
+            )
         found[plain] = tensor.detach()
     return found
 
 
 def tied_names(tensors: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that are an earlier one in every mapping: name -> that one's name."""
-    first: dict[object, str] = {}
-    tied = {}
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            owner = first.setdefault(tuple(_memory(named[name]) for named in (tensors, *others)), name)
-            if owner != name:
-                tied[name] = owner
-    return tied
+    return same_keys(
+        {
+            name: tuple(_memory(named[name]) for named in (tensors, *others))
+            for name, tensor in tensors.items()
+            if tensor.numel()
+        }
+    )
 
 
-def _memory(tensor: Tensor) -> object:
+def same_keys(keys: Mapping[str, Hashable]) -> dict[str, str]:
+    """Names whose key an earlier one has: name -> that one."""
+    first: dict[Hashable, str] = {}
+    return {name: owner for name, key in keys.items() if (owner := first.setdefault(key, name)) != name}
+
+
+def _memory(tensor: Tensor) -> Hashable:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 

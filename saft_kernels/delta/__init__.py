@@ -1,7 +1,6 @@
 """Fine-tunes as the elements they changed: `SparseDelta`, `Originals`."""
 
-from .compose import Composed
 from .originals import Originals
-from .sparse_delta import SparseDelta
+from .sparse_delta import Composed, SparseDelta
 
 __all__ = ["Composed", "Originals", "SparseDelta"]

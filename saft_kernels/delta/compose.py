@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from ..common.names import listing
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
-
-if TYPE_CHECKING:
-    from .sparse_delta import SparseDelta
+from .changes import Changes
 
 Policy = Literal["error", "first", "last", "sum"]
 _POLICIES = ("error", "first", "last", "sum")
@@ -55,14 +53,7 @@ class Conflicts:
         return "\n".join(lines)
 
 
-class Composed(NamedTuple):
-    """What `SparseDelta.compose` returns."""
-
-    delta: SparseDelta
-    conflicts: Conflicts
-
-
-def compose(deltas: Sequence[SparseDelta], on_conflict: Policy) -> Composed:
+def compose(deltas: Sequence[Changes], on_conflict: Policy) -> tuple[Changes, Conflicts]:
     """See `SparseDelta.compose`."""
     if on_conflict not in _POLICIES:
         raise ValueError(f"`on_conflict`: expected one of {', '.join(_POLICIES)}, got {on_conflict!r}")
@@ -79,7 +70,7 @@ def compose(deltas: Sequence[SparseDelta], on_conflict: Policy) -> Composed:
         parts = _parts(name, deltas)
         shapes[name] = parts[0].mask.shapes[name]
         index, order = torch.cat([delta.mask[name].long() for delta in parts]).sort(stable=True)
-        before = _reordered([delta._known_originals("compose")[name] for delta in parts], order)
+        before = _reordered([delta.known_originals("compose")[name] for delta in parts], order)
         after = _reordered([delta.values[name] for delta in parts], order)
         # consecutive equal indices are one element, in the order of `deltas`
         again = index[1:] == index[:-1]
@@ -88,9 +79,10 @@ def compose(deltas: Sequence[SparseDelta], on_conflict: Policy) -> Composed:
                 f"`deltas`: expected deltas of one base, got different originals in {name!r}; make them from the same "
                 "model"
             )
-        element = torch.cat([torch.zeros(min(1, len(index)), dtype=torch.long), again.logical_not().long().cumsum(0)])
+        first_row = torch.zeros(min(1, len(index)), dtype=torch.long, device="cpu")
+        element = torch.cat([first_row, again.logical_not().long().cumsum(0)])
         counts = torch.bincount(element)
-        conflicting = torch.zeros(len(counts), dtype=torch.bool)
+        conflicting = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
         conflicting[element[1:][again & (as_bits(after)[1:] != as_bits(after)[:-1])]] = True
         if bool((counts > 1).any()):
             rows.append(ConflictRow(name, int((counts > 1).sum()), int(conflicting.sum())))
@@ -119,10 +111,10 @@ def compose(deltas: Sequence[SparseDelta], on_conflict: Policy) -> Composed:
     )
     tied = {name: owner for name, owner in deltas[0].tied.items() if owner in kept}
     numel = max(delta.numel for delta in deltas)
-    return Composed(type(deltas[0])(mask, values, originals, tied=tied, numel=numel), conflicts)
+    return Changes(mask, values, originals, tied=tied, numel=numel), conflicts
 
 
-def _parts(name: str, deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
+def _parts(name: str, deltas: Sequence[Changes]) -> list[Changes]:
     """The deltas that know a tensor, which must agree about it."""
     parts = [delta for delta in deltas if name in delta.mask]
     kinds = {(delta.mask.shapes[name], delta.values[name].dtype) for delta in parts}
@@ -136,11 +128,11 @@ def _parts(name: str, deltas: Sequence[SparseDelta]) -> list[SparseDelta]:
     return parts
 
 
-def _untied(delta: SparseDelta) -> SparseDelta:
-    """The same delta with an entry for each name of tied tensors."""
+def _untied(delta: Changes) -> Changes:
+    """The same changes with an entry for each name of tied tensors."""
     owners = {**{name: name for name in delta.mask}, **delta.tied}
-    originals = delta._known_originals("compose")
-    return type(delta)(
+    originals = delta.known_originals("compose")
+    return Changes(
         SparseMask(
             {name: delta.mask[owner] for name, owner in owners.items()},
             {name: delta.mask.shapes[owner] for name, owner in owners.items()},

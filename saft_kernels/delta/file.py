@@ -5,7 +5,6 @@ docs/delta.md specifies the format.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,23 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..common import files
-from ..common.files import safetensors_function
-from .changes import Content, bytes_of
+from ..common import files, tensor_files
+from ..common.names import short
+from ..mask import SparseMask
+from .changes import DTYPES, Changes
 
 FORMAT = "saft_kernels.SparseDelta"
 VERSION = "1"
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
-        *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
-        *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-    )
-}
-DTYPES = tuple(_DTYPES.values())
+_DTYPES = {short(dtype): dtype for dtype in DTYPES}
 
 
 # ---- indices as bytes ----
@@ -86,66 +77,39 @@ def from_gaps(gaps: npt.NDArray[np.int64], counts: Iterable[int]) -> list[Tensor
     return indices
 
 
-# ---- checksums ----
-
-
-def _file_checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything in the file but itself, with lengths between: no two files share their input."""
-    total = hashlib.sha256()
-    for key in sorted(metadata):
-        if key != "checksum":
-            total.update(f"{key}:{len(metadata[key])}:{metadata[key]}\n".encode())
-    for key in sorted(tensors):
-        total.update(f"{key}:{tensors[key].dtype}:{tensors[key].numel()}\n".encode())
-        total.update(bytes_of(tensors[key]))
-    return total.hexdigest()
-
-
 # ---- files ----
 
 
-def write(path: str | os.PathLike[str], content: Content) -> None:
-    """Whole or not at all."""
-    save_file = safetensors_function("save_file")
+def write(path: str | os.PathLike[str], changes: Changes, originals: Mapping[str, Tensor] | None) -> None:
+    """The changes as a file, with originals or without; whole or not at all."""
     table: dict[str, list[Any]] = {}
     blobs: dict[str, list[Tensor]] = {}
-    for name, value in content.values.items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        row = [dtype, list(content.shapes[name]), value.numel(), content.checksums[name]]
-        table[name] = [*row, content.rest[name]] if content.rest else row
+    for name, value in changes.values.items():
+        dtype = short(value.dtype)
+        row = [dtype, list(changes.mask.shapes[name]), value.numel(), changes.checksums[name]]
+        table[name] = [*row, changes.rest[name]] if changes.rest else row
         blobs.setdefault(f"values.{dtype}", []).append(value)
-        if content.originals is not None:
-            blobs.setdefault(f"originals.{dtype}", []).append(content.originals[name])
+        if originals is not None:
+            blobs.setdefault(f"originals.{dtype}", []).append(originals[name])
     tensors = {key: torch.cat(parts).cpu() for key, parts in blobs.items()}
-    tensors["gaps"] = torch.from_numpy(encode_gaps(to_gaps(content.indices[name] for name in content.values)))
+    tensors["gaps"] = torch.from_numpy(encode_gaps(to_gaps(changes.mask.values())))
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "numel": str(content.numel),
+        "numel": str(changes.numel),
         "tensors": json.dumps(table, separators=(",", ":")),
     }
-    if content.tied:
-        metadata["tied"] = json.dumps(content.tied, separators=(",", ":"))
-    metadata["checksum"] = _file_checksum(metadata, tensors)
-    with files.replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    if changes.tied:
+        metadata["tied"] = json.dumps(changes.tied, separators=(",", ":"))
+    metadata["checksum"] = tensor_files.checksum(metadata, tensors)
+    with files.replacing(path) as file:
+        tensor_files.write(file, tensors, metadata)
 
 
-def read(path: str | os.PathLike[str]) -> Content:
+def read(path: str | os.PathLike[str]) -> Changes:
     """Raises ValueError for another file, or for one of which any byte that counts has changed."""
-    safe_open = safetensors_function("safe_open")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}")
-            if metadata.get("version") != VERSION:
-                raise ValueError(f"its version is {metadata.get('version')!r}, this package reads {VERSION!r}")
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-        if metadata.get("checksum") != _file_checksum(metadata, tensors):
-            raise ValueError("its checksum is not that of its content")
-        return _parse(metadata, tensors)
+        return _parse(*tensor_files.read_checked(path, FORMAT, VERSION))
     except OSError:
         raise
     except Exception as error:
@@ -155,7 +119,7 @@ def read(path: str | os.PathLike[str]) -> Content:
         ) from error
 
 
-def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Content:
+def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Changes:
     table: dict[str, list[Any]] = json.loads(metadata["tensors"])
     counts = {name: row[2] for name, row in table.items()}
     names_by_dtype: dict[str, list[str]] = {}
@@ -172,13 +136,12 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Conten
             found.update(zip(names, blob.split([counts[name] for name in names]), strict=True))
     indices = from_gaps(decode_gaps(tensors["gaps"].numpy(), sum(counts.values())), counts.values())
     has_originals = any(key.startswith("originals.") for key in tensors)
-    return Content(
-        {name: tuple(row[1]) for name, row in table.items()},
-        dict(zip(table, indices, strict=True)),
-        {name: parts["values"][name] for name in table},
-        {name: parts["originals"][name] for name in table} if has_originals else None,
-        {name: row[3] for name, row in table.items()},
-        {name: row[4] for name, row in table.items() if len(row) > 4},
-        json.loads(metadata.get("tied", "{}")),
-        int(metadata["numel"]),
+    return Changes(
+        SparseMask(dict(zip(table, indices, strict=True)), {name: tuple(row[1]) for name, row in table.items()}),
+        parts["values"],
+        parts["originals"] if has_originals else None,
+        checksums={name: row[3] for name, row in table.items()},
+        rest={name: row[4] for name, row in table.items() if len(row) > 4},
+        tied=json.loads(metadata.get("tied", "{}")),
+        numel=int(metadata["numel"]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..common.names import listing, plain_names
 from ..ops.dtypes import as_bits
-from ..optim.budgets import places
+from ..optim.members import Member, Position
 from ..optim.sparse_adamw import SparseAdamW
 
 
@@ -38,9 +38,9 @@ class Originals:
                 "`optimizer`: expected one before its first step, got one that has made steps; make Originals first, "
                 "or pass the base model to from_optimizer"
             )
-        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._record(optimizer)
-        optimizer._selection_hooks = (*optimizer._selection_hooks, self._record)
+        self._known: dict[Position, tuple[Tensor, Tensor]] = {}
+        self._record(optimizer.members())
+        optimizer.register_selection_hook(self._record)
         optimizer.register_load_state_dict_post_hook(self._check_loaded)
 
     @property
@@ -48,34 +48,30 @@ class Originals:
         """Elements remembered."""
         return sum(index.numel() for index, _ in self._known.values())
 
-    def _record(self, optimizer: SparseAdamW) -> None:
+    def _record(self, members: Sequence[Member]) -> None:
         """Called when a selection has been made, before anything is updated."""
-        for position, _, parameter in places(optimizer.param_groups):
-            index, _ = fresh = self._unknown(optimizer, position, parameter)
-            if index.numel():
-                (values,) = ops.gather([parameter], [index.to(parameter.device)])
-                known = self._known.get(position, (index[:0], values[:0].cpu()))
-                merged, order = torch.cat([known[0], fresh[0]]).sort()
+        for member in members:
+            fresh = self._unknown(member)
+            if fresh.numel():
+                parameter = member.parameter
+                (values,) = ops.gather([parameter], [fresh.to(parameter.device)])
+                known = self._known.get(member.position, (fresh[:0], values[:0].cpu()))
+                merged, order = torch.cat([known[0], fresh]).sort()
                 # as_bits: indexing knows no float8
                 both = torch.cat([as_bits(known[1]), as_bits(values.cpu())])
-                self._known[position] = (merged, both[order].view(parameter.dtype))
+                self._known[member.position] = (merged, both[order].view(parameter.dtype))
 
-    def _unknown(self, optimizer: SparseAdamW, position: tuple[int, int], parameter: Tensor) -> tuple[Tensor, int]:
-        """Selected elements whose originals are not known, and how many are selected."""
-        index = optimizer._index(position, parameter)
-        selected = torch.arange(parameter.numel()) if index is None else index.cpu().long()
-        if position in self._known:
-            known = self._known[position][0]
-            return selected[~torch.isin(selected, known, assume_unique=True)], selected.numel()
-        return selected, selected.numel()
+    def _unknown(self, member: Member) -> Tensor:
+        """Selected elements whose originals are not known: int64, on the CPU."""
+        numel, index = member.parameter.numel(), member.index
+        selected = torch.arange(numel, device="cpu") if index is None else index.cpu().long()
+        if member.position in self._known:
+            return selected[~torch.isin(selected, self._known[member.position][0], assume_unique=True)]
+        return selected
 
     def _check_loaded(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, SparseAdamW)
-        unknown = [
-            name
-            for position, name, parameter in places(optimizer.param_groups)
-            if self._unknown(optimizer, position, parameter)[0].numel()
-        ]
+        unknown = [member.name for member in optimizer.members() if self._unknown(member).numel()]
         if unknown:
             raise ValueError(
                 f"`state_dict`: expected a selection whose originals are known, got other elements of "
@@ -89,7 +85,7 @@ class Originals:
         """Per name: indices of elements that differ now, their originals and their values."""
         self._check_loaded(optimizer)
         indices, originals, values = {}, {}, {}
-        positions = [position for position, _, _ in places(optimizer.param_groups)]
+        positions = [member.position for member in optimizer.members()]
         for position, (name, parameter) in zip(positions, parameters.items(), strict=True):
             if position not in self._known:
                 continue
@@ -109,20 +105,20 @@ def optimizer_parameters(optimizer: SparseAdamW, model: nn.Module | None) -> dic
             f"`optimizer`: expected a SparseAdamW, got {type(optimizer).__name__}; for others, SparseDelta.diff("
             "base, model)"
         )
-    members = places(optimizer.param_groups)
+    members = optimizer.members()
     if model is not None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        if strangers := [name for _, name, parameter in members if id(parameter) not in names]:
+        if strangers := [member.name for member in members if id(member.parameter) not in names]:
             raise ValueError(
                 f"`model`: expected the model that the optimizer trains, got one without its {listing(strangers)}; "
                 "pass that model"
             )
-        named = {names[id(parameter)]: parameter for _, _, parameter in members}
+        named = {names[id(member.parameter)]: member.parameter for member in members}
     else:
         if any("param_names" not in group for group in optimizer.param_groups):
             raise ValueError(
                 "`optimizer`: expected parameters with names, got some without; pass `model`, or build it from "
                 "model.named_parameters()"
             )
-        named = {name: parameter for _, name, parameter in members}
+        named = {member.name: member.parameter for member in members}
     return {plain: named[name].detach() for plain, name in plain_names(named).items()}

@@ -14,25 +14,23 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..common import files
-from ..common.files import safetensors_function
-from ..common.names import Model, listing, named_tensors, plain_names
+from ..common import files, tensor_files
+from ..common.names import Model, listing, named_tensors, plain_names, short
 from ..mask import SparseMask
-from ..ops.dtypes import as_bits
-
-if TYPE_CHECKING:
-    from .sparse_delta import SparseDelta
+from ..ops.dtypes import INDEX_DTYPES, as_bits
+from .changes import Changes
 
 _PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> SparseDelta:
+def save(delta: Changes, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> Changes:
     """Writes the part of a delta that SHiRA can hold, the weights of nn.Linear modules, as an adapter.
 
     `peft.PeftModel.from_pretrained(base, folder)` loads it. Modules with fewer changes than r demands get further
@@ -41,22 +39,26 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
     two, the adapter is off by that rounding; a warning says in how many elements.
 
     Args:
-        delta: Its originals must be known, or `base` in the base's state.
-        folder: Made if missing; the adapter's two files in it are replaced.
+        delta: Its originals must be known.
+        folder: Made if missing; the adapter's two files in it are replaced. A process that is killed meanwhile leaves
+            the old adapter, the new one, or a folder without adapter_config.json, which nothing loads.
         base: A model that the delta fits. Not changed.
         partial: Leave out other changes (biases, norms, embeddings, nn.MultiheadAttention, which PEFT's SHiRA cannot
             hold) instead of refusing them.
 
     Returns:
-        A delta of what was left out.
+        What was left out.
 
     Raises:
+        TypeError: `base` is no module.
         ValueError: Changes elsewhere, with partial=False; none in nn.Linear weights; more changes in one module than
             any r allows.
     """
-    if delta.originals is None:
-        delta.take_originals(base)
-    originals = delta._known_originals("to_shira")
+    if not isinstance(base, nn.Module):
+        raise TypeError(
+            f"`base`: expected a module, whose nn.Linear it adapts, got {type(base).__name__}; pass the model"
+        )
+    originals = delta.known_originals("to_shira")
     linears = _linear_weights(base)
     changed = [name for name in delta.mask if delta.mask[name].numel()]
     inside = [name for name in changed if name in linears]
@@ -89,11 +91,11 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
         inexact += int((as_bits(_added(old, difference)) != as_bits(new)).sum())
         index = delta.mask[name].long()
         padding = count - index.numel()
-        free = torch.arange(count)
+        free = torch.arange(count, device="cpu")
         free = free[~torch.isin(free, index, assume_unique=True)][:padding]
         index, order = torch.cat([index, free]).sort()
         # adding -0 leaves every value its bits, -0 too
-        difference = torch.cat([difference, torch.full((padding,), -0.0, dtype=dtype)])[order]
+        difference = torch.cat([difference, torch.full((padding,), -0.0, dtype=dtype, device="cpu")])[order]
         module = _PREFIX + linears[name]
         tensors[f"{module}.shira_weight"] = difference
         tensors[f"{module}.shira_indices"] = torch.stack([index // in_features, index % in_features]).int()
@@ -116,39 +118,41 @@ def save(delta: SparseDelta, folder: str | os.PathLike[str], base: nn.Module, *,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file = safetensors_function("save_file")
-    with files.replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
-    with files.replacing(folder / "adapter_config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    config_path = folder / _CONFIG
+    # on leaving, the weights come first: PEFT would take a config and weights that do not fit for an adapter of nothing
+    with files.replacing(config_path) as config_file, files.replacing(folder / _WEIGHTS) as weights_file:
+        tensor_files.write(weights_file, tensors, {"format": "pt"})
+        config_file.write(f"{json.dumps(config, indent=2)}\n".encode())
+        for file in (weights_file, config_file):
+            file.flush()
+        # all is written: what remains are two renames, between which the folder is no adapter
+        files.output(config_path).unlink(missing_ok=True)
     rest = SparseMask({n: delta.mask[n] for n in outside}, {n: delta.mask.shapes[n] for n in outside})
     tied = {name: owner for name, owner in delta.tied.items() if owner in outside}
-    return type(delta)(rest, delta.values, originals, tied=tied, numel=delta.numel)
+    return Changes(rest, delta.values, originals, tied=tied, numel=delta.numel)
 
 
-def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
-    """The delta of a SHiRA adapter on its base: the values that PEFT's `merge_and_unload` would write.
+def load(folder: str | os.PathLike[str], base: Model) -> Changes:
+    """The changes of a SHiRA adapter on its base: the values that PEFT's `merge_and_unload` would write.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors.
         base: The model the adapter was trained on, or its state dict. Not changed.
 
     Raises:
-        ValueError: Another kind of adapter, or another model.
+        ValueError: Another kind of adapter, a damaged one, or another model.
+        OSError: A file of it cannot be read.
     """
-    from .sparse_delta import SparseDelta
-
     folder = Path(folder)
-    safe_open = safetensors_function("safe_open")
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            names = file.keys()
-            stored = {name: file.get_tensor(name) for name in names}
+        kind = json.loads((folder / _CONFIG).read_bytes()).get("peft_type")
+        _, stored = tensor_files.read(folder / _WEIGHTS)
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{folder}: expected a SHiRA adapter, got another or damaged files ({error})") from error
+        raise ValueError(
+            f"{folder}: expected a SHiRA adapter, got another or damaged files ({error}); get it anew"
+        ) from error
     if kind != "SHIRA":
         raise ValueError(f"{folder}: expected an adapter with peft_type 'SHIRA', got {kind!r}; load it with peft")
     modules = {name.rpartition(".")[0] for name in stored}
@@ -165,15 +169,27 @@ def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
         if name not in tensors or tensors[name].dim() != 2:
             raise ValueError(f"`base`: expected the adapter's modules, got a model without {name!r}; pass its base")
         shapes[name] = rows, columns = tuple(tensors[name].shape)
-        difference, place = stored[f"{module}.shira_weight"], stored[f"{module}.shira_indices"].long()
-        if place.shape != (2, difference.numel()) or bool(
-            ((place < 0) | (place >= torch.tensor([[rows], [columns]]))).any()
+        difference, place = stored[f"{module}.shira_weight"], stored[f"{module}.shira_indices"]
+        if (
+            not (difference.is_floating_point() and tensors[name].is_floating_point())
+            or place.dtype not in INDEX_DTYPES
+            or place.shape != (2, *difference.shape)
+            or difference.dim() != 1
         ):
+            got = [f"{short(tensor.dtype)} {tuple(tensor.shape)}" for tensor in (difference, place, tensors[name])]
+            raise ValueError(
+                f"{folder}: expected floats (n,) and integers (2, n) for float weights, got {got[0]} and {got[1]} for "
+                f"{name!r}, {got[2]}; get it anew"
+            )
+        row, column = place.long()
+        if bool(((place < 0).any(0) | (row >= rows) | (column >= columns)).any()):
             raise ValueError(
                 f"{folder}: expected row and column within {(rows, columns)} per value of {name!r}, got others: an "
                 "adapter for another model; pass its base"
             )
-        index, order = (place[0] * columns + place[1]).sort()
+        index, order = (row * columns + column).sort()
+        if bool((index[1:] == index[:-1]).any()):
+            raise ValueError(f"{folder}: expected each element of {name!r} once, got some twice; get it anew")
         (old,) = ops.gather([tensors[name]], [index.to(tensors[name].device)])
         old = old.cpu()
         new = _added(old, difference[order])
@@ -181,7 +197,7 @@ def load(folder: str | os.PathLike[str], base: Model) -> SparseDelta:
         indices[name], originals[name], values[name] = index[differs], old[differs], new[differs]
     kept = [name for name in indices if indices[name].numel()]
     mask = SparseMask({name: indices[name] for name in kept}, {name: shapes[name] for name in kept})
-    return SparseDelta(mask, values, originals, numel=sum(tensor.numel() for tensor in tensors.values()))
+    return Changes(mask, values, originals, numel=sum(tensor.numel() for tensor in tensors.values()))
 
 
 def _added(original: Tensor, difference: Tensor) -> Tensor:

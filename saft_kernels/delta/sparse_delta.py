@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .. import ops
-from ..common.names import Model, check_same_kind, listing, named_tensors, short, tied_names
+from ..common.names import Model, listing, named_tensors, tied_names
 from ..mask import SparseMask
-from ..ops.dtypes import as_bits
 from ..optim.sparse_adamw import SparseAdamW
-from . import file
-from .changes import Content, checksum
-from .compose import Composed, Policy, compose
+from . import file, shira
+from .changes import Changes
+from .compose import Conflicts, Policy, compose
+from .difference import comparable, difference
 from .originals import Originals, optimizer_parameters
-from .targets import Copies, Targets, between, same_bits
-from .targets import rest as take_rest
+from .targets import Copies, Targets, Verify, check_state, check_verify, other_base, take_originals
 
 __all__ = ["Composed", "SparseDelta"]
-
-Verify = Literal["selected", "whole", "none"]
-_VERIFY = ("selected", "whole", "none")
 
 
 class SparseDelta:
@@ -67,37 +61,17 @@ class SparseDelta:
             tied: Further names of tensors, name -> name in the mask.
             numel: Elements of the model; None: those of the mask.
         """
-        self.mask = mask
-        self.values = {name: values[name].detach().cpu() for name in mask}
-        for name, value in self.values.items():
-            if value.dtype not in file.DTYPES:
-                raise TypeError(
-                    f"values of {name!r}: expected a dtype that safetensors files hold, got {short(value.dtype)}; "
-                    "exclude the tensor"
-                )
-            if value.shape != mask[name].shape:
-                raise ValueError(
-                    f"values of {name!r}: expected shape {tuple(mask[name].shape)}, one per changed element, got "
-                    f"{tuple(value.shape)}; gather them"
-                )
-        self.originals: dict[str, Tensor] | None = None
-        """The values before, per name; None: not known."""
-        if originals is not None or not mask.k:
-            before = self.values if originals is None else originals
-            self.originals = {name: before[name].detach().cpu() for name in mask}
-            checksums = checksums or {name: checksum(value) for name, value in self.originals.items()}
-        self.checksums = dict(checksums or {})
-        if self.checksums.keys() != set(mask):
-            raise ValueError(
-                f"`checksums`: expected those of the originals of {listing(list(mask))}, got {len(self.checksums)}; "
-                "pass them, or the originals"
-            )
-        self.rest = dict(rest or {})
-        self.tied = dict(tied or {})
-        if strangers := [name for name in (*self.rest, *self.tied.values()) if name not in mask]:
-            raise ValueError(f"`rest`, `tied`: expected tensors of `mask`, got {listing(strangers)}; drop them")
-        self.numel = mask.numel if numel is None else numel
-        """Elements of the model that it was made on."""
+        self._hold(Changes(mask, values, originals, checksums=checksums, rest=rest, tied=tied, numel=numel))
+
+    @classmethod
+    def _of(cls, changes: Changes) -> SparseDelta:
+        delta = cls.__new__(cls)
+        delta._hold(changes)
+        return delta
+
+    def _hold(self, changes: Changes) -> None:
+        self.changes = changes
+        """What it holds, as data."""
         self._alphas: list[float] = []
         self._copies = Copies()
 
@@ -106,14 +80,44 @@ class SparseDelta:
 
     def __eq__(self, other: object) -> bool:
         """Same elements, values and base. Whether the originals are known does not count."""
-        if not isinstance(other, SparseDelta):
-            return NotImplemented
-        facts = (self.mask, self.checksums, self.rest, self.tied, self.numel)
-        if facts != (other.mask, other.checksums, other.rest, other.tied, other.numel):
-            return False
-        return all(same_bits(value, other.values[name]) for name, value in self.values.items())
+        return self.changes == other.changes if isinstance(other, SparseDelta) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def mask(self) -> SparseMask:
+        """The changed elements; its names are those of the delta."""
+        return self.changes.mask
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Their new values, (k_name,) per name."""
+        return self.changes.values
+
+    @property
+    def originals(self) -> dict[str, Tensor] | None:
+        """The values before, per name; None: not known."""
+        return self.changes.originals
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """Checksum of the originals, per name."""
+        return self.changes.checksums
+
+    @property
+    def rest(self) -> dict[str, str]:
+        """Checksum of each whole tensor with its changed elements set to zero; empty: not taken."""
+        return self.changes.rest
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Further names of tensors, to the name in `mask`."""
+        return self.changes.tied
+
+    @property
+    def numel(self) -> int:
+        """Elements of the model that it was made on."""
+        return self.changes.numel
 
     @property
     def k(self) -> int:
@@ -140,7 +144,7 @@ class SparseDelta:
         """What changed between two models: every element whose bits differ (NaN by payload, -0 from +0).
 
         Args:
-            base: The model before. One read of both models; 1 B per element of the largest tensor beside them.
+            base: The model before. One read of both models; 16 MiB beside them, and what has changed.
             tuned: The model after: the same names, shapes and dtypes.
             exclude: Glob or globs (fnmatch) over names to leave out, in both.
             whole: Take checksums of all other elements too, for `verify="whole"`. They go into the file, some 30 B
@@ -148,22 +152,13 @@ class SparseDelta:
             progress: Shows a tqdm bar, where tqdm is installed.
 
         Raises:
-            ValueError: The models differ in names, shapes or dtypes.
+            ValueError: The models differ in names, shapes or dtypes; a glob matches nothing.
             TypeError: Something that is no tensor, no model, or of a dtype that safetensors files do not hold.
         """
         before, after = named_tensors("base", base), named_tensors("tuned", tuned)
-        globs = [exclude] if isinstance(exclude, str) else list(exclude)
-        for tensors in (before, after):
-            for name in [name for name in tensors if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]:
-                del tensors[name]
-        if before.keys() != after.keys():
-            only = [("base", before.keys() - after.keys()), ("tuned", after.keys() - before.keys())]
-            raise ValueError(
-                "`tuned`: expected the tensor names of `base`, got a difference: "
-                + ", ".join(f"{listing(sorted(names))} only in `{which}`" for which, names in only if names)
-                + "; leave them out with `exclude`, or pass the base it was tuned from"
-            )
-        return cls._difference(before, after, tied_names(after, before), whole, progress)
+        names = comparable(before, after, exclude)
+        before, after = ({name: tensors[name] for name in names} for tensors in (before, after))
+        return cls._of(_difference(before, after, tied_names(after, before), whole, progress))
 
     @classmethod
     def from_optimizer(
@@ -189,42 +184,12 @@ class SparseDelta:
                     f"`base`: expected the optimizer's parameters, got none of {listing(missing)}; pass the model "
                     "that training started from"
                 )
-            return cls._difference({name: before[name] for name in parameters}, parameters, {}, False, False)
+            before = {name: before[name] for name in parameters}
+            comparable(before, parameters, ())
+            return cls._of(_difference(before, parameters, {}, False, False))
         indices, originals, values = base.changes(optimizer, parameters)
         mask = SparseMask(indices, {name: parameters[name].shape for name in indices})
         return cls(mask, values, originals, numel=sum(p.numel() for p in parameters.values()))
-
-    @classmethod
-    def _difference(
-        cls,
-        before: Mapping[str, Tensor],
-        after: Mapping[str, Tensor],
-        tied: Mapping[str, str],
-        whole: bool,
-        progress: bool,
-    ) -> SparseDelta:
-        indices, originals, values, rest = {}, {}, {}, {}
-        for name, old in before.items():
-            check_same_kind("tuned", name, after[name], tuple(old.shape), old.dtype)
-        for name, old in _bar(before.items(), "comparing", progress):
-            if name in tied:
-                continue
-            if old.dtype not in file.DTYPES:
-                raise TypeError(
-                    f"`base`: expected dtypes that safetensors files hold, got {short(old.dtype)} for {name!r}; "
-                    "exclude it"
-                )
-            new = after[name].to(old.device)
-            index = (as_bits(old) != as_bits(new)).reshape(-1).nonzero().flatten()
-            if index.numel() or whole:
-                indices[name] = index
-                ((originals[name],), (values[name],)) = ops.gather([old], [index]), ops.gather([new], [index])
-            if whole:
-                rest[name] = take_rest(old, index)
-        mask = SparseMask(indices, {name: before[name].shape for name in indices})
-        numel = sum(tensor.numel() for name, tensor in before.items() if name not in tied)
-        kept = {name: owner for name, owner in tied.items() if owner in indices}
-        return cls(mask, values, originals, rest=rest, tied=kept, numel=numel)
 
     @staticmethod
     def compose(deltas: Sequence[SparseDelta], *, base: Model | None = None, on_conflict: Policy = "error") -> Composed:
@@ -246,7 +211,8 @@ class SparseDelta:
         for delta in deltas:
             if base is not None:
                 delta.take_originals(base)
-        return compose(deltas, on_conflict)
+        changes, conflicts = compose([delta.changes for delta in deltas], on_conflict)
+        return Composed(SparseDelta._of(changes), conflicts)
 
     # ---- files ----
 
@@ -260,43 +226,27 @@ class SparseDelta:
         Raises:
             ValueError: `include_original`, and they are not known.
         """
-        originals = self._known_originals("save(include_original=True)") if include_original else None
-        indices = {name: self.mask[name].long() for name in self.mask}
-        shapes = self.mask.shapes
-        file.write(
-            path,
-            Content(shapes, indices, self.values, originals, self.checksums, self.rest, self.tied, self.numel),
-        )
+        what = "save(include_original=True)"
+        file.write(path, self.changes, self.changes.known_originals(what) if include_original else None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
         """Reads a file written by `save`. Raises ValueError when it is something else, or has been altered."""
-        content = file.read(path)
-        try:
-            return cls(
-                SparseMask(content.indices, content.shapes),
-                content.values,
-                content.originals,
-                checksums=content.checksums,
-                rest=content.rest,
-                tied=content.tied,
-                numel=content.numel,
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: expected a sound delta, got {error}") from error
+        return cls._of(file.read(path))
 
     def to_shira(self, folder: str | os.PathLike[str], base: nn.Module, *, partial: bool = False) -> SparseDelta:
-        """Writes the changes to nn.Linear weights as a SHiRA adapter that PEFT loads. See `saft_kernels.shira.save`."""
-        from . import shira
+        """Writes the changes to nn.Linear weights as a SHiRA adapter for PEFT. See `saft_kernels.delta.shira.save`.
 
-        return shira.save(self, folder, base, partial=partial)
+        Originals that are not known are taken from `base`.
+        """
+        if self.originals is None:
+            self.take_originals(base)
+        return SparseDelta._of(shira.save(self.changes, folder, base, partial=partial))
 
     @classmethod
     def from_shira(cls, folder: str | os.PathLike[str], base: Model) -> SparseDelta:
-        """Reads a SHiRA adapter that PEFT saved. See `saft_kernels.shira.load`."""
-        from . import shira
-
-        return shira.load(folder, base)
+        """Reads a SHiRA adapter that PEFT saved. See `saft_kernels.delta.shira.load`."""
+        return cls._of(shira.load(folder, base))
 
     # ---- models ----
 
@@ -306,8 +256,10 @@ class SparseDelta:
         Args:
             model: The base, or where this delta's methods have left it; mutated at the k elements alone.
             verify: "selected": the k elements have the values of the base, of the tuned model, or of an alpha that
-                this delta has interpolated to. "whole": also all other elements of all tensors, by the checksums
-                that `diff(whole=True)` took; reads the whole model. "none": names, shapes and dtypes alone.
+                this delta has interpolated to; or another process, where the originals are known and the alpha is a
+                decimal of up to four digits or a fraction of up to 64ths. "whole": also all other elements of all
+                tensors, by the checksums that `diff(whole=True)` took; reads the whole model. "none": names, shapes
+                and dtypes alone.
 
         Raises:
             ValueError: Another model, or another state of it; nothing was written.
@@ -338,84 +290,46 @@ class SparseDelta:
 
     def take_originals(self, base: Model) -> None:
         """Reads the originals from the base, which must have their checksums; `base` is not changed."""
-        targets = self._targets("base", base)
-        current = targets.gather()
-        if odd := targets.odd_checksums(current, self.checksums):
-            raise ValueError(
-                f"`base`: expected the base of this delta, got other values in {listing(odd)}; pass the model that it "
-                "was made from"
-            )
-        self._learn(targets, current)
+        take_originals(self.changes, self._targets("base", base))
 
     def _move(self, model: Model, alpha: float, verify: Verify) -> None:
-        if verify not in _VERIFY:
-            raise ValueError(f"`verify`: expected one of {', '.join(_VERIFY)}, got {verify!r}")
-        if verify == "whole" and self.rest.keys() != set(self.mask):
-            raise ValueError(
-                "`verify`: expected 'selected' or 'none' for this delta, got 'whole', whose checksums it does not "
-                "have; make it with diff(whole=True)"
-            )
+        changes = self.changes
+        check_verify(changes, verify)
         targets = self._targets("model", model)
-        if verify == "whole" and (odd := targets.odd_rests(self.rest)):
-            raise ValueError(
-                f"`model`: expected the base of this delta, got other values outside the changed elements in "
-                f"{listing(odd)}; load the model that it was made from"
-            )
+        if verify == "whole" and (odd := targets.odd_rests(changes.rest)):
+            raise other_base("model", odd)
         if verify != "none":
-            self._check_state(targets)
-        if alpha != 1.0:
-            self._known_originals("revert_" if alpha == 0.0 else "interpolate_")
+            check_state(changes, targets, self._alphas)
+        values = changes.at(alpha)
         # all is checked: from here on it is written
-        targets.scatter_(*self._at(alpha))
+        targets.scatter_(values, {0.0: "originals", 1.0: "values"}.get(alpha))
         if alpha not in (0.0, 1.0):
             self._alphas = [alpha, *(other for other in self._alphas if other != alpha)]
 
     def _targets(self, argument: str, model: Model) -> Targets:
-        dtypes = {name: value.dtype for name, value in self.values.items()}
-        return Targets(argument, model, self.mask, self.mask.shapes, dtypes, self.tied, self._copies)
-
-    def _check_state(self, targets: Targets) -> None:
-        """The elements are those of the base, the tuned model or an alpha; learns the originals of a base."""
-        current = targets.gather()
-        if self.originals is None:
-            strange = targets.odd_checksums(current, self.checksums)
-            if not strange:
-                self._learn(targets, current)
-        else:
-            strange = targets.differing(current, *self._at(0.0))
-        if not strange or any(not targets.differing(current, *self._at(alpha)) for alpha in (1.0, *self._alphas)):
-            return
-        raise ValueError(
-            f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
-            f"{listing(strange)}; load the model that it was made from"
-        )
-
-    def _at(self, alpha: float) -> tuple[Mapping[str, Tensor], str | None]:
-        """The values there, and the key of those that are worth keeping on a device."""
-        if alpha == 1.0:
-            return self.values, "values"
-        originals = self._known_originals("interpolate_")
-        if alpha == 0.0:
-            return originals, "originals"
-        return {name: between(originals[name], value, alpha) for name, value in self.values.items()}, None
-
-    def _learn(self, targets: Targets, current: Sequence[Tensor]) -> None:
-        self.originals = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
-
-    def _known_originals(self, what: str) -> dict[str, Tensor]:
-        if self.originals is None:
-            raise ValueError(
-                f"{what}: expected known originals, got a delta that was saved without them; call "
-                "take_originals(base), or save it with include_original=True"
-            )
-        return self.originals
+        return Targets.of_model(argument, model, self.changes, self._copies)
 
 
-def _bar(items: Iterable[tuple[str, Tensor]], description: str, enabled: bool) -> Iterable[tuple[str, Tensor]]:
+class Composed(NamedTuple):
+    """What `SparseDelta.compose` returns."""
+
+    delta: SparseDelta
+    conflicts: Conflicts
+
+
+def _difference(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], tied: Mapping[str, str], whole: bool, progress: bool
+) -> Changes:
+    own = [name for name in before if name not in tied]
+    pairs = ((name, before[name], after[name]) for name in _bar(own, "comparing", progress))
+    return difference(pairs, own, tied=tied, whole=whole, numel=sum(before[name].numel() for name in own))
+
+
+def _bar(items: Sequence[str], description: str, enabled: bool) -> Iterable[str]:
     if not enabled:
         return items
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return items
-    return tqdm(list(items), desc=description, unit="tensor", leave=False, disable=None)  # type: ignore[no-any-return]
+    return tqdm(items, desc=description, unit="tensor", leave=False, disable=None)  # type: ignore[no-any-return]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch import Tensor
 from .. import ops
 from ..common.names import Model, check_same_kind, listing, named_tensors
 from ..ops.dtypes import as_bits
-from .changes import checksum
+from .changes import Changes, checksum, rest_checksum, same_bits
 
 Named = Mapping[str, Tensor]
+Verify = Literal["selected", "whole", "none"]
+VERIFY: tuple[Verify, ...] = ("selected", "whole", "none")
 
 
 class Copies:
@@ -37,54 +40,54 @@ class Copies:
         return moved
 
 
-class Targets:
-    """Names of a delta, each with a tensor of the model that carries it; a tied one once per name of the model's.
+def matched(argument: str, tensors: Named, changes: Changes) -> list[tuple[str, str]]:
+    """Names of the changes, each with a name of the model that carries it; a tied one once per name of the model's.
 
     Raises:
-        ValueError: A tensor is missing, or of another shape or dtype; TypeError: it is no strided tensor in memory.
+        ValueError: A tensor is missing, of another shape or dtype, or has elements that share memory.
     """
-
-    def __init__(
-        self,
-        argument: str,
-        model: Model,
-        indices: Named,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, torch.dtype],
-        tied: Mapping[str, str],
-        copies: Copies,
-    ) -> None:
-        tensors = named_tensors(argument, model)
-        aliases: dict[str, list[str]] = {name: [name] for name in shapes}
-        for name, owner in tied.items():
-            aliases[owner].append(name)
-        if missing := [name for name in aliases if not any(alias in tensors for alias in aliases[name])]:
+    aliases: dict[str, list[str]] = {name: [name] for name in changes.mask}
+    for name, owner in changes.tied.items():
+        aliases[owner].append(name)
+    if missing := [name for name in aliases if not any(alias in tensors for alias in aliases[name])]:
+        raise ValueError(
+            f"`{argument}`: expected the tensors of this delta, got a model without {listing(missing)}; load the "
+            "architecture that it was made on"
+        )
+    pairs = [(name, alias) for name in aliases for alias in aliases[name] if alias in tensors]
+    for name, alias in pairs:
+        tensor = tensors[alias]
+        check_same_kind(argument, alias, tensor, changes.mask.shapes[name], changes.values[name].dtype)
+        if _may_overlap(tensor):
             raise ValueError(
-                f"`{argument}`: expected the tensors of this delta, got a model without {listing(missing)}; load the "
-                "architecture that it was made on"
+                f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor with "
+                f"strides {tensor.stride()}; clone it first"
             )
-        self.names: list[str] = []
-        self.tensors: list[Tensor] = []
-        for name in aliases:
-            for alias in (alias for alias in aliases[name] if alias in tensors):
-                tensor = tensors[alias]
-                check_same_kind(argument, alias, tensor, shapes[name], dtypes[name])
-                if _is_expanded(tensor):
-                    raise ValueError(
-                        f"`{argument}`: expected one memory location per element of {alias!r}, got an expanded tensor "
-                        f"with strides {tensor.stride()}; clone it first"
-                    )
-                self.names.append(name)
-                self.tensors.append(tensor)
+    return pairs
+
+
+class Targets:
+    """Tensors of a model, each with the name it has in the changes; and where the changes have elements of them."""
+
+    def __init__(self, tensors: Sequence[tuple[str, Tensor]], indices: Named, copies: Copies) -> None:
+        self.names = [name for name, _ in tensors]
+        self.tensors = [tensor for _, tensor in tensors]
         self._indices = indices
         self._copies = copies
         self._rows: dict[torch.device, list[int]] = {}
         for row, tensor in enumerate(self.tensors):
             self._rows.setdefault(tensor.device, []).append(row)
 
+    @classmethod
+    def of_model(cls, argument: str, model: Model, changes: Changes, copies: Copies) -> Targets:
+        """The tensors of `model` that the changes have. Raises what `named_tensors` and `matched` raise."""
+        tensors = named_tensors(argument, model)
+        pairs = [(name, tensors[alias]) for name, alias in matched(argument, tensors, changes)]
+        return cls(pairs, changes.mask, copies)
+
     def gather(self) -> list[Tensor]:
         """The changed elements as they are now, per target, on its device."""
-        current: list[Tensor] = [torch.empty(0)] * len(self.tensors)
+        current: list[Tensor] = [torch.empty(0, device="cpu")] * len(self.tensors)
         for device, rows in self._rows.items():
             indices = self._copies.on(device, self._indices, "indices")
             picked = ops.gather([self.tensors[row] for row in rows], [indices[self.names[row]] for row in rows])
@@ -120,33 +123,95 @@ class Targets:
     def odd_rests(self, rests: Mapping[str, str]) -> list[str]:
         """Names whose other elements have another checksum. Reads every tensor."""
         pairs = zip(self.names, self.tensors, strict=True)
-        return [name for name, tensor in pairs if rest(tensor, self._indices[name].to(tensor.device)) != rests[name]]
+        return [
+            name
+            for name, tensor in pairs
+            if rest_checksum(tensor, self._indices[name].to(tensor.device)) != rests[name]
+        ]
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    strides = tensor.stride()
-    return 0 in strides and any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, strides, strict=True))
+def check_verify(changes: Changes, verify: str) -> None:
+    """Raises ValueError for what is no way to verify, or none of these changes."""
+    if verify not in VERIFY:
+        raise ValueError(f"`verify`: expected one of {', '.join(VERIFY)}, got {verify!r}")
+    if verify == "whole" and changes.rest.keys() != set(changes.mask):
+        raise ValueError(
+            "`verify`: expected 'selected' or 'none' for this delta, got 'whole', whose checksums it does not "
+            "have; make it with diff(whole=True)"
+        )
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one device hold the same bits."""
-    return a.dtype == b.dtype and torch.equal(as_bits(a), as_bits(b))
+def other_base(argument: str, names: Sequence[str]) -> ValueError:
+    """The error for a model that differs where these changes have nothing."""
+    return ValueError(
+        f"`{argument}`: expected the base of this delta, got other values outside the changed elements in "
+        f"{listing(names)}; load the model that it was made from"
+    )
 
 
-def rest(tensor: Tensor, index: Tensor) -> str:
-    """Checksum of a tensor with the elements at `index` set to zero: base and tuned model share it."""
-    zeroed = as_bits(tensor).reshape(-1).clone()
-    zeroed[index.long()] = 0
-    return checksum(zeroed)
+def check_state(changes: Changes, targets: Targets, alphas: Sequence[float]) -> float | None:
+    """Checks that the changed elements are those of the base, the tuned model or an alpha between.
+
+    Args:
+        changes: Learn their originals where the elements are the base's.
+        targets: Of the model.
+        alphas: Those that this delta has put models to. Others are found where they have few digits.
+
+    Returns:
+        The alpha, where it is another than 0 and 1.
+
+    Raises:
+        ValueError: Other values.
+    """
+    current = targets.gather()
+    if changes.originals is None:
+        strange = targets.odd_checksums(current, changes.checksums)
+        if not strange:
+            _learn(changes, targets, current)
+    else:
+        strange = targets.differing(current, changes.originals, "originals")
+    if not strange or not targets.differing(current, changes.values, "values"):
+        return None
+    if changes.originals is not None:
+        for alpha in _alphas(changes, targets, current, alphas):
+            if not targets.differing(current, changes.at(alpha), None):
+                return alpha
+    raise ValueError(
+        f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
+        f"{listing(strange)}; load the model that it was made from"
+    )
 
 
-def between(original: Tensor, value: Tensor, alpha: float) -> Tensor:
-    """original + alpha * (value - original), rounded once to their dtype; exact at 0 and 1."""
-    if alpha in (0.0, 1.0):
-        return value if alpha else original
-    if original.is_complex():
-        return torch.lerp(original, value, alpha)
-    if not original.is_floating_point():
-        return value if alpha >= 0.5 else original
-    dtype = torch.float64 if original.dtype == torch.float64 else torch.float32
-    return torch.lerp(original.to(dtype), value.to(dtype), alpha).to(original.dtype)
+def _alphas(
+    changes: Changes, targets: Targets, current: Sequence[Tensor], remembered: Sequence[float]
+) -> Iterator[float]:
+    yield from remembered
+    yield from changes.possible_alphas({n: values.cpu() for n, values in zip(targets.names, current, strict=True)})
+
+
+def take_originals(changes: Changes, targets: Targets) -> None:
+    """Learns the originals from the base. Raises ValueError for another model."""
+    current = targets.gather()
+    if odd := targets.odd_checksums(current, changes.checksums):
+        raise ValueError(
+            f"`base`: expected the base of this delta, got other values in {listing(odd)}; pass the model that it "
+            "was made from"
+        )
+    _learn(changes, targets, current)
+
+
+def _learn(changes: Changes, targets: Targets, current: Sequence[Tensor]) -> None:
+    changes.originals = {name: values.cpu() for name, values in zip(targets.names, current, strict=True)}
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements may lie in one place: true of expanded tensors, false of any slice or permutation."""
+    reach = 0
+    if not tensor.numel():
+        return False
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False

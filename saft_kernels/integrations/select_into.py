@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..mask import SparseMask
-from ..optim.budgets import NOTHING, Pool, Position, or_whole, places
+from ..optim.budgets import Picked, Pool
+from ..optim.members import or_whole
 from ..optim.sparse_adamw import SparseAdamW
 from ..selection.budget import DEFAULT_DENSITY
 from ..selection.select_mask import select
@@ -48,60 +49,56 @@ def select_into(
         TypeError: An optimizer of another class; `loss_fn` returned something else than a scalar tensor.
     """
     sparse = unwrapped(optimizer)
-    picked: dict[Position, Tensor | None] = {}
-    num_candidates = dict.fromkeys(range(len(sparse.param_groups)), 0)
-    with _named(sparse, dict(model.named_parameters())):
-        names = {position: name for position, name, _ in places(sparse.param_groups)}
-        for pool in sparse._selection.pools(sparse.param_groups):
-            picked.update(_pick(sparse, pool, names, model, batches, loss_fn, options))
-            for position, parameter in pool.members.items():
-                num_candidates[position[0]] += parameter.numel() * (pool.is_dense or parameter.requires_grad)
-        sparse.reselect()
-        for i, group in enumerate(sparse.param_groups):
-            group["num_candidates"] = num_candidates[i]
-        sparse._adopt(picked)
-        mask = sparse.mask
-        assert mask is not None
-        return mask
+    names = _names(sparse, model)
+    members = sparse.members()
+    picked = Picked({}, {})
+    for pool in sparse.pools():
+        mine = candidates = pool.of(members)
+        if not pool.is_dense:
+            candidates = [member for member in mine if member.parameter.requires_grad]
+            mask = _select(sparse, pool, [names[m.parameter] for m in candidates], model, batches, loss_fn, options)
+            for member in candidates:
+                index = mask[names[member.parameter]].to(member.parameter.device)
+                picked.indices[member.position] = or_whole(member.parameter, index)
+        picked.add(pool, mine, candidates)
+    sparse.adopt(picked)
+    own = sparse.mask
+    assert own is not None
+    return SparseMask(
+        {names[member.parameter]: own[member.name] for member in members},
+        {names[member.parameter]: member.parameter.shape for member in members},
+    )
 
 
-def _pick(
+def _select(
     optimizer: SparseAdamW,
     pool: Pool,
-    names: Mapping[Position, str],
+    candidates: Sequence[str],
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     options: dict[str, Any],
-) -> dict[Position, Tensor | None]:
-    """The indices of one budget; None for all of a parameter."""
-    if pool.is_dense:
-        return dict.fromkeys(pool.members)
-    picked: dict[Position, Tensor | None] = dict.fromkeys(pool.members, NOTHING)
-    candidates = {position: p for position, p in pool.members.items() if p.requires_grad}
-    of_model = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    mine = [names[position] for position in candidates]
-    with _averaged_over_ranks(candidates.values()):
-        mask = select(
+) -> SparseMask:
+    """What one budget selects of its candidates."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with _averaged_over_ranks([parameters[name] for name in candidates]):
+        return select(
             model,
             batches,
             loss_fn,
             density=DEFAULT_DENSITY if pool.density is None else pool.density,
             k=pool.k,
-            scope=optimizer._selection.scope if pool.k is None else "global",  # type: ignore[arg-type]
-            include=None if of_model == set(mine) else [glob.escape(name) for name in mine],
+            scope=pool.scope,  # type: ignore[arg-type]
+            include=None if parameters.keys() == set(candidates) else [glob.escape(name) for name in candidates],
             **{"backend": optimizer.backend, **options},
         )
-    for position, parameter in candidates.items():
-        picked[position] = or_whole(parameter, mask[names[position]].to(parameter.device))
-    return picked
 
 
 def use_mask(optimizer: Optimizer, model: nn.Module, mask: SparseMask) -> None:
     """Makes `mask` what an optimizer without names, built but not yet stepped, selects. `model` has the names."""
     sparse = unwrapped(optimizer)
-    with _named(sparse, dict(model.named_parameters())):
-        sparse._use_mask(mask)
+    names = _names(sparse, model)
+    sparse.use_mask(mask, [names[member.parameter] for member in sparse.members()])
 
 
 def unwrapped(optimizer: Optimizer) -> SparseAdamW:
@@ -117,27 +114,17 @@ def unwrapped(optimizer: Optimizer) -> SparseAdamW:
     return inner
 
 
-@contextmanager
-def _named(optimizer: SparseAdamW, named: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives the groups the model's names, for the moment: with names, torch would refuse a later group without."""
-    names = {parameter: name for name, parameter in named.items()}
-    for position, name, parameter in places(optimizer.param_groups):
-        if parameter not in names:
+def _names(optimizer: SparseAdamW, model: nn.Module) -> dict[Tensor, str]:
+    """The model's names of the optimizer's parameters."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for member in optimizer.members():
+        if member.parameter not in names:
+            i, j = member.position
             raise ValueError(
-                f"`model`: expected all parameters of the optimizer, got none that is {name!r} (group {position[0]}, "
-                f"number {position[1]}); pass the model that the optimizer was built for"
+                f"`model`: expected all parameters of the optimizer, got none that is {member.name!r} (group {i}, "
+                f"number {j}); pass the model that the optimizer was built for"
             )
-    before = [group.get("param_names") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["param_names"] = [names[parameter] for parameter in group["params"]]
-    try:
-        yield
-    finally:
-        for group, old in zip(optimizer.param_groups, before, strict=True):
-            if old is None:
-                del group["param_names"]
-            else:
-                group["param_names"] = old
+    return names
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A weight's gradient is here not a gradient of the weight, but of `values`: a leaf of k_p numbers that stands for the
 selected entries and is never read. So what autograd does to leaves goes on working: layers used twice, checkpointing,
-accumulation. What arrives there moves into the optimizer's buffer at once (see `_release.py`).
+accumulation. What arrives there moves into the optimizer's buffer at once (see `optim/release.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.pause import _pauses
+from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
-from ..optim.budgets import places
 from ..optim.release import GradientBuffer
+from ..optim.selected_grad import Selected
 from ..optim.sparse_adamw import SparseAdamW
 from .sparse_linear import sparse_linear
 
@@ -93,7 +93,7 @@ class SparseGrad:
     def _find(self, model: nn.Module, optimizer: SparseAdamW) -> list[nn.Module]:
         """The modules to change. Fills `_weights` and `_kept`."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        trained = {parameter for _, _, parameter in places(optimizer.param_groups)}
+        trained = {member.parameter for member in optimizer.members()}
         modules = []
         for prefix, module in model.named_modules():
             weights = _weights_and_biases(module)
@@ -145,7 +145,7 @@ class SparseGrad:
 def _check_arguments(model: nn.Module, optimizer: SparseAdamW) -> GradientBuffer:
     if not isinstance(optimizer, SparseAdamW):
         raise TypeError(f"`optimizer`: expected a SparseAdamW, got {type(optimizer).__name__}; others step densely")
-    if optimizer._released is None:
+    if optimizer.released is None:
         raise ValueError(
             "`optimizer`: expected release_grads=True, got False; selected entries have no place in a dense p.grad"
         )
@@ -157,7 +157,7 @@ def _check_arguments(model: nn.Module, optimizer: SparseAdamW) -> GradientBuffer
         raise ValueError(f"`model`: expected a plain module, got {_DDP}")
     if any(isinstance(module.__dict__.get("forward"), _Forward) for module in model.modules()):
         raise ValueError("`model`: expected dense gradients, got sparse ones already; .remove() the handle you have")
-    return optimizer._released
+    return optimizer.released
 
 
 _DDP = (
@@ -197,6 +197,7 @@ class _Weight:
         self.bias = bias
         self.skip_bias = False  # nothing is selected of it
         self.why_dense: str | None = None
+        self._selected: Selected | None = None  # what all below was made for
         self.indices: Tensor | None = None
         self.values: Tensor | None = None  # (k_p,) requires grad; None: nothing is selected, or the gradient is dense
         self._ranges: dict[tuple[int, int], tuple[int, int, Tensor]] = {}
@@ -207,28 +208,25 @@ class _Weight:
             return
         self.skip_bias = self.bias is not None and self.bias in buffer and not buffer[self.bias].index.numel()
         parameter = self.parameter
-        index = None
-        if parameter in buffer:
-            selected = buffer[parameter]
-            if selected.index.device != parameter.device:  # the model has moved
-                selected.index = selected.index.to(parameter.device)
-            index = selected.index
-        if index is not None and index is self.indices:
+        selected = buffer.get(parameter)
+        if selected is not None and selected.index.device != parameter.device:  # the model has moved
+            selected.index = selected.index.to(parameter.device)
+        if selected is not None and selected is self._selected and selected.index is self.indices:
             return
-        self.indices, self.values, self.why_dense = None, None, None
+        self._selected, self.indices, self.values, self.why_dense = selected, None, None, None
         self._ranges.clear()
-        if index is None:
+        if selected is None:
             self.why_dense = "it is wholly selected, or its selection is pending"
             return
-        count = index.numel()
+        count = selected.index.numel()
         if count > DENSE_SHARE * parameter.numel():
             self.why_dense = f"{count / parameter.numel():.0%} of it is selected, and the dense product is faster"
             return
-        self.indices = index
+        self.indices = selected.index
         if count:
             zero = torch.zeros((), dtype=opmath_dtype(parameter.dtype), device=parameter.device)
             self.values = zero.expand(count).requires_grad_()  # without memory: nobody reads it
-            self.values.register_post_accumulate_grad_hook(_deliver(parameter, index, buffer))
+            self.values.register_post_accumulate_grad_hook(_deliver(parameter, selected, buffer))
 
     def rows(self, first: int, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Leaf and indices of a range of rows, as those of a weight of its own; None where none is selected."""
@@ -243,7 +241,7 @@ class _Weight:
         return (None, None) if low == high else (self.values[low:high], indices)
 
 
-def _deliver(parameter: Tensor, index: Tensor, buffer: GradientBuffer) -> Callable[[Tensor], None]:
+def _deliver(parameter: Tensor, selected: Selected, buffer: GradientBuffer) -> Callable[[Tensor], None]:
     """The hook of a leaf: moves what has arrived into the optimizer's buffer."""
     reference = weakref.ref(buffer)
 
@@ -252,7 +250,7 @@ def _deliver(parameter: Tensor, index: Tensor, buffer: GradientBuffer) -> Callab
         buffer = reference()
         if gradient is None or buffer is None:
             return
-        if parameter not in buffer or buffer[parameter].index is not index:
+        if buffer.get(parameter) is not selected:
             raise RuntimeError(
                 "sparse_grad: expected one selection from forward to backward, got another in between; run forward "
                 "again"
@@ -282,7 +280,7 @@ class _Forward:
         self._weights = [weights[weight] for weight in mine if weight in weights]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _pauses or not torch.is_grad_enabled() or self._buffer() is None:
+        if is_paused(self._weights[0].parameter) or not torch.is_grad_enabled() or self._buffer() is None:
             return self._plain(*args, **kwargs)
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(f"sparse_grad: expected a plain module, got one inside {_DDP}")

@@ -17,6 +17,7 @@ from .types import TopK
 __all__ = [
     "BACKENDS",
     "TopK",
+    "check_backend",
     "describe",
     "gather",
     "scatter_",
@@ -25,6 +26,17 @@ __all__ = [
     "topk_magnitude",
     "why_unavailable",
 ]
+
+
+def check_backend(backend: str | None, op: str | None = None, device_type: str | None = None) -> None:
+    """Raises ValueError for a backend that does not exist, RuntimeError for one that cannot run `op` on the device.
+
+    None stands for the one that SAFT_BACKEND names, or any.
+    """
+    if op is None or device_type is None:
+        backends.forced(backend)
+    else:
+        backends.choose(op, device_type, backend)
 
 
 def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = None) -> TopK:
@@ -184,7 +196,7 @@ def sddmm(
     else:
         checks.shape_dtype("out", out, indices.shape, dtype)
         checks.same_device("out", out, "dy", dy)
-        checks.in_memory("out", out)
+        checks.in_memory("`out`", out)
         if not out.is_contiguous():
             raise ValueError(f"`out`: expected contiguous, got strides {out.stride()}; make it so first")
     if indices.numel():

@@ -9,6 +9,24 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .walk import Watch, gradients, has_memory, same_objects, shared, shared_parameters
+
+__all__ = [
+    "AdamWHyper",
+    "AdamWPlan",
+    "AdamWSegment",
+    "HostHyper",
+    "StalePlan",
+    "Watch",
+    "gradients",
+    "has_memory",
+    "is_compact",
+    "same_memory_order",
+    "same_objects",
+    "shared",
+    "shared_parameters",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class AdamWHyper:
@@ -73,7 +91,8 @@ class AdamWSegment:
     """One parameter with its selected coordinates and their state.
 
     `indices` is None for a wholly selected parameter; the state then has the parameter's shape. `hyper` is the
-    row of the hyperparameters that apply.
+    row of the hyperparameters that apply, `name` what errors call the parameter, `takes_compact`
+    whether its gradients may come as the selected values alone.
     """
 
     param: Tensor
@@ -83,6 +102,8 @@ class AdamWSegment:
     max_exp_avg_sq: Tensor | None = None
     master: Tensor | None = None
     hyper: int = 0
+    name: str = ""
+    takes_compact: bool = True
 
     @property
     def count(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import mul
 
 import numpy as np
@@ -42,11 +42,18 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
             or tensor.is_conj()
             or type(tensor) not in _PLAIN
         ):
-            in_memory(f"{name}[{i}]", tensor)
+            in_memory(_label(name, i), tensor)
     return list(tensors)
 
 
 _PLAIN = (Tensor, Parameter)
+
+Name = str | Callable[[int], str]
+"""Of a list in an error: its argument's name, or what to call each of its tensors."""
+
+
+def _label(name: Name, i: int) -> str:
+    return f"`{name}[{i}]`" if isinstance(name, str) else name(i)
 
 
 def _reach(tensor: Tensor) -> int:
@@ -56,29 +63,29 @@ def _reach(tensor: Tensor) -> int:
     return numel * tensor.itemsize
 
 
-def in_memory(name: str, tensor: Tensor) -> None:
+def in_memory(label: str, tensor: Tensor) -> None:
     """Its values lie in memory, which its storage still has."""
     if not tensor.numel():
         return
     storage = tensor.untyped_storage()
     if storage.device != tensor.device or not (type(tensor) in _PLAIN or tensor.data_ptr()):
         raise TypeError(
-            f"`{name}`: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
+            f"{label}: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
         )
     if tensor.is_neg() or tensor.is_conj():
         raise TypeError(
-            f"`{name}`: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
+            f"{label}: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
             ".resolve_neg() first"
         )
     expected = tensor.storage_offset() * tensor.itemsize + _reach(tensor)
     if storage.nbytes() < expected:
         raise ValueError(
-            f"`{name}`: expected a storage of {expected} bytes or more, got {storage.nbytes()}: its memory was freed; "
+            f"{label}: expected a storage of {expected} bytes or more, got {storage.nbytes()}: its memory was freed; "
             "resize it back before the call"
         )
 
 
-def all_in_memory(name: str, tensors: Sequence[Tensor | None]) -> None:
+def all_in_memory(name: Name, tensors: Sequence[Tensor | None]) -> None:
     """`in_memory` of each that is there; in a quarter of a microsecond for a contiguous one."""
     doubtful = [
         i
@@ -93,16 +100,16 @@ def all_in_memory(name: str, tensors: Sequence[Tensor | None]) -> None:
     for i in doubtful:
         tensor = tensors[i]
         assert tensor is not None
-        in_memory(f"{name}[{i}]", tensor)
+        in_memory(_label(name, i), tensor)
 
 
-def no_overlap(name: str, tensors: Iterable[Tensor]) -> None:
+def no_overlap(name: Name, tensors: Iterable[Tensor]) -> None:
     """Tensors to write: no two elements in one place, where the last write would win."""
     for i, tensor in enumerate(tensors):
         if not tensor.is_contiguous() and _overlaps(tensor):
             raise ValueError(
-                f"`{name}[{i}]`: expected one memory location per element, got an expanded or overlapping tensor of "
-                f"shape {tuple(tensor.shape)} with strides {tensor.stride()}; write to its base, or clone it first"
+                f"{_label(name, i)}: expected one memory location per element, got an expanded or overlapping tensor "
+                f"of shape {tuple(tensor.shape)} with strides {tensor.stride()}; write to its base, or clone it first"
             )
 
 
@@ -170,20 +177,20 @@ def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: 
     if bool(((flat < 0) | (flat >= limits)).any()):
         for i, (index, numel) in enumerate(zip(indices, numels, strict=True)):
             if index is not None and bool(((index < 0) | (index.long() >= numel)).any()):
-                raise out_of_range(i, index, numel, like)
+                raise out_of_range(f"`indices[{i}]`", index, numel, f"`{like}[{i}]`")
 
 
-def out_of_range(i: int, index: Tensor, numel: int, like: str) -> IndexError:
+def out_of_range(label: str, index: Tensor, numel: int, like: str) -> IndexError:
     """For indices that are no positions in their tensor."""
     low, high = (int(value) for value in index.aminmax())
     if 0 <= low and high < numel:
         return IndexError(
-            f"`indices[{i}]`: expected flat positions that stay what they are until the call is done, got some that "
-            "were out of range when they were read; write them before or after"
+            f"{label}: expected flat positions that stay what they are until the call is done, got some that were out "
+            "of range when they were read; write them before or after"
         )
     return IndexError(
-        f"`indices[{i}]`: expected flat positions in [0, {numel}) of `{like}[{i}]`, got {low} to {high}; they index "
-        "the flattened tensor, not a row of it"
+        f"{label}: expected flat positions in [0, {numel}) of {like}, got {low} to {high}; they index the flattened "
+        "tensor, not a row of it"
     )
 
 

@@ -19,6 +19,7 @@ class Forms:
 
     def __init__(self, segments: Sequence[AdamWSegment]) -> None:
         self._segments = list(segments)
+        self._names = [s.name for s in segments]
         self._made_for = [(s.param.numel(), s.param.dtype, s.param.device) for s in segments]
 
     def check(self, grads: Sequence[Tensor]) -> list[bool]:
@@ -32,24 +33,25 @@ class Forms:
             if (param.numel(), param.dtype, param.device) != made_for:
                 numel, dtype, device = made_for
                 raise StalePlan(
-                    f"`params[{i}]`: expected {numel} elements of {short(dtype)} on {device}, for which the step was "
-                    f"prepared, got {param.numel()} of {short(param.dtype)} on {param.device}; prepare another step"
+                    f"{self._param(i)}: expected {numel} elements of {short(dtype)} on {device}, for which the step "
+                    f"was prepared, got {param.numel()} of {short(param.dtype)} on {param.device}; prepare another step"
                 )
             compact = grad.shape != param.shape
-            if compact and grad.shape != (segment.count,):
+            if compact and not (segment.takes_compact and grad.shape == (segment.count,)):
                 raise ValueError(
-                    f"`grads[{i}]`: expected shape {tuple(param.shape)}, or ({segment.count},) for the selected values "
-                    f"alone, got {tuple(grad.shape)}; pass the gradient of this parameter"
+                    f"{self._grad(i)}: expected shape {tuple(param.shape)}"
+                    + f", or ({segment.count},) for the selected values alone" * segment.takes_compact
+                    + f", got {tuple(grad.shape)}; pass the gradient of this parameter"
                 )
             if grad.dtype != param.dtype and not (param.itemsize == 2 and grad.dtype == torch.float32):
                 raise ValueError(
-                    f"`grads[{i}]`: expected {short(param.dtype)} like `params[{i}]`, got {short(grad.dtype)}; convert "
-                    "it first"
+                    f"{self._grad(i)}: expected {short(param.dtype)} like {self._param(i)}, got {short(grad.dtype)}; "
+                    "convert it first"
                 )
             if grad.device != param.device:
                 raise ValueError(
-                    f"`grads[{i}]`: expected device {param.device} like `params[{i}]`, got {grad.device}; move the "
-                    "model before building the optimizer"
+                    f"{self._grad(i)}: expected device {param.device} like {self._param(i)}, got {grad.device}; move "
+                    "the model before building the optimizer"
                 )
             # a walk over memory: both have to be laid out alike
             if segment.indices is None and not exp_avg.is_contiguous() and not same_memory_order(param, exp_avg):
@@ -59,10 +61,23 @@ class Forms:
                 )
             are_compact.append(compact)
         params = [s.param for s in self._segments]
-        checks.all_in_memory("grads", grads)
-        checks.all_in_memory("params", params)
-        checks.no_overlap("params", params)
+        checks.all_in_memory(self._grad, grads)
+        checks.all_in_memory(self._param, params)
+        checks.no_overlap(self._param, params)
         return are_compact
+
+    def out_of_range(self, i: int) -> IndexError:
+        """For a segment whose indices are no positions in its parameter."""
+        segment, name = self._segments[i], self._names[i]
+        assert segment.indices is not None
+        label = f"state of {name!r}: indices" if name else f"`indices[{i}]`"
+        return checks.out_of_range(label, segment.indices, segment.param.numel(), self._param(i))
+
+    def _grad(self, i: int) -> str:
+        return f"gradient of {self._names[i]!r}" if self._names[i] else f"`grads[{i}]`"
+
+    def _param(self, i: int) -> str:
+        return f"parameter {self._names[i]!r}" if self._names[i] else f"`params[{i}]`"
 
 
 _LOWEST_ADDRESS = 2**16  # torch says 0 for what was freed, and the offset of a view of it; nothing is mapped below
@@ -90,6 +105,10 @@ class Follower:
             self._forms.check(grads)  # says which tensor it was
             raise
         return None if same and not anew else self._forms.check(grads)
+
+    def out_of_range(self, i: int) -> IndexError:
+        """As `Forms.out_of_range`."""
+        return self._forms.out_of_range(i)
 
     def check_memory(self, grads: Sequence[Tensor]) -> None:
         """Raises ValueError for a gradient whose memory was freed since it had the form it has."""

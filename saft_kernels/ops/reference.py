@@ -75,7 +75,15 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """See `saft_kernels.ops.scatter_`."""
     for tensor, index, value in zip(tensors, indices, values, strict=True):
-        as_bits(tensor).put_(index.long(), as_bits(value))
+        _put(as_bits(tensor), index.long(), as_bits(value))
+
+
+def _put(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    """`put_` of distinct positions, which torch, unlike this, takes for one that is not deterministic."""
+    if tensor.is_contiguous():
+        tensor.view(-1).index_copy_(0, index, values)
+    else:
+        tensor[torch.unravel_index(index, tensor.shape)] = values
 
 
 # ---- sddmm ----
@@ -118,6 +126,8 @@ def adamw_segment_(segment: AdamWSegment, grad: Tensor, hyper: HostHyper) -> Non
         stored = param
     else:
         index = segment.indices.long()
+        if not index.is_meta and bool((index < 0).any()):  # take() would count from the end
+            raise IndexError("indices: expected flat positions in the parameter, got a negative one")
         stored = param.take(index)
         if not is_compact(grad, param, segment.count):
             grad = grad.take(index)
@@ -144,7 +154,7 @@ def adamw_segment_(segment: AdamWSegment, grad: Tensor, hyper: HostHyper) -> Non
     if segment.indices is None:
         param.copy_(value)
     else:
-        param.put_(index, value.to(param.dtype))
+        _put(param, index, value.to(param.dtype))
 
 
 prepare_sparse_adamw = Plan

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from .. import ops
 from ..ops.dtypes import opmath_dtype
 from ..selection.gradients import check_dense
-from .budgets import places
-from .release import SelectedGrad, of_another_selection, selected_values
-from .state import same_index
-
-if TYPE_CHECKING:
-    from .sparse_adamw import SparseAdamW
+from .members import Member
+from .release import GradientBuffer, selected_values
+from .selected_grad import SelectedGrad, of_another_selection
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: str
-    parameter: Tensor
-    index: Tensor | None  # None: the whole gradient counts
+@dataclass
+class Agreement:
+    """What the ranks last compared, and whether any of them has seen a gradient that is not zero."""
+
+    versions: list[int] = field(default_factory=list)
+    checksum: int = 0
+    saw_nonzero: bool = False
 
 
-def all_reduce_grads(optimizer: SparseAdamW, group: Any) -> None:
-    """See `SparseAdamW.all_reduce_grads`."""
+def all_reduce_grads(
+    members: Sequence[Member],
+    buffer: GradientBuffer | None,
+    agreement: Agreement,
+    has_nonzero: bool,
+    group: Any,
+) -> None:
+    """See `SparseAdamW.all_reduce_grads`. `has_nonzero`: this rank has a first gradient; `agreement` is mutated."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
             "all_reduce_grads(): expected an initialized torch.distributed, got none; call "
@@ -39,13 +45,14 @@ def all_reduce_grads(optimizer: SparseAdamW, group: Any) -> None:
             f"`group`: expected a process group of this rank, got one without rank {distributed.get_rank()}; pass its "
             "own group, or do not call it there"
         )
-    members = _members(optimizer)
-    kinds: dict[tuple[torch.device, torch.dtype], list[_Member]] = {}
-    for member, has_gradient in zip(members, _agree(optimizer, members, group), strict=True):
-        p = member.parameter
-        if member.index is not None and not member.index.numel():
+    for member in members:
+        _check(member)
+    kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
+    for member, has_gradient in zip(members, _agree(members, agreement, has_nonzero, group), strict=True):
+        p, index = member.parameter, member.counted
+        if index is not None and not index.numel():
             p.grad = None  # as under release_grads: it would count in norms, and each rank has another
-        elif has_gradient and member.index is None:
+        elif has_gradient and index is None:
             gradient = torch.zeros_like(p) if p.grad is None else p.grad.detach()
             average = gradient.resolve_neg().contiguous().div_(ranks)
             distributed.all_reduce(average, group=group)
@@ -54,38 +61,30 @@ def all_reduce_grads(optimizer: SparseAdamW, group: Any) -> None:
         elif has_gradient:
             kinds.setdefault((p.device, opmath_dtype(p.dtype)), []).append(member)
     for (device, dtype), alike in kinds.items():
-        values = [selected_values(m.parameter, m.index, optimizer._released).to(device, dtype) for m in alike]
+        values = [selected_values(member, buffer).to(device, dtype) for member in alike]
         flat = torch.cat(values).div_(ranks)
         distributed.all_reduce(flat, group=group)
         for member, average in zip(alike, flat.split([v.numel() for v in values]), strict=True):
-            _write(optimizer, member, average)
+            _write(member, buffer, average)
 
 
-def _members(optimizer: SparseAdamW) -> list[_Member]:
-    """In an order that is the same on all ranks. Raises before anything is sent."""
-    members = []
-    for position, name, parameter in places(optimizer.param_groups):
-        index = optimizer._counted(position, parameter)
-        gradient = parameter.grad
-        if gradient is not None:
-            check_dense(name, gradient)
-        if type(gradient) is SelectedGrad and (index is None or not same_index(gradient.selected.index, index)):
-            raise of_another_selection(name)
-        members.append(_Member(name, parameter, index))
-    return members
+def _check(member: Member) -> None:
+    """Raises for a gradient that cannot be sent, before anything is."""
+    gradient = member.parameter.grad
+    if gradient is not None:
+        check_dense(member.name, gradient)
+    if type(gradient) is SelectedGrad and not (member.counted is not None and gradient.selected.is_of(member)):
+        raise of_another_selection(member.name)
 
 
-def _agree(optimizer: SparseAdamW, members: Sequence[_Member], group: Any) -> list[bool]:
-    """Which members have a gradient on any rank; whether any gradient is not zero goes to the optimizer."""
-    indices = [member.index for member in members]
-    checked, checksum = optimizer._checked
-    if len(indices) != len(checked) or any(a is not b for a, b in zip(indices, checked, strict=True)):
-        checksum = _checksum(members)
-        optimizer._checked = indices, checksum
-    nonzero = not any(optimizer.state.values()) and optimizer._has_gradients()
+def _agree(members: Sequence[Member], agreement: Agreement, has_nonzero: bool, group: Any) -> list[bool]:
+    """Whether each member has a gradient on any rank."""
+    versions = [member.version for member in members]
+    checksum = agreement.checksum if versions == agreement.versions else _checksum(members)
+    agreement.versions, agreement.checksum = versions, checksum
     has_gradient = [member.parameter.grad is not None for member in members]
     # the maximum of x and of -x is one number and its negative where all have the same
-    mine = torch.tensor([*has_gradient, nonzero, checksum, -checksum], dtype=torch.int64)
+    mine = torch.tensor([*has_gradient, has_nonzero, checksum, -checksum], dtype=torch.int64, device="cpu")
     shared = mine.to(members[0].parameter.device)
     distributed.all_reduce(shared, distributed.ReduceOp.MAX, group)
     *found, any_nonzero_gradient, most, least = shared.tolist()
@@ -94,17 +93,18 @@ def _agree(optimizer: SparseAdamW, members: Sequence[_Member], group: Any) -> li
             "all_reduce_grads(): expected the same selection on all ranks, got different ones; select on one, send "
             "the mask with torch.distributed.broadcast_object_list, and pass it to SparseAdamW"
         )
-    optimizer._saw_nonzero |= bool(any_nonzero_gradient)
+    agreement.saw_nonzero |= bool(any_nonzero_gradient)
     return [bool(has) for has in found]
 
 
-def _checksum(members: Sequence[_Member]) -> int:
-    """Of names, sizes, dtypes and indices; below 2^62."""
+def _checksum(members: Sequence[Member]) -> int:
+    """A number below 2^62 of names, sizes, dtypes and indices."""
     value = 0
     for member in members:
-        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel(), member.index is None]
-        if member.index is not None and member.index.numel():
-            index = member.index.long()
+        index = member.counted
+        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel(), index is None]
+        if index is not None and index.numel():
+            index = index.long()
             weights = torch.arange(1, index.numel() + 1, device=index.device)
             parts += [index.numel(), int((index * weights).sum()), int((index ^ (index * 0x9E3779B1)).sum())]
         for part in parts:
@@ -112,16 +112,16 @@ def _checksum(members: Sequence[_Member]) -> int:
     return value
 
 
-def _write(optimizer: SparseAdamW, member: _Member, values: Tensor) -> None:
-    parameter, released = member.parameter, optimizer._released
-    assert member.index is not None
-    if released is not None and parameter in released:
+def _write(member: Member, buffer: GradientBuffer | None, values: Tensor) -> None:
+    parameter, index = member.parameter, member.counted
+    assert index is not None
+    if buffer is not None and parameter in buffer:
         parameter.grad = None  # a dense one, too: rounded to 16 bits it would not be what other ranks have
-        released.add(parameter, values)
+        buffer.add(parameter, values)
         return
     gradient = parameter.grad
     if gradient is None or 0 in gradient.stride():  # an expanded one has no memory to write to
         gradient = parameter.grad = torch.empty_like(parameter)
     # zero elsewhere, as a SelectedGrad is: norms and inf checks of the whole would differ from rank to rank
-    index = member.index.to(gradient.device, torch.int64)
-    gradient.detach().zero_().put_(index, values.to(gradient.dtype))
+    gradient.detach().zero_()
+    ops.scatter_([gradient.detach()], [index.to(gradient.device)], [values.to(gradient.dtype)])

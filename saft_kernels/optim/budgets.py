@@ -1,10 +1,10 @@
-"""What SparseAdamW trains: its budgets, what they selected, and the selection from gradients."""
+"""What SparseAdamW may select: its budgets, and the selection from gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,47 +12,51 @@ from torch import Tensor
 from ..ops.dtypes import index_dtype, opmath_dtype
 from ..selection.budget import budget, select_indices
 from ..selection.gradients import any_nonzero, check_dense, check_finite
-
-ParamGroups = Sequence[dict[str, Any]]
-
-Position = tuple[int, int]
-"""Of a parameter: its group, and its place in it. Frameworks swap parameter objects; positions stay."""
-
-NOTHING = torch.empty(0, dtype=torch.int32)
-
-
-def places(param_groups: ParamGroups) -> list[tuple[Position, str, Tensor]]:
-    """Position, name and tensor of all parameters; names by position where they have none."""
-    found: list[tuple[Position, str, Tensor]] = []
-    for i, group in enumerate(param_groups):
-        names = group.get("param_names") or [f"param.{len(found) + j}" for j in range(len(group["params"]))]
-        found += [((i, j), name, p) for j, (name, p) in enumerate(zip(names, group["params"], strict=True))]
-    return found
+from .members import NOTHING, Member, ParamGroups, Position, or_whole
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Groups that share one budget: a density, or else k."""
+    """Groups that share one budget, a density or else k, over the elements of a scope; `numel` of them in all."""
 
     groups: tuple[int, ...]
     density: float | None
     k: int | None
-    members: dict[Position, Tensor]
-
-    @property
-    def numel(self) -> int:
-        """Elements of all members."""
-        return sum(parameter.numel() for parameter in self.members.values())
+    scope: str
+    numel: int
 
     @property
     def is_dense(self) -> bool:
         """Whether the budget is all elements, whatever their gradients."""
         return self.density == 1.0 if self.k is None else self.k == self.numel
 
+    def of(self, members: Iterable[Member]) -> list[Member]:
+        """Those of the members that share this budget."""
+        return [member for member in members if member.position[0] in self.groups]
+
+
+class Picked(NamedTuple):
+    """What a selection chose; not yet what is selected.
+
+    Attributes:
+        indices: Of the parameters of every pool that was selected from; None: all elements.
+        num_candidates: Per group, of how many elements the budget was taken.
+    """
+
+    indices: dict[Position, Tensor | None]
+    num_candidates: dict[int, int]
+
+    def add(self, pool: Pool, members: Sequence[Member], candidates: Iterable[Member]) -> None:
+        """Takes a pool in: what was picked of its `candidates` is in `indices` already, of other members nothing is."""
+        for member in members:
+            self.indices.setdefault(member.position, None if pool.is_dense else NOTHING)
+        for i in pool.groups:
+            self.num_candidates[i] = sum(m.parameter.numel() for m in candidates if m.position[0] == i)
+
 
 @dataclass
 class Selection:
-    """The optimizer's budget, the indices that are selected, and gradient sums while `steps` wants more of them.
+    """The optimizer's budget, and gradient sums while `steps` wants more of them.
 
     A group's "num_candidates" tells of how many elements its budget was taken; None: it is yet to be selected.
     """
@@ -61,9 +65,9 @@ class Selection:
     k: int | None
     scope: str
     steps: int
-    indices: dict[Position, Tensor | None] = field(default_factory=dict)  # None: wholly selected
     sums: dict[Position, Tensor] = field(default_factory=dict)
     num_sums: int = 0
+    summed: dict[Position, Tensor] = field(default_factory=dict)  # the parameters
 
     def pools(self, param_groups: ParamGroups, pending: bool = False) -> list[Pool]:
         """The budgets of all, or of the pending, groups; those without one of their own share the optimizer's."""
@@ -77,8 +81,8 @@ class Selection:
             density, k = self.density if self.k is None else None, self.k
             if owner >= 0:
                 density, k = param_groups[owner]["density"], param_groups[owner]["k"]
-            members = {(i, j): p for i in groups for j, p in enumerate(param_groups[i]["params"])}
-            pools.append(Pool(tuple(groups), density, k, members))
+            numel = sum(parameter.numel() for i in groups for parameter in param_groups[i]["params"])
+            pools.append(Pool(tuple(groups), density, k, self.scope if k is None else "global", numel))
         return pools
 
     def dense_groups(self, param_groups: ParamGroups) -> set[int]:
@@ -87,23 +91,31 @@ class Selection:
 
     def restart(self) -> None:
         """Forgets the gradient sums."""
-        self.sums, self.num_sums = {}, 0
+        self.sums, self.summed, self.num_sums = {}, {}, 0
 
     def select(
-        self, param_groups: ParamGroups, grad_scale: float, backend: str | None
-    ) -> dict[Position, Tensor | None] | None:
+        self, param_groups: ParamGroups, members: Sequence[Member], grad_scale: float, backend: str | None
+    ) -> Picked | None:
         """Picks for the pending pools that have gradients; None while `steps` wants more of them.
 
-        The picks are not yet `indices`, but their groups are no longer pending, and the sums are the caller's to
-        restart. When it raises, nothing has changed but the sums, to which another call does not add.
+        Changes nothing but the sums, which are the caller's to restart, and to which another call does not add when
+        this one raises.
         """
         pools = self.pools(param_groups, pending=True)
-        names = {position: name for position, name, _ in places(param_groups)}
         scores: dict[Position, Tensor] = {}
-        for position, parameter in (member for pool in pools if not pool.is_dense for member in pool.members.items()):
+        names: dict[Position, str] = {}
+        for member in (member for pool in pools if not pool.is_dense for member in pool.of(members)):
+            parameter = member.parameter
+            if self.summed.get(member.position, parameter) is not parameter:
+                raise ValueError(
+                    f"gradient of {member.name!r}: expected that of the parameter whose gradients selection_steps is "
+                    f"adding up, got another's, of shape {tuple(parameter.shape)}; call optimizer.reselect() after a "
+                    "change of parameters: the sums then start anew"
+                )
             if parameter.requires_grad and parameter.grad is not None:
-                check_dense(names[position], parameter.grad)
-                scores[position] = parameter.grad.resolve_neg()
+                check_dense(member.name, parameter.grad)
+                scores[member.position] = parameter.grad.resolve_neg()
+                names[member.position] = member.name
         accumulating = self.num_sums > 0 or self.steps > 1
         if accumulating and not any_nonzero(scores.values()):
             if self.num_sums:
@@ -112,26 +124,20 @@ class Selection:
         if accumulating:
             if self.num_sums < self.steps:
                 self._add_to_sums(names, scores, grad_scale)
+                self.summed = {m.position: m.parameter for m in members if m.position in self.sums}
             if self.num_sums < self.steps:
                 return None
             scores = self.sums
-        picked: dict[Position, Tensor | None] = {}
-        num_candidates: dict[int, int] = {}
+        picked = Picked({}, {})
         for pool in pools:
-            candidates = pool.members
-            if pool.is_dense:
-                picked.update(dict.fromkeys(candidates))
-            else:
-                candidates = {position: p for position, p in pool.members.items() if p.requires_grad}
-                mine = {position: scores[position] for position in candidates if position in scores}
-                if not any_nonzero(mine.values()):
+            candidates = mine = pool.of(members)
+            if not pool.is_dense:
+                candidates = [member for member in mine if member.parameter.requires_grad]
+                found = {m.position: scores[m.position] for m in candidates if m.position in scores}
+                if not any_nonzero(found.values()):
                     continue
-                picked.update(dict.fromkeys(pool.members, NOTHING))
-                picked.update(self._pick(pool, candidates, mine, names, backend))
-            for i in pool.groups:
-                num_candidates[i] = sum(p.numel() for position, p in candidates.items() if position[0] == i)
-        for i, numel in num_candidates.items():
-            param_groups[i]["num_candidates"] = numel
+                picked.indices.update(self._pick(pool, candidates, found, backend))
+            picked.add(pool, mine, candidates)
         return picked
 
     def _add_to_sums(self, names: dict[Position, str], gradients: dict[Position, Tensor], grad_scale: float) -> None:
@@ -144,37 +150,28 @@ class Selection:
         self.num_sums += 1
 
     def _pick(
-        self,
-        pool: Pool,
-        candidates: dict[Position, Tensor],
-        scores: dict[Position, Tensor],
-        names: dict[Position, str],
-        backend: str | None,
+        self, pool: Pool, candidates: Sequence[Member], scores: dict[Position, Tensor], backend: str | None
     ) -> dict[Position, Tensor | None]:
         """The elements of one pool with the largest scores. Candidates without a score have none."""
         k = None
-        if pool.k is not None or self.scope == "global":
-            k = budget(pool.density, pool.k, sum(p.numel() for p in candidates.values()))
+        if pool.scope == "global":
+            k = budget(pool.density, pool.k, sum(m.parameter.numel() for m in candidates))
             available = sum(score.numel() for score in scores.values())
             if k > available:
                 raise ValueError(
                     f"selection of {k} elements: expected at least as many with a gradient, got {available}; run "
                     "backward over the whole model before the first step, or freeze what the loss does not reach"
                 )
+        scored = [member for member in candidates if member.position in scores]
         indices = select_indices(
-            [names[position] for position in scores],
-            list(scores.values()),
+            [member.name for member in scored],
+            [scores[member.position] for member in scored],
             pool.density,
             k,
-            self.scope if k is None else "global",
+            pool.scope,
             backend,
         )
         return {
-            position: or_whole(candidates[position], index.to(index_dtype(candidates[position].numel()), copy=True))
-            for position, index in zip(scores, indices, strict=True)
+            m.position: or_whole(m.parameter, index.to(index_dtype(m.parameter.numel()), copy=True))
+            for m, index in zip(scored, indices, strict=True)
         }
-
-
-def or_whole(parameter: Tensor, index: Tensor) -> Tensor | None:
-    """None for the index of all elements."""
-    return None if 0 < index.numel() == parameter.numel() else index

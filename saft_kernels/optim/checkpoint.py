@@ -5,7 +5,8 @@ It casts every state tensor but `step` to the parameter's dtype: with bf16 param
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,9 @@ from torch import Tensor
 from ..common.names import short
 from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
 from ..selection.budget import budget, budget_of
-from .budgets import Pool, Position, places
-from .state import MOMENTS, State, count, new_states
-
-if TYPE_CHECKING:
-    from .sparse_adamw import SparseAdamW
+from .budgets import Pool, Selection
+from .members import Member, ParamGroups, Position, count
+from .state import MOMENTS, new_states
 
 _OUR_GROUP_KEYS = ("density", "k", "num_candidates")
 _SUMS = ("grad_sum", "num_grads")
@@ -30,43 +29,45 @@ class Uncast:
         self.tensor = tensor
 
 
-def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]:
+def shield(
+    state_dict: dict[str, Any], param_groups: ParamGroups, members: Sequence[Member], selection: Selection
+) -> dict[str, Any]:
     """A load_state_dict pre-hook: checks the state against the optimizer, and shields its tensors from the cast."""
     groups = state_dict["param_groups"]
-    got, expected = ([len(group["params"]) for group in all_groups] for all_groups in (groups, optimizer.param_groups))
+    got, expected = ([len(group["params"]) for group in all_groups] for all_groups in (groups, param_groups))
     if got != expected:
         raise ValueError(
             f"`state_dict`: expected {len(expected)} parameter groups of sizes {expected}, got {len(got)} of sizes "
             f"{got}: the state of another model or grouping; nothing was loaded"
         )
-    _check_shapes(optimizer, groups)
+    _check_shapes(members, groups)
     ids = [key for group in groups for key in group["params"]]
-    members = dict(zip(ids, places(optimizer.param_groups), strict=True))
+    by_id = dict(zip(ids, members, strict=True))
     states: dict[Any, Any] = {}
     loaded: dict[Position, dict[str, Any]] = {}
     has_sums = False
     for key, values in state_dict["state"].items():
         states[key] = values
-        if key in members and values:
-            position, name, parameter = members[key]
-            if "grad_sum" in values and tuple(values["grad_sum"].shape) != tuple(parameter.shape):
+        if key in by_id and values:
+            member = by_id[key]
+            shape = tuple(member.parameter.shape)
+            if "grad_sum" in values and tuple(values["grad_sum"].shape) != shape:
                 raise ValueError(
-                    f"`state_dict`: grad_sum of {name!r}: expected shape {tuple(parameter.shape)}, got "
+                    f"`state_dict`: grad_sum of {member.name!r}: expected shape {shape}, got "
                     f"{tuple(values['grad_sum'].shape)}: the state of another model; nothing was loaded"
                 )
             has_sums |= "grad_sum" in values
             if not values.keys() <= {*_SUMS}:
-                _check_state(name, parameter, values, groups[position[0]].get("amsgrad", False))
-                loaded[position] = values
+                _check_state(member, values, groups[member.position[0]].get("amsgrad", False))
+                loaded[member.position] = values
             ours = ("step", *MOMENTS, "indices", *_SUMS)
-            states[key] = {k: Uncast(torch.as_tensor(v)) if k in ours else v for k, v in values.items()}
+            states[key] = {k: Uncast(_tensor(v)) if k in ours else v for k, v in values.items()}
     if loaded:
-        names = {position: name for position, name, _ in members.values()}
-        for pool in optimizer._selection.pools(optimizer.param_groups):
-            _check_pool(pool, optimizer._selection.scope, names, loaded, groups)
+        for pool in selection.pools(param_groups):
+            _check_pool(pool, pool.of(members), loaded, groups)
     elif any(
         saved.get("num_candidates") is not None and group["num_candidates"] is None
-        for saved, group in zip(groups, optimizer.param_groups, strict=True)
+        for saved, group in zip(groups, param_groups, strict=True)
     ):
         raise ValueError(
             "`state_dict`: expected the indices that its param_groups say were selected, got an empty state: one saved "
@@ -74,7 +75,7 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
             "SparseAdamW, or save without flattening. Nothing was loaded"
         )
     new_groups = []
-    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+    for saved, group in zip(groups, param_groups, strict=True):
         # budgets are the optimizer's own; what has been selected goes with the state
         own = {key: group[key] for key in _OUR_GROUP_KEYS}
         if loaded or has_sums:
@@ -84,20 +85,26 @@ def shield(optimizer: SparseAdamW, state_dict: dict[str, Any]) -> dict[str, Any]
     return {**state_dict, "state": states, "param_groups": new_groups}
 
 
-def _check_shapes(optimizer: SparseAdamW, groups: list[dict[str, Any]]) -> None:
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def _check_shapes(members: Sequence[Member], groups: list[dict[str, Any]]) -> None:
     """Indices of a smaller model fit into a larger one, and would train a corner of it."""
-    for (i, j), name, parameter in places(optimizer.param_groups):
+    for member in members:
+        i, j = member.position
         # torch.optim.AdamW does not save them
         shapes = groups[i].get("param_shapes")
-        if shapes is not None and tuple(shapes[j]) != tuple(parameter.shape):
+        if shapes is not None and tuple(shapes[j]) != tuple(member.parameter.shape):
             raise ValueError(
-                f"`state_dict`: {name!r}: expected shape {tuple(parameter.shape)}, got {tuple(shapes[j])}: the state "
-                "of another model; nothing was loaded"
+                f"`state_dict`: {member.name!r}: expected shape {tuple(member.parameter.shape)}, got "
+                f"{tuple(shapes[j])}: the state of another model; nothing was loaded"
             )
 
 
-def _check_state(name: str, parameter: Tensor, values: dict[str, Any], amsgrad: bool) -> None:
+def _check_state(member: Member, values: dict[str, Any], amsgrad: bool) -> None:
     """The state of one parameter is one of ours, or of torch.optim.AdamW, and of the sizes that its indices say."""
+    name, parameter = member.name, member.parameter
     needed = ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
     if missing := [key for key in needed if key not in values]:
         raise ValueError(
@@ -129,47 +136,43 @@ def _check_state(name: str, parameter: Tensor, values: dict[str, Any], amsgrad: 
 
 def _check_pool(
     pool: Pool,
-    scope: str,
-    names: dict[Position, str],
+    members: Sequence[Member],
     loaded: dict[Position, dict[str, Any]],
     saved_groups: list[dict[str, Any]],
 ) -> None:
     """The state has as many elements as the optimizer selects there."""
-    counts = {
-        position: count(parameter, loaded[position].get("indices"))
-        for position, parameter in pool.members.items()
-        if position in loaded
-    }
-    if pool.is_dense or (scope != "global" and pool.k is None):
+    found = [member for member in members if member.position in loaded]
+    counts = [count(member.parameter, loaded[member.position].get("indices")) for member in found]
+    if pool.is_dense or pool.scope != "global":
         for i in () if pool.is_dense else pool.groups:
-            covered = sum(pool.members[position].numel() for position in counts if position[0] == i)
-            expected = _num_candidates(pool, i, saved_groups[i], counts)
+            covered = sum(member.parameter.numel() for member in found if member.position[0] == i)
+            expected = _num_candidates(i, saved_groups[i], members, found)
             if covered < expected:
                 raise ValueError(
                     f"`state_dict`: param_groups[{i}]: expected the state of all {expected} elements that were "
                     f"selected from, got that of {covered}: an incomplete state; nothing was loaded"
                 )
-        for position, got in counts.items():
-            numel = pool.members[position].numel()
+        for member, got in zip(found, counts, strict=True):
+            numel = member.parameter.numel()
             if pool.is_dense:
-                _check_count(f"selected elements of {names[position]!r}", got, numel, numel)
+                _check_count(f"selected elements of {member.name!r}", got, numel, numel)
             elif got:  # else it had no gradient at selection
-                expected = budget_of(pool.members[position], pool.density, scope)
-                _check_count(f"selected elements of {names[position]!r}", got, expected, numel)
+                expected = budget_of(member.parameter, pool.density, pool.scope)
+                _check_count(f"selected elements of {member.name!r}", got, expected, numel)
     elif counts:
-        numel = sum(_num_candidates(pool, i, saved_groups[i], counts) for i in pool.groups)
+        numel = sum(_num_candidates(i, saved_groups[i], members, found) for i in pool.groups)
         # groups added later were rounded apart
         slack = len(pool.groups) - 1 if pool.k is None else 0
-        _check_count("selected elements", sum(counts.values()), budget(pool.density, pool.k, numel), numel, slack)
+        _check_count("selected elements", sum(counts), budget(pool.density, pool.k, numel), numel, slack)
 
 
-def _num_candidates(pool: Pool, i: int, saved_group: dict[str, Any], counts: dict[Position, int]) -> int:
-    """Of how many elements the saved budget of a group was taken: of what had requires_grad then."""
+def _num_candidates(i: int, saved_group: dict[str, Any], members: Sequence[Member], found: Sequence[Member]) -> int:
+    """Elements that the saved budget of a group was taken of: of what had requires_grad then."""
     if saved_group.get("num_candidates") is not None:
         return int(saved_group["num_candidates"])
-    if not any(position[0] == i for position in counts):
+    if not any(member.position[0] == i for member in found):
         return 0  # was yet to be selected
-    return sum(p.numel() for position, p in pool.members.items() if position[0] == i and p.requires_grad)
+    return sum(m.parameter.numel() for m in members if m.position[0] == i and m.parameter.requires_grad)
 
 
 def _check_count(what: str, got: int, expected: int, numel: int, slack: int = 0) -> None:
@@ -181,39 +184,43 @@ def _check_count(what: str, got: int, expected: int, numel: int, slack: int = 0)
         )
 
 
-def unshield(optimizer: SparseAdamW) -> None:
-    """Puts loaded values where and into what they should be, and adopts the selection they hold."""
-    loaded: dict[Position, State] = {}
+def unshield(
+    param_groups: ParamGroups, states: MutableMapping[Tensor, dict[str, Any]]
+) -> tuple[dict[Position, Tensor | None], dict[Position, Tensor], int]:
+    """Puts loaded values where and into what they should be.
+
+    Returns:
+        What was selected, by position; the sums of `selection_steps`, and of how many steps.
+    """
+    loaded: dict[Position, Tensor | None] = {}
     sums: dict[Position, Tensor] = {}
     num_sums = 0
-    for i, group in enumerate(optimizer.param_groups):
-        members: list[tuple[Position, Tensor, dict[str, Any]]] = []
+    for i, group in enumerate(param_groups):
+        found: list[tuple[Position, Tensor, dict[str, Any]]] = []
         for j, parameter in enumerate(group["params"]):
-            values = optimizer.state.get(parameter, {})
+            values = states.get(parameter, {})
             if "grad_sum" in values:
                 total, number = (values.pop(key).tensor for key in _SUMS)
                 sums[i, j] = total.to(parameter.device, opmath_dtype(parameter.dtype), copy=True)
                 num_sums = int(number)
                 if not values:
-                    del optimizer.state[parameter]
+                    del states[parameter]
             if any(isinstance(value, Uncast) for value in values.values()):
-                members.append(((i, j), parameter, values))
+                found.append(((i, j), parameter, values))
         indices = [
             values["indices"].tensor.to(dtype=index_dtype(parameter.numel()), copy=True)
             if "indices" in values
             else None
-            for _, parameter, values in members
+            for _, parameter, values in found
         ]
         # masters start from the parameters: a state of torch.optim.AdamW has none
-        fresh = new_states([parameter for _, parameter, _ in members], indices, group)
-        for (position, parameter, values), state in zip(members, fresh, strict=True):
+        fresh = new_states([parameter for _, parameter, _ in found], indices, group)
+        for (position, parameter, values), state in zip(found, fresh, strict=True):
             state["step"].fill_(float(values["step"].tensor))
             for key in MOMENTS:
                 if key in state and key in values:
                     state[key].copy_(values[key].tensor)
             kept = {key: value for key, value in values.items() if not isinstance(value, Uncast)}
-            optimizer.state[parameter] = loaded[position] = {**state, **kept}
-    if loaded:
-        optimizer._adopt_loaded({position: state.get("indices") for position, state in loaded.items()})
-    if sums:
-        optimizer._selection.sums, optimizer._selection.num_sums = sums, num_sums
+            states[parameter] = {**state, **kept}
+            loaded[position] = state.get("indices")
+    return loaded, sums, num_sums

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import ops
 from ..common.memory import out_of_memory_says
 from ..mask import SparseMask
-from ..ops import backends
 from ..ops.adamw import StalePlan
 from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
-from . import checkpoint
-from .all_reduce import all_reduce_grads
+from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_group, check_hyperparameters, check_mask_alone
-from .budgets import NOTHING, Position, Selection, or_whole, places
-from .release import GradientBuffer, check_not_released, selected_values
-from .state import State, carry_over, count, new_states, same_index
-from .step import PreparedStep
+from .budgets import Picked, Pool, Selection
+from .checkpoint import shield, unshield
+from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
+from .release import GradientBuffer, selected_values
+from .selected_grad import check_selectable
+from .state import carry_over, new_states
+from .step import PreparedStep, check_state
 
 __all__ = ["SparseAdamW"]
 
@@ -83,11 +85,8 @@ class SparseAdamW(Optimizer):
     Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
     """
 
-    # called with the optimizer when it has selected, before it updates; not pickled
-    _selection_hooks: tuple[Callable[[SparseAdamW], None], ...] = ()
-    # what all_reduce_grads() last compared over the ranks, and its checksum; not pickled
-    _checked: tuple[list[Tensor | None], int] = ([], 0)
-    _saw_nonzero = False  # on another rank: zero gradients do not make a first step
+    # called when it has selected, before it updates; not pickled
+    _selection_hooks: tuple[Callable[[Sequence[Member]], None], ...] = ()
 
     def __init__(
         self,
@@ -133,12 +132,13 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
         if mask is not None:
             check_mask_alone(mask, density, k, scope)
-        backends.forced(
-            backend
-        )  # whether it runs on the parameters' device shows at the first step: they may move until then
+        # whether it runs on the parameters' device shows at the first step: they may move until then
+        ops.check_backend(backend)
         self.backend = backend
         self.release_grads = bool(release_grads)
         self._selection = Selection(density, k, scope, selection_steps)
+        self._members = Members()
+        self._agreement = Agreement()
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
@@ -146,13 +146,13 @@ class SparseAdamW(Optimizer):
         # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
         self._step_supports_amp_scaling = bool(fused)
         if mask is not None:
-            self._use_mask(mask)
+            self.use_mask(mask)
         else:
             for pool in self._selection.pools(self.param_groups):
                 budget(pool.density, pool.k, pool.numel)
         if release_grads:
             self._released = GradientBuffer()
-            self._released.update(self)
+            self._update_released()
 
     # ---- groups, names, budgets ----
 
@@ -173,8 +173,7 @@ class SparseAdamW(Optimizer):
         # of how many elements the budget was taken; None: not selected yet
         group["num_candidates"] = None
         self._selection.restart()
-        position = len(self.param_groups) - 1
-        self._selection.indices = {at: index for at, index in self._selection.indices.items() if at[0] < position}
+        self._members.forget(len(self.param_groups) - 1)
         self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
@@ -188,28 +187,54 @@ class SparseAdamW(Optimizer):
 
     # ---- selection ----
 
+    def members(self) -> list[Member]:
+        """One record per parameter, in order: its name, what is selected of it, and how far it has come.
+
+        The records are the optimizer's own, and follow it: read them, and keep them no longer than to the next call.
+
+        Raises:
+            ValueError: A parameter took the place of another after selection, without its state.
+        """
+        members = self._follow()
+        check_members(members)
+        return members
+
+    def _follow(self) -> list[Member]:
+        return self._members.follow(
+            self.param_groups,
+            self.state,
+            dense_groups=self._selection.dense_groups(self.param_groups),
+            summed=self._selection.sums,
+            prepared=() if self._prepared is None else self._prepared.positions,
+        )
+
+    @property
+    def released(self) -> GradientBuffer | None:
+        """Where the selected values of gradients go with release_grads=True; None without."""
+        return self._released
+
+    def pools(self) -> list[Pool]:
+        """The budgets, each with the groups that share it."""
+        return self._selection.pools(self.param_groups)
+
+    def register_selection_hook(self, hook: Callable[[Sequence[Member]], None]) -> None:
+        """Calls `hook(optimizer.members())` when something has been selected, before anything is updated."""
+        self._selection_hooks = (*self._selection_hooks, hook)
+
     @property
     def mask(self) -> SparseMask | None:
         """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ..."""
-        if not self._selection.indices:
+        members = self.members()
+        if not self._members.is_known:
             return None
         indices, shapes = {}, {}
-        for position, name, parameter in places(self.param_groups):
-            index = self._index(position, parameter)
+        for member in members:
+            parameter, index = member.parameter, member.index
             if index is None:
-                index = torch.arange(parameter.numel(), dtype=index_dtype(parameter.numel()))
-            indices[name], shapes[name] = index, parameter.shape
+                numel = parameter.numel()
+                index = torch.arange(numel, dtype=index_dtype(numel), device="cpu")
+            indices[member.name], shapes[member.name] = index, parameter.shape
         return SparseMask(indices, shapes)
-
-    def _index(self, position: Position, parameter: Tensor) -> Tensor | None:
-        """What is selected of a parameter; None: all of it. Its state knows best, once it has one."""
-        state = self.state.get(parameter)
-        return state.get("indices") if state else self._selection.indices.get(position, NOTHING)
-
-    def _counted(self, position: Position, parameter: Tensor) -> Tensor | None:
-        """Which elements of a gradient count; None: all of it, as they do before selection."""
-        pending = self.param_groups[position[0]]["num_candidates"] is None
-        return None if pending else self._index(position, parameter)
 
     def reselect(self) -> None:
         """Selects anew at the next step() that has gradients, with the same budgets.
@@ -222,58 +247,86 @@ class SparseAdamW(Optimizer):
         self._selection.restart()
         self._update_released()
 
-    def _use_mask(self, mask: SparseMask) -> None:
+    def use_mask(self, mask: SparseMask, names: Sequence[str] | None = None) -> None:
+        """Makes a mask what is selected, as the constructor's `mask` does.
+
+        Args:
+            mask: It takes the place of the optimizer's budget.
+            names: The names of all parameters in the mask, in order; None: those that the optimizer knows.
+
+        Raises:
+            ValueError: A mask of another model, or a group with a budget of its own.
+        """
         if any(group["density"] is not None or group["k"] is not None for group in self.param_groups):
             raise ValueError(
                 "`mask`: expected groups without a density or k of their own, got some with; the mask covers them, "
                 "drop theirs"
             )
-        members = places(self.param_groups)
-        indices = mask.bind((name, parameter) for _, name, parameter in members)
+        members = self._follow()
+        names = [member.name for member in members] if names is None else names
+        indices = mask.bind((name, member.parameter) for name, member in zip(names, members, strict=True))
         self._selection.k = mask.k
-        for (position, _, parameter), index in zip(members, indices, strict=True):
-            self._selection.indices[position] = or_whole(parameter, index)
+        self._members.select(
+            {m.position: or_whole(m.parameter, index) for m, index in zip(members, indices, strict=True)}
+        )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
 
-    def _adopt(self, picked: dict[Position, Tensor | None]) -> None:
-        """Makes a selection current. State of elements that stay selected moves over."""
+    def adopt(self, picked: Picked) -> None:
+        """Makes a selection current, as reselect() and step() would; state of what stays selected moves over.
+
+        Args:
+            picked: For all parameters, or those of some groups.
+        """
+        self._adopt(picked)
+        self._update_released()
+
+    def _adopt(self, picked: Picked) -> None:
+        members = {member.position: member for member in self._follow()}
         replaced: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
             moved = []
-            for j, parameter in enumerate(group["params"]):
-                if (i, j) in picked and self.state.get(parameter):
-                    old, new = self._index((i, j), parameter), picked[i, j]
-                    if not same_index(old, new):
-                        moved.append((parameter, old, new))
+            for position, new in picked.indices.items():
+                member = members[position]
+                has_moments = position[0] == i and has_state(self.state.get(member.parameter))
+                if has_moments and not same_index(member.index, new):
+                    check_state(member, self.state[member.parameter])
+                    moved.append((member.parameter, member.index, new))
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
                 carry_over(parameter, self.state[parameter], old, state, new)
                 replaced[parameter] = state
+        # all memory is there: from here on nothing fails
         self.state.update(replaced)
-        self._selection.indices.update(picked)
+        self._members.select(picked.indices)
+        for i, numel in picked.num_candidates.items():
+            self.param_groups[i]["num_candidates"] = numel
+        self._selection.restart()
         self._prepared = None
+        followed = self._follow()
         for hook in self._selection_hooks:
-            hook(self)
+            hook(followed)
 
-    def _create_states(self) -> None:
+    def _create_states(self, members: Sequence[Member]) -> None:
         """State for what is selected and has none; for parameters of a dense budget once they have a gradient."""
         dense = self._selection.dense_groups(self.param_groups)
-        for i, group in enumerate(self.param_groups):
-            fresh = []
-            for j, parameter in enumerate(group["params"]):
-                state = self.state.get(parameter)
-                if state:
-                    if group["amsgrad"] and "max_exp_avg_sq" not in state:
-                        state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
-                elif (i, j) in self._selection.indices:
-                    index = self._selection.indices[i, j]
-                    if parameter.grad is not None or (
-                        i not in dense and (parameter.requires_grad or count(parameter, index))
-                    ):
-                        fresh.append((parameter, index))
-            states = new_states([p for p, _ in fresh], [index for _, index in fresh], group)
-            self.state.update(zip((p for p, _ in fresh), states, strict=True))
+        fresh: dict[int, list[Member]] = {}
+        for member in members:
+            i, parameter = member.position[0], member.parameter
+            state = self.state.get(parameter)
+            if has_state(state):
+                if self.param_groups[i]["amsgrad"] and "max_exp_avg_sq" not in state and "exp_avg_sq" in state:
+                    state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+                continue
+            has_or_may_get_gradient = parameter.grad is not None or (
+                i not in dense and (parameter.requires_grad or member.count)
+            )
+            if member.is_known and not member.is_pending and has_or_may_get_gradient:
+                fresh.setdefault(i, []).append(member)
+        for i, mine in fresh.items():
+            states = new_states([m.parameter for m in mine], [m.index for m in mine], self.param_groups[i])
+            for member, state in zip(mine, states, strict=True):
+                self.state[member.parameter] = {**self.state.get(member.parameter, {}), **state}
 
     # ---- step ----
 
@@ -305,7 +358,9 @@ class SparseAdamW(Optimizer):
         # GradScaler's, with fused=True
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         prepared = self._prepared
-        gradients = prepared.gradients(self) if prepared is not None and not self._awaits_selection() else None
+        gradients = None
+        if prepared is not None and not self._awaits_selection():
+            gradients = prepared.gradients(self.param_groups, self.state)
         if prepared is not None and gradients is not None and prepared.runs_on_device:
             try:
                 if prepared.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -342,48 +397,43 @@ class SparseAdamW(Optimizer):
 
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
-        if not any(self.state.values()) and not self._has_gradients():
+        if not self._has_stepped() and not self._has_gradients():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
-        if self._awaits_selection() and not self._select(grad_scale):
+        members = self.members()
+        if self._awaits_selection() and not self._select(members, grad_scale):
             return None
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
-            self._create_states()
+            self._create_states(members)
             self._update_released()
-            selected = []
-            for position, name, parameter in places(self.param_groups):
-                index = self._index(position, parameter)
-                if index is None or index.numel():
-                    selected.append((position[0], name, parameter))
-            self._prepared = PreparedStep(self, selected, self.backend)
+            self._prepared = None
+            self._prepared = PreparedStep(
+                self._follow(), self.param_groups, self.state, self._released is not None, self.backend
+            )
         return self._prepared
 
-    def _select(self, grad_scale: float) -> bool:
+    def _has_stepped(self) -> bool:
+        return any(map(has_state, self.state.values()))
+
+    def _select(self, members: Sequence[Member], grad_scale: float) -> bool:
         """Selects for what is pending; False when that takes more steps.
 
         When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
         selects from the sums as they are.
         """
-        for position, name, parameter in places(self.param_groups):
-            if self.param_groups[position[0]]["num_candidates"] is None:
-                check_not_released(name, parameter.grad)
-        before = [group["num_candidates"] for group in self.param_groups]
-        try:
-            with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
-                picked = self._selection.select(self.param_groups, grad_scale, self.backend)
-                if picked is not None:
-                    self._adopt(picked)
-                    self._selection.restart()
-        except Exception:
-            for group, num_candidates in zip(self.param_groups, before, strict=True):
-                group["num_candidates"] = num_candidates
-            raise
+        for member in members:
+            if member.is_pending:
+                check_selectable(member)
+        with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
+            picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
+            if picked is not None:
+                self._adopt(picked)
         return picked is not None
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
-        if self._saw_nonzero or (self._released is not None and self._released.saw_nonzero):
+        if self._agreement.saw_nonzero or (self._released is not None and self._released.saw_nonzero):
             return True
-        gradients = [(name, p.grad) for _, name, p in places(self.param_groups) if p.grad is not None]
+        gradients = [(m.name, m.parameter.grad) for m in self._follow() if m.parameter.grad is not None]
         for name, gradient in gradients:
             check_dense(name, gradient)
         return any_nonzero(gradient for _, gradient in gradients)
@@ -392,7 +442,7 @@ class SparseAdamW(Optimizer):
 
     def _update_released(self) -> None:
         if self._released is not None:
-            self._released.update(self)
+            self._released.update(self._follow(), not self._has_stepped())
 
     def selected_grad(self, parameter: Tensor) -> Tensor:
         """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
@@ -403,13 +453,14 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: Not a parameter of this optimizer, or its selection is pending.
         """
-        for position, name, member in places(self.param_groups):
-            if member is parameter:
-                if self.param_groups[position[0]]["num_candidates"] is None:
+        for member in self.members():
+            if member.parameter is parameter:
+                if member.is_pending:
                     raise ValueError(
-                        f"`parameter`: expected a selection, got {name!r} before its own; step() first, or pass a mask"
+                        f"`parameter`: expected a selection, got {member.name!r} before its own; step() first, or pass "
+                        "a mask"
                     )
-                return selected_values(parameter, self._index(position, parameter), self._released)
+                return selected_values(member, self._released)
         raise ValueError(
             f"`parameter`: expected one of this optimizer, got another of shape {tuple(parameter.shape)}; pass the "
             "object in param_groups"
@@ -425,12 +476,12 @@ class SparseAdamW(Optimizer):
             RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
         """
         gradients, values = [], []
-        for position, _, parameter in places(self.param_groups):
-            if parameter.grad is not None:
-                index = self._counted(position, parameter)
-                gradients.append(parameter)
+        for member in self.members():
+            if member.parameter.grad is not None:
+                gradients.append(member.parameter)
+                index = member.counted
                 if index is None or index.numel():  # an empty one changes in what order the norms are added up
-                    values.append(selected_values(parameter, index, self._released))
+                    values.append(selected_values(member, self._released))
         norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
         nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
         return norm
@@ -458,7 +509,8 @@ class SparseAdamW(Optimizer):
                 rank; a gradient of another selection. Gradients are as they were.
             TypeError: A gradient of sparse layout.
         """
-        all_reduce_grads(self, group)
+        has_nonzero = not self._has_stepped() and self._has_gradients()
+        all_reduce_grads(self.members(), self._released, self._agreement, has_nonzero, group)
 
     # ---- checkpoints ----
 
@@ -471,10 +523,10 @@ class SparseAdamW(Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, (position, _, _) in zip(ids, places(self.param_groups), strict=True):
-            if position in self._selection.sums:
-                count = torch.tensor(float(self._selection.num_sums))
-                sums = {"grad_sum": self._selection.sums[position], "num_grads": count}
+        for key, member in zip(ids, self._follow(), strict=True):
+            if member.position in self._selection.sums:
+                count = torch.tensor(float(self._selection.num_sums), dtype=torch.float32, device="cpu")
+                sums = {"grad_sum": self._selection.sums[member.position], "num_grads": count}
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), **sums}
         return state_dict
 
@@ -487,7 +539,9 @@ class SparseAdamW(Optimizer):
             ValueError: A state of another density, shape or model; nothing has been loaded.
         """
         # runs after the user's pre-hooks: sees what they made of the state
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: checkpoint.shield(self, loaded))
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, loaded: shield(loaded, self.param_groups, self._follow(), self._selection)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -496,14 +550,13 @@ class SparseAdamW(Optimizer):
     def _adopt_loaded(self, loaded: dict[Position, Tensor | None]) -> None:
         """The selection of a loaded state: what it does not name is frozen, or dense without a gradient so far."""
         dense = self._selection.dense_groups(self.param_groups)
-        for position, _, _ in places(self.param_groups):
-            rest = None if position[0] in dense else NOTHING
-            self._selection.indices[position] = loaded.get(position, rest)
+        rest = {m.position: None if m.position[0] in dense else NOTHING for m in self._follow()}
+        self._members.select({**rest, **loaded})
         self._selection.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        keep = ("backend", "release_grads", "_selection", "_step_supports_amp_scaling")
+        keep = ("backend", "release_grads", "_selection", "_members", "_step_supports_amp_scaling")
         return {**state, **{name: getattr(self, name) for name in keep}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -511,6 +564,7 @@ class SparseAdamW(Optimizer):
         self._prepared = None
         self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
+            self._agreement = Agreement()
             self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (
@@ -522,5 +576,9 @@ class SparseAdamW(Optimizer):
             ):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
-        checkpoint.unshield(self)
+        loaded, sums, num_sums = unshield(self.param_groups, self.state)
+        if loaded:
+            self._adopt_loaded(loaded)
+        if sums:
+            self._selection.sums, self._selection.num_sums = sums, num_sums
         self._update_released()

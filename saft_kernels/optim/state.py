@@ -8,29 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops.adamw import same_memory_order
 from ..ops.dtypes import opmath_dtype
+from .members import State, count
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
-
-State = dict[str, Tensor]
-
-
-def count(parameter: Tensor, index: Tensor | None) -> int:
-    """Selected elements; an index of None selects all."""
-    return parameter.numel() if index is None else index.numel()
-
-
-def same_index(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether both select the same elements, on whatever device."""
-    if a is None or b is None or a is b:
-        return a is b
-    return a.numel() == b.numel() and bool((a.to(b.device) == b).all())
 
 
 def new_states(parameters: Sequence[Tensor], indices: Sequence[Tensor | None], group: Mapping[str, Any]) -> list[State]:
     """State before the first step: views of one buffer per kind of value, dtype and device."""
-    states: list[State] = [{"step": step} for step in torch.zeros(len(parameters), dtype=torch.float32).unbind()]
+    steps = torch.zeros(len(parameters), dtype=torch.float32, device="cpu").unbind()
+    states: list[State] = [{"step": step} for step in steps]
     if group["capturable"]:
         states = [{"step": s["step"].to(p.device)} for s, p in zip(states, parameters, strict=True)]
     rows_by_kind: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
@@ -77,5 +66,5 @@ def carry_over(parameter: Tensor, old: State, old_index: Tensor | None, new: Sta
     target = stays.nonzero().flatten()
     for key in MOMENTS:
         if key in old and key in new:
-            new[key].put_(target, old[key].take(source))
+            ops.scatter_([new[key]], [target], [old[key].take(source)])
     new["step"].copy_(old["step"])

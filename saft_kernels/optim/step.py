@@ -2,117 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..common.names import short
-from ..ops import walk
-from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment
-from ..ops.dtypes import opmath_dtype
+from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, same_objects, shared, shared_parameters
+from ..ops.adamw import gradients as gradients_of
+from ..ops.dtypes import INDEX_DTYPES, opmath_dtype
 from ..selection.gradients import check_dense
-from .release import SelectedGrad, step_gradient
-from .state import State
-
-if TYPE_CHECKING:
-    from .sparse_adamw import SparseAdamW
+from .members import STATE_KEYS, Member, ParamGroups, Position, State, check_range
+from .selected_grad import Selected, SelectedGrad, step_gradient
+from .state import MOMENTS
 
 
 class PreparedStep:
     """One plan per device for the selected parameters that have a gradient, and all that they were made for.
 
-    `selected` holds group, name and parameter of those with selected elements.
+    Args:
+        members: All of the optimizer's.
+        param_groups: The optimizer's.
+        states: The optimizer's; the step counts of those that are not capturable become views of one buffer.
+        releases: Whether gradients may be `SelectedGrad`s.
+        backend: See `saft_kernels.ops`.
+
+    Raises:
+        ValueError: A state or gradient that the kernels cannot read as what it should be; it names the parameter.
     """
 
     def __init__(
-        self, optimizer: SparseAdamW, selected: Sequence[tuple[int, str, Tensor]], backend: str | None
+        self,
+        members: Sequence[Member],
+        param_groups: ParamGroups,
+        states: Mapping[Tensor, State],
+        releases: bool,
+        backend: str | None,
     ) -> None:
-        groups = optimizer.param_groups
-        self.all_params: list[list[Tensor]] = [list(group["params"]) for group in groups]
-        self.all_states: list[State] = list(optimizer.state.values())
-        self.flags = _flags(groups)
-        self.releases = optimizer._released is not None
-        trained = [(i, name, p) for i, name, p in selected if p.grad is not None]
-        self.names = [name for _, name, _ in trained]
-        self.params = [p for _, _, p in trained]
-        self.waiting = [p for _, _, p in selected if p.grad is None]
-        self.states: list[State] = [optimizer.state[p] for p in self.params]
-        self.exp_avgs = [state["exp_avg"] for state in self.states]
-        self.indices = [state.get("indices") for state in self.states]
+        self._all_params: list[list[Tensor]] = [list(group["params"]) for group in param_groups]
+        self._all_states: list[State] = list(states.values())
+        self._flags = _flags(param_groups)
+        selected = [member for member in members if member.index is None or member.index.numel()]
+        self._members = [member for member in selected if member.parameter.grad is not None]
+        self._waiting = [member.parameter for member in selected if member.parameter.grad is None]
+        self._params = [member.parameter for member in self._members]
+        self.positions: frozenset[Position] = frozenset(member.position for member in self._members)
+        mine = [states[parameter] for parameter in self._params]
         self._check_gradients()
-        for name, parameter, state in zip(self.names, self.params, self.states, strict=True):
-            _check_state(name, parameter, state)
-        _check_positions(self.names, self.params, self.states)
-        self.parts: list[_Part] = []
-        for device in dict.fromkeys(p.device for p in self.params):
-            rows = [row for row, p in enumerate(self.params) if p.device == device]
-            segments = [(trained[row][0], self.params[row], self.states[row]) for row in rows]
-            self.parts += [_Part(device, rows, segments, groups, flag, backend) for flag in (False, True)]
-        self.parts = [part for part in self.parts if part.rows]
+        for member, state in zip(self._members, mine, strict=True):
+            check_state(member, state)
+            _lay_out(member.parameter, state)
+        _check_positions(self._members, mine)
+        self._parts: list[_Part] = []
+        for device in dict.fromkeys(p.device for p in self._params):
+            rows = [row for row, p in enumerate(self._params) if p.device == device]
+            for capturable in (False, True):
+                alike = [row for row in rows if _is_capturable(self._members[row], param_groups) == capturable]
+                if alike:
+                    segments = [(self._members[row], mine[row]) for row in alike]
+                    self._parts.append(_Part(device, alike, segments, param_groups, capturable, releases, backend))
+        self._watch = Watch(mine, set(STATE_KEYS))
+        self._shared = shared_parameters(self._params)
+        self._releases = releases
+        self._released: list[Selected] = []  # what the gradients last were; it was of what is selected
+        self._shared_values: object = None
         # a plan that finds out after another has stepped would come too late
-        self.forms = self._forms()
-        self.steps = [state["step"] for state in self.states]
+        self._forms = self._forms_now()
         # the step counts are the device's: a step need not wait to know whether it counts
-        self.runs_on_device = all(part.capturable for part in self.parts)
-        self.is_cuda = any(part.device.type == "cuda" for part in self.parts)
+        self.runs_on_device = all(part.capturable for part in self._parts)
+        self.is_cuda = any(part.device.type == "cuda" for part in self._parts)
 
-    def gradients(self, optimizer: SparseAdamW) -> list[Tensor] | None:
-        """What to step with; None when something changed, and it takes another PreparedStep.
+    def gradients(self, param_groups: ParamGroups, states: Mapping[Tensor, State]) -> list[Tensor] | None:
+        """What to step with; None when something has changed, and it takes another PreparedStep.
 
-        Pointers, strides, shapes and dtypes are the plans' to watch.
+        Addresses, strides, shapes and dtypes of parameters and gradients are the plans' to watch.
         """
-        groups = optimizer.param_groups
         if not (
-            self.flags == _flags(groups)
-            and all(map(walk.same_objects, [group["params"] for group in groups], self.all_params))
-            and walk.same_objects(list(optimizer.state.values()), self.all_states)
-            and walk.same_items(self.states, "exp_avg", self.exp_avgs)
-            and walk.same_items(self.states, "step", self.steps)
-            and all(part.has_its_steps() for part in self.parts)
-            and all(p.grad is None for p in self.waiting)
-            and self.forms == self._forms()
+            self._flags == _flags(param_groups)
+            and all(map(same_objects, [group["params"] for group in param_groups], self._all_params))
+            and same_objects(list(states.values()), self._all_states)
+            and self._watch.holds()
+            and all(part.has_its_steps() for part in self._parts)
+            and all(p.grad is None for p in self._waiting)
+            and self._forms == self._forms_now()
         ):
             return None
-        if not self.releases:
-            return walk.gradients(self.params)
-        selected = [g.selected for p in self.params if isinstance(g := p.grad, SelectedGrad)]
-        if walk.same_objects([s.index for s in selected], self.indices):
+        if not self._releases:
+            return gradients_of(self._params)
+        selected = [g.selected for p in self._params if isinstance(g := p.grad, SelectedGrad)]
+        if len(selected) == len(self._params) and same_objects(selected, self._released):
             return [s.values for s in selected]
         gradients = self.current_gradients()  # dense ones among them, or an error that names one
-        return gradients if len(gradients) == len(self.params) else None
+        self._released = selected
+        self._shared_values = shared([s.values for s in selected if s.values.device.type == "cpu"])
+        return gradients if len(gradients) == len(self._params) else None
 
-    def _forms(self) -> list[tuple[torch.dtype, int]]:
+    def _forms_now(self) -> list[tuple[torch.dtype, int]]:
         """What a plan calls stale, where there are several plans."""
-        return [(p.dtype, p.numel()) for p in self.params] if len(self.parts) > 1 else []
+        return [(p.dtype, p.numel()) for p in self._params] if len(self._parts) > 1 else []
 
     def current_gradients(self) -> list[Tensor]:
-        """Dense or compact; shorter than `params` where some have none."""
-        members = zip(self.names, self.params, self.states, strict=True)
-        return [step_gradient(name, gradient, state) for name, p, state in members if (gradient := p.grad) is not None]
+        """Dense or compact; shorter than the list of parameters where some have none."""
+        return [step_gradient(m, gradient) for m in self._members if (gradient := m.parameter.grad) is not None]
 
     def run(
         self,
         gradients: list[Tensor],
-        param_groups: list[dict[str, Any]],
+        param_groups: ParamGroups,
         grad_scale: float | Tensor,
         found_inf: Tensor | None,
     ) -> None:
-        """One step; the step counts go up once it is done. `found_inf`: only where `runs_on_device`."""
+        """One step, counted. `found_inf`: only where `runs_on_device`.
+
+        Raises:
+            StalePlan: A parameter changed its size or dtype; it takes another PreparedStep. Nothing was written.
+        """
+        if len(self._parts) > 1:
+            self._check_gradients()  # now: a plan that finds out after another has stepped would come too late
         try:
-            for part in self.parts:
+            for part in self._parts:
                 part.run(gradients, param_groups, grad_scale, found_inf)
-        except (RuntimeError, TypeError):
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            for member in self._members:
+                check_range(member)
             self._check_gradients()
             raise
 
     def _check_gradients(self) -> None:
-        for at, (name, parameter) in enumerate(zip(self.names, self.params, strict=True)):
-            if parameter.grad is not None:
-                check_dense(name, parameter.grad)
-                step_gradient(name, parameter.grad, self.states[at])
+        """Raises for the first parameter or gradient that cannot be stepped with, and names it."""
+        for member in self._members:
+            parameter, gradient = member.parameter, member.parameter.grad
+            if not has_memory(parameter):
+                raise _freed("parameter", member.name, parameter)
+            if gradient is not None:
+                check_dense(member.name, gradient)
+                gradient = step_gradient(member, gradient)
+                if not has_memory(gradient):
+                    raise _freed("gradient of", member.name, gradient)
 
 
 class _Part:
@@ -122,70 +151,64 @@ class _Part:
         self,
         device: torch.device,
         rows: list[int],
-        segments: list[tuple[int, Tensor, State]],
-        groups: list[dict[str, Any]],
+        segments: list[tuple[Member, State]],
+        param_groups: ParamGroups,
         capturable: bool,
+        releases: bool,
         backend: str | None,
     ) -> None:
-        mine = [at for at, (i, _, _) in enumerate(segments) if bool(groups[i]["capturable"]) == capturable]
-        self.rows = [rows[at] for at in mine]
-        self.device, self.capturable = device, capturable
-        if not mine:
-            return
-        states = [segments[at][2] for at in mine]
-        steps = [state["step"] for state in states]
-        if len({step.device for step in steps}) == 1:
-            counts = torch.stack([step.float() for step in steps]).tolist()
-        else:  # capturable was switched on or off
-            counts = [float(step) for step in steps]
-        if capturable:
-            # a captured graph counts in the tensors it found, so they stay
-            for state in states:
-                state["step"] = state["step"].to(device, torch.float32)
-            self.steps = [state["step"] for state in states]
-        else:
-            # one buffer, to be incremented at once; the states hold views of it
-            self.steps = [torch.tensor(counts, dtype=torch.float32)]
-            for state, step in zip(states, self.steps[0].unbind(), strict=True):
-                state["step"] = step
-            # the same memory; torch counts no version of it, so one that goes up is somebody else's doing
-            self.step_values = self.steps[0].numpy()
-        self.versions = self._versions()
-
+        self.rows, self.device, self.capturable = rows, device, capturable
+        states = [state for _, state in segments]
+        self._steps, counts = _step_counts(states, device, capturable)
+        # of one buffer that is not capturable: the same memory
+        self._counts: npt.NDArray[np.float32] | None = None if capturable else self._steps[0].numpy()
+        self._seen = self._steps_now()
         hyper_rows: dict[tuple[int, float], int] = {}
-        self.hypers: list[tuple[int, Tensor]] = []  # a group, and its count in `steps`
-        self.counts: list[float] = []  # the same in numbers, unless capturable
+        self._hypers: list[tuple[int, int]] = []  # a group, and which of the counts
         table = []
-        for at, count in enumerate(counts):
-            i, parameter, state = segments[mine[at]]
-            row = hyper_rows.setdefault((i, count), len(hyper_rows))
-            if row == len(self.hypers):
-                self.hypers.append((i, state["step"]))
-                self.counts.append(count)
+        for at, ((member, state), number) in enumerate(zip(segments, counts, strict=True)):
+            i, parameter = member.position[0], member.parameter
+            row = hyper_rows.setdefault((i, number), len(hyper_rows))
+            if row == len(self._hypers):
+                self._hypers.append((i, at))
             table.append(
                 AdamWSegment(
                     parameter,
                     state["exp_avg"],
                     state["exp_avg_sq"],
                     state.get("indices"),
-                    state["max_exp_avg_sq"] if groups[i]["amsgrad"] else None,
+                    state["max_exp_avg_sq"] if param_groups[i]["amsgrad"] else None,
                     state["master"] if parameter.itemsize == 2 else None,
                     row,
+                    member.name,
+                    releases,
                 )
             )
-        self.plan: AdamWPlan = ops.prepare_sparse_adamw(table, backend=backend)
+        self._plan: AdamWPlan = ops.prepare_sparse_adamw(table, backend=backend)
 
     def has_its_steps(self) -> bool:
-        """Whether nobody else wrote the step counts."""
-        return self._versions() == self.versions
+        """Whether nobody else wrote the step counts, and no interrupt came between a step and its count."""
+        return self._steps_now() == self._seen
 
-    def _versions(self) -> list[int]:
-        return [step._version for step in self.steps]
+    def _steps_now(self) -> object:
+        """The counts; where a GPU has them, what torch knows of writes to them."""
+        if self._counts is not None:
+            return self._counts.tobytes()
+        if self.device.type == "cpu":
+            return torch.stack(self._steps).numpy().tobytes()
+        return [step._version for step in self._steps]
+
+    def _count(self, by: float) -> None:
+        if self._counts is None:
+            torch._foreach_add_(self._steps, by)
+        else:
+            self._counts += by
+        self._seen = self._steps_now()
 
     def run(
         self,
         gradients: list[Tensor],
-        groups: list[dict[str, Any]],
+        param_groups: ParamGroups,
         grad_scale: float | Tensor,
         found_inf: Tensor | None,
     ) -> None:
@@ -198,9 +221,25 @@ class _Part:
                 found_inf = found_inf.to(self.device, non_blocking=non_blocking)
             if isinstance(grad_scale, Tensor):
                 grad_scale = grad_scale.to(self.device, non_blocking=non_blocking)
+        # first, as torch.optim does: an interrupt finds a step counted that was not made, or one that was
+        self._count(1.0)
+        try:
+            self._plan.step(gradients, self._current_hypers(param_groups, grad_scale, found_inf))
+        except Exception:
+            self._count(-1.0)
+            raise
+        if self.capturable and found_inf is not None:
+            # GradScaler adds up those of several devices
+            torch._foreach_add_(self._steps, (found_inf != 0).reshape(()).float(), alpha=-1.0)
+            self._seen = self._steps_now()
+
+    def _current_hypers(
+        self, param_groups: ParamGroups, grad_scale: float | Tensor, found_inf: Tensor | None
+    ) -> list[AdamWHyper]:
+        """The scalars of each group and count, as the groups have them now."""
         hypers = []
-        for (i, step), count in zip(self.hypers, self.counts, strict=True):
-            group = groups[i]
+        for i, at in self._hypers:
+            group = param_groups[i]
             lr, (beta1, beta2) = group["lr"], group["betas"]
             hypers.append(
                 AdamWHyper(
@@ -209,66 +248,119 @@ class _Part:
                     float(beta2),
                     float(group["eps"]),
                     float(group["weight_decay"]),
-                    step if self.capturable else count + 1,
+                    self._steps[at] if self._counts is None else float(self._counts[at]),
                     group["maximize"],
                     grad_scale,
                     found_inf,
                 )
             )
-        if self.capturable:
-            torch._foreach_add_(self.steps, 1.0)
-        try:
-            self.plan.step(gradients, hypers)
-        except Exception:
-            if self.capturable:
-                torch._foreach_add_(self.steps, -1.0)
-                self.versions = self._versions()
-            raise
-        if not self.capturable:
-            self.step_values += 1
-            self.counts = [count + 1 for count in self.counts]
-            return
-        if found_inf is not None:
-            # GradScaler adds up those of several devices
-            torch._foreach_add_(self.steps, (found_inf != 0).reshape(()).float(), alpha=-1.0)
-        self.versions = self._versions()
+        return hypers
 
 
-def _flags(groups: list[dict[str, Any]]) -> list[tuple[bool, bool]]:
-    return [(group["amsgrad"], group["capturable"]) for group in groups]
+def _step_counts(states: Sequence[State], device: torch.device, capturable: bool) -> tuple[list[Tensor], list[float]]:
+    """The tensors to count in, and the counts. Puts the states' own where a step can count them all at once."""
+    steps = [state["step"] for state in states]
+    if len({step.device for step in steps}) == 1:
+        counts = torch.stack([step.float() for step in steps]).tolist()
+    else:  # capturable was switched on or off
+        counts = [float(step) for step in steps]
+    if capturable:
+        # a captured graph counts in the tensors it found, so they stay
+        for state in states:
+            state["step"] = state["step"].to(device, torch.float32)
+        return [state["step"] for state in states], counts
+    buffer = torch.tensor(counts, dtype=torch.float32, device="cpu")
+    for state, step in zip(states, buffer.unbind(), strict=True):
+        state["step"] = step
+    return [buffer], counts
 
 
-def _check_positions(names: list[str], parameters: list[Tensor], states: list[State]) -> None:
+def _is_capturable(member: Member, param_groups: ParamGroups) -> bool:
+    return bool(param_groups[member.position[0]]["capturable"])
+
+
+def _flags(param_groups: ParamGroups) -> list[tuple[bool, bool]]:
+    return [(group["amsgrad"], group["capturable"]) for group in param_groups]
+
+
+# ---- what the kernels read as what it should be ----
+
+
+def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None:
     """Of ascending indices the last one tells. One wait per device."""
-    last: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
-    for name, parameter, state in zip(names, parameters, states, strict=True):
+    last: dict[torch.device, list[tuple[Member, Tensor]]] = {}
+    for member, state in zip(members, states, strict=True):
         if (indices := state.get("indices")) is not None and indices.numel() and not indices.is_meta:
-            last.setdefault(indices.device, []).append((name, parameter, indices[-1].long()))
-    for members in last.values():
-        for (name, parameter, _), at in zip(members, torch.stack([at for _, _, at in members]).tolist(), strict=True):
-            if at >= parameter.numel():
+            last.setdefault(indices.device, []).append((member, indices[-1].long()))
+    for found in last.values():
+        for (member, _), at in zip(found, torch.stack([at for _, at in found]).tolist(), strict=True):
+            numel = member.parameter.numel()
+            if at >= numel:
                 raise ValueError(
-                    f"state of {name!r}: expected indices below {parameter.numel()}, its number of elements, got {at}; "
+                    f"state of {member.name!r}: expected indices below {numel}, its number of elements, got {at}; "
                     "the parameter's shape has changed: build another optimizer"
                 )
 
 
-def _check_state(name: str, parameter: Tensor, state: State) -> None:
-    """The kernels read the state as what it should be; code outside may have moved, cast or replaced it."""
+def check_state(member: Member, state: State) -> None:
+    """Code outside may have moved, cast, replaced or freed it."""
+    parameter = member.parameter
     keys = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.itemsize == 2)
     keys += ["max_exp_avg_sq"] * ("max_exp_avg_sq" in state)
     indices = state.get("indices")
-    dtype = opmath_dtype(parameter.dtype)
+    dtype, device = opmath_dtype(parameter.dtype), parameter.device
     shape = parameter.shape if indices is None else indices.shape
     for key in keys:
         value = state.get(key)
-        if value is None or (value.dtype, value.shape, value.device) != (dtype, shape, parameter.device):
-            got = "none" if value is None else f"{short(value.dtype)} {tuple(value.shape)} on {value.device}"
+        if not isinstance(value, Tensor) or (value.dtype, value.shape, value.device) != (dtype, shape, device):
             raise ValueError(
-                f"state of {name!r}: expected {key} {short(dtype)} {tuple(shape)} on {parameter.device}, got {got}; "
-                "after a change of the model's dtype or device, call optimizer.load_state_dict(optimizer.state_dict())"
+                f"state of {member.name!r}: expected {key} {short(dtype)} {tuple(shape)} on {parameter.device}, got "
+                f"{_described(value)}; after a change of the model's dtype or device, call "
+                "optimizer.load_state_dict(optimizer.state_dict())"
             )
-    if indices is not None and indices.device != parameter.device:
+        _check_memory(member, key, value)
+    step = state.get("step")
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
         raise ValueError(
-            f"state of {name!r}: expected indices on {parameter.device}, got {indices.device}; move the whole state"
+            f"state of {member.name!r}: expected step, a tensor of one element, got {_described(step)}; "
+            "load_state_dict() takes numbers, too"
         )
+    _check_memory(member, "step", step)
+    if indices is None:
+        return
+    if indices.device != parameter.device or indices.dtype not in INDEX_DTYPES or indices.dim() != 1:
+        raise ValueError(
+            f"state of {member.name!r}: expected indices, one-dimensional int32 or int64 on {parameter.device}, got "
+            f"{_described(indices)}; move the whole state"
+        )
+    _check_memory(member, "indices", indices)
+
+
+def _check_memory(member: Member, key: str, value: Tensor) -> None:
+    if not has_memory(value):
+        raise _freed(f"{key} in the state of", member.name, value)
+
+
+def _freed(what: str, name: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{what} {name!r}: expected memory for {tensor.numel()} elements of {short(tensor.dtype)}, got a storage of "
+        f"{tensor.untyped_storage().nbytes()} bytes; something has resized it, resize it back before step()"
+    )
+
+
+def _lay_out(parameter: Tensor, state: State) -> None:
+    """The kernels walk the moments of a parameter in step: where they are laid out differently, all are anew."""
+    moments = {key: state[key] for key in MOMENTS if key in state}
+    if len({value.stride() for value in moments.values()}) > 1 or not (
+        state["exp_avg"].is_contiguous() or state["exp_avg"].stride() == parameter.stride()
+    ):
+        for key, value in moments.items():
+            state[key] = torch.empty_like(value, memory_format=torch.contiguous_format).copy_(value)
+    if (indices := state.get("indices")) is not None:
+        state["indices"] = indices.contiguous()
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "none" if value is None else type(value).__name__
+    return f"{short(value.dtype)} {tuple(value.shape)} on {value.device}"

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..common.memory import out_of_memory_says
 from ..common.names import listing, short
 from ..common.pause import releasing_paused
 from ..mask import SparseMask
-from ..ops import backends
 from ..ops.dtypes import FLOAT_DTYPES, opmath_dtype
 from .budget import DEFAULT_DENSITY, budget, check_budget, select_indices
 from .gradients import any_nonzero, check_dense, check_finite
@@ -93,7 +93,7 @@ def select(
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
     for device_type in {"cpu"} if streaming == "host" else {p.device.type for p in candidates.values()}:
-        backends.choose("topk_magnitude", device_type, backend)  # an error now, not after all batches
+        ops.check_backend(backend, "topk_magnitude", device_type)  # an error now, not after all batches
 
     def pick(scores: dict[str, Tensor]) -> dict[str, Tensor]:
         indices = select_indices(list(scores), list(scores.values()), density, k, scope, backend)
@@ -109,7 +109,7 @@ def select(
 
     with (
         _gradients_set_aside(named.values()),
-        releasing_paused(),
+        releasing_paused(named.values()),
         out_of_memory_says("select()", _remedy(streaming, blocks)),
     ):
         if batches is None:
@@ -132,7 +132,7 @@ def select(
                 with torch.no_grad():
                     sums = {n: scoring.of_mean(total, candidates[n].to(total.dtype)) for n, total in sums.items()}
             picked = pick(sums)
-    empty = torch.empty(0, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     return SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
 
 

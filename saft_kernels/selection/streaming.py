@@ -253,5 +253,5 @@ def sum_on_host(
             pass
     for name, parameter in candidates.items():
         if name not in sums:
-            sums[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            sums[name] = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
     return {name: sums[name] for name in candidates}

@@ -184,7 +184,10 @@ def _element(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, scalars,
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps, inverse_grad_scale = scalars
     grad = grad * inverse_grad_scale
     param = param * decay
-    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
+    difference = grad - exp_avg
+    exp_avg = tl.where(
+        one_minus_beta1 < 0.5, exp_avg + difference * one_minus_beta1, grad - difference * (1.0 - one_minus_beta1)
+    )
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad
     # NaN propagates, as in torch.maximum
     kept = (max_exp_avg_sq >= exp_avg_sq) | (max_exp_avg_sq != max_exp_avg_sq)
