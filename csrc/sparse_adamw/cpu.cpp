@@ -6,7 +6,7 @@
 // Traffic    per coordinate: one line of the parameter (read, written), one of the gradient (read), index 4 B
 //            or 8 B, moments 16 B. A wholly selected tensor: 28 B per fp32 element.
 // Threads    split by coordinates, not by tensors.
-// Contract   what is used of an index is what was checked of it: with one out of range, its block is left out.
+// Contract   what is used of an index is what was checked of it: one out of range ends the step.
 //            Compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include <algorithm>
@@ -124,6 +124,14 @@ bool run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
   opmath_t* exp_avg_sq = static_cast<opmath_t*>(segment.exp_avg_sq);
   opmath_t* max_exp_avg_sq = static_cast<opmath_t*>(segment.max_exp_avg_sq);
 
+  if constexpr (std::is_same_v<param_t, opmath_t> && std::is_same_v<grad_t, opmath_t>) {
+    if (param.packed() && grad.packed()) {  // nothing to gather
+      adamw_block(isa, param.data + first, grad.data + first, exp_avg + first, exp_avg_sq + first,
+                  max_exp_avg_sq ? max_exp_avg_sq + first : nullptr, last - first, scalars);
+      return true;
+    }
+  }
+
   const auto prefetch = [&](index_t begin) {  // wherever an unchecked index points: that never faults
     const index_t end = std::min(last, begin + kBlock);
     if (param.scattered()) {
@@ -133,27 +141,13 @@ bool run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
       for (index_t i = begin; i < end; ++i) __builtin_prefetch(grad.data + indices[i], 0);
     }
   };
-  if constexpr (std::is_same_v<param_t, opmath_t> && std::is_same_v<grad_t, opmath_t>) {
-    if (param.packed() && grad.packed()) {  // nothing to gather
-      adamw_block(isa, param.data + first, grad.data + first, exp_avg + first, exp_avg_sq + first,
-                  max_exp_avg_sq ? max_exp_avg_sq + first : nullptr, last - first, scalars);
-      return true;
-    }
-  }
-
   prefetch(first);
-  bool in_range = true;
   index_type block[kBlock];
   opmath_t p[kBlock], g[kBlock];
   for (index_t begin = first; begin < last; begin += kBlock) {
     const index_t n = std::min(kBlock, last - begin);
     prefetch(begin + kBlock);
-    if (is_indexed) {
-      if (!copy_in_range(indices + begin, n, segment.param.numel, block)) {
-        in_range = false;
-        continue;
-      }
-    }
+    if (is_indexed && !copy_in_range(indices + begin, n, segment.param.numel, block)) return false;
     param.gather(block, begin, n, p);
     grad.gather(block, begin, n, g);
     if constexpr (sizeof(param_t) == 2) {
@@ -168,7 +162,7 @@ bool run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
       if (segment.master != nullptr) std::copy_n(p, n, segment.master + begin);
     }
   }
-  return in_range;
+  return true;
 }
 
 template <class opmath_t, class param_t, class grad_t>
@@ -225,6 +219,7 @@ index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, con
   for_each_chunk(
       segments, num_segments, chunk, num_threads,
       [&, isa](const AdamWSegment& segment, index_t first, index_t last) {
+        if (failed >= 0) return;
         if (!run_typed(segment, scalars[segment.hyper], scalars64[segment.hyper], isa, first, last)) {
           failed = &segment - segments;
         }
