@@ -43,28 +43,12 @@ std::tuple<double, int64_t> topk_magnitude(uintptr_t tensors, int64_t num_tensor
   return {result.threshold, result.num_nonfinite};
 }
 
-// The first segment whose parameter or gradient has no memory, or -1. torch says 0 for what was freed, and the
-// offset of a view of it; nothing is mapped below 64 KiB.
-int64_t first_without_memory(const saft::AdamWSegment* segments, int64_t num_segments) {
-  constexpr uintptr_t kLowest = 1 << 16;
-  for (int64_t i = 0; i < num_segments; ++i) {
-    const auto param = reinterpret_cast<uintptr_t>(segments[i].param.data);
-    const auto grad = reinterpret_cast<uintptr_t>(segments[i].grad.data);
-    if (segments[i].count > 0 && (param < kLowest || grad < kLowest)) return i;
-  }
-  return -1;
-}
-
-// Returns -1, or a segment without memory: then nothing was written.
 int64_t sparse_adamw(uintptr_t segments, int64_t num_segments, std::string_view hypers, int num_threads,
                      int isa) {
-  const int64_t failed = first_without_memory(pointer<const saft::AdamWSegment>(segments), num_segments);
-  if (failed >= 0) return failed;
   std::vector<saft::AdamWHyper> rows(hypers.size() / sizeof(saft::AdamWHyper));
   std::memcpy(rows.data(), hypers.data(), rows.size() * sizeof(saft::AdamWHyper));
-  saft::sparse_adamw_cpu(pointer<const saft::AdamWSegment>(segments), num_segments, rows.data(), num_threads,
-                         isa);
-  return -1;
+  return saft::sparse_adamw_cpu(pointer<const saft::AdamWSegment>(segments), num_segments, rows.data(),
+                                num_threads, isa);
 }
 
 int64_t gather(uintptr_t segments, int64_t num_segments, int num_threads) {
@@ -75,8 +59,8 @@ int64_t scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
   return saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
 }
 
-void sddmm(uintptr_t params, int num_threads, int isa) {
-  saft::sddmm_cpu(*pointer<const saft::SddmmParams>(params), num_threads, isa);
+bool sddmm(uintptr_t params, int num_threads, int isa) {
+  return saft::sddmm_cpu(*pointer<const saft::SddmmParams>(params), num_threads, isa);
 }
 
 // Instruction-set levels this processor runs, least first; a name's position is its number.

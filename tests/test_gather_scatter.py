@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import saft_kernels
-from saft_kernels import gather, scatter_
+from saft_kernels import gather, ops, scatter_
 
 OP = "gather"
 
@@ -225,6 +227,102 @@ def test_flat_indices_above_2_32(backend: Backend) -> None:
     columns = tensor.view(2**12, 2**20 + 2**8).t()  # a stride of 2^20 and more
     flat = (index % (2**20 + 2**8)) * 2**12 + index // (2**20 + 2**8)
     assert backend.gather([columns], [flat])[0].tolist() == values.tolist()
+
+
+# ---- indices out of range, whatever their width and whenever they are ----
+
+WIDE = 2**32 + 2**20  # elements: every negative int32 would be a position, were it unsigned
+
+
+@pytest.mark.parametrize("bad", [-1, -7, -(2**31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_negative_indices_of_wide_tensors(backend: Backend, dtype: torch.dtype, bad: int) -> None:
+    if backend.device != "cpu":
+        pytest.skip("memory that is not there is a CPU's privilege")
+    tensor = sparse_memory(WIDE, torch.uint8)
+    index = torch.tensor([3, bad, 2**31 - 1], dtype=dtype)
+    with pytest.raises(IndexError) as gathered:
+        backend.gather([tensor], [index])
+    with pytest.raises(IndexError) as scattered:
+        backend.scatter_([tensor], [index], [torch.ones(3, dtype=torch.uint8)])
+    for caught in (gathered, scattered):
+        assert_message(caught, ["`indices[0]`", f"[0, {WIDE})", f"{bad} to {2**31 - 1}"])
+    assert not tensor[[3, 2**31 - 1, bad % 2**32]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_one_index_out_of_range_wherever_it_is(backend: Backend, dtype: torch.dtype) -> None:
+    """Behind thousands that are right; nothing is written."""
+    for numel in (1, 5_000, 2**17):
+        limits = torch.iinfo(dtype)
+        for bad in (-1, numel, limits.min, limits.max):
+            for at in (0, 1_023, 1_024, 4_095, 4_096, 20_000):
+                index = torch.arange(20_001, dtype=dtype) % numel
+                index[at] = bad
+                tensor = backend.to(torch.zeros(numel))
+                with pytest.raises(IndexError, match="`indices"):
+                    backend.gather([tensor], [backend.to(index)])
+                with pytest.raises(IndexError, match="`indices"):
+                    backend.scatter_([tensor], [backend.to(index)], [backend.to(torch.ones(20_001))])
+                assert not tensor.any()
+
+
+RACE = """
+import threading, time, torch
+from saft_kernels import gather, scatter_
+torch.set_num_threads(1)
+tensor, values = torch.zeros(1_000), torch.ones(200_000)
+index = torch.zeros(200_000, dtype=torch.{dtype})
+stop = False
+def write():
+    while not stop:
+        index.fill_({bad})
+        index.fill_(5)
+writer = threading.Thread(target=write)
+writer.start()
+done = refused = 0
+end = time.monotonic() + 1.5
+try:
+    while time.monotonic() < end or not (done and refused):
+        try:
+            {call}
+            done += 1
+        except IndexError as error:
+            assert "`indices[0]`: expected flat positions" in str(error), error
+            refused += 1
+        assert time.monotonic() < end + 60, (done, refused)
+finally:
+    stop = True
+    writer.join()
+assert tensor.count_nonzero() <= 1, tensor.nonzero()
+print("fine")
+"""
+CALLS = {"gather": "gather([tensor], [index])", "scatter_": "scatter_([tensor], [index], [values])"}
+
+
+@pytest.mark.skipif(ops.why_unavailable("cpu") is not None, reason=f"cpu: {ops.why_unavailable('cpu')}")
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize(("dtype", "bad"), [("int32", 2**31 - 1), ("int64", -(2**50))])
+def test_indices_that_another_thread_writes_meanwhile(op: str, dtype: str, bad: int) -> None:
+    """An error at most: what was checked of an index is what is used. In a process of its own: else it dies."""
+    program = RACE.format(dtype=dtype, bad=bad, call=CALLS[op])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "fine\n"
+
+
+def check_left_out(gather: Callable[..., list[Tensor]], scatter_: Callable[..., None], backend: Backend) -> None:
+    """Of a GPU's functions, behind the checks: an index out of range is neither read nor written through."""
+    for layout in ("matrix", "transposed"):
+        for dtype in (torch.int32, torch.int64):
+            base = backend.to(torch.zeros(3_000))
+            tensor = LAYOUTS[layout](base[1_000:2_000])
+            index = backend.to(torch.tensor([5, -1, 719, 720, -900, 1_900, 6], dtype=dtype))
+            scatter_([tensor], [index], [backend.to(torch.arange(1.0, 8))])
+            assert tensor.reshape(-1)[[5, 719, 6]].tolist() == [1, 3, 7]
+            assert base.count_nonzero() == 3
+            (values,) = gather([tensor], [index])
+            assert values[[0, 2, 6]].tolist() == [1, 3, 7]
 
 
 @settings(max_examples=60)

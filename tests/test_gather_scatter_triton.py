@@ -81,6 +81,10 @@ def test_tails() -> None:
         assert written == [item if i in chosen else nothing for i, item in enumerate(source)]
 
 
+def test_indices_out_of_range_are_left_out() -> None:
+    op_tests.check_left_out(triton_gather.gather, triton_gather.scatter_, BACKEND)
+
+
 def test_many_tiny_tensors() -> None:
     torch.manual_seed(0)
     sizes = torch.randint(0, 4, (400,)).tolist()

@@ -180,6 +180,18 @@ def test_no_graph(backend: Backend) -> None:
     assert not backend.sddmm(dy, x, backend.to(torch.tensor([3]))).requires_grad
 
 
+@pytest.mark.parametrize("bad", [-1, -7, -(2**31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_negative_indices_of_a_wide_weight(backend: Backend, dtype: torch.dtype, bad: int) -> None:
+    """Of 2^32 elements: every negative int32 would be a position, were it unsigned."""
+    dy, x = (backend.to(torch.ones(1, 2**16)) for _ in range(2))
+    indices, out = backend.to(torch.tensor([4, bad], dtype=dtype)), backend.to(torch.zeros(2))
+    with pytest.raises(IndexError) as error:
+        backend.sddmm(dy, x, indices, out=out)
+    assert_message(error, ["`indices[0]`", f"[0, {2**32})", f"{bad} to 4"])
+    assert not out.any()
+
+
 @pytest.mark.parametrize("default", DEFAULTS)
 @all_dtypes
 def test_defaults_of_torch_do_not_matter(backend: Backend, default: str, dtype: torch.dtype) -> None:

@@ -1052,6 +1052,46 @@ def test_memory_that_was_freed_before_the_plan_was_made(backend: Backend, what: 
         assert_message(caught, [f"got {left}", "freed"])
 
 
+@pytest.mark.parametrize("bad", [-1, -7, -(2**31)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_negative_indices_of_a_wide_parameter(backend: Backend, dtype: torch.dtype, bad: int) -> None:
+    """Of more than 2^32 elements: every negative int32 would be a position, were it unsigned."""
+    if backend.device != "cpu":
+        pytest.skip("memory that is not there is a CPU's privilege")
+    param = sparse_memory(2**32 + 2**20, torch.bfloat16)
+    index = torch.tensor([4, bad], dtype=dtype)
+    state = [torch.zeros(2), torch.zeros(2)]
+    with pytest.raises(IndexError) as caught:
+        backend.sparse_adamw_(
+            [param], [torch.ones(2).bfloat16()], state[:1], state[1:], [index], step=1, **Options().scalars
+        )
+    assert_message(caught, ["`indices[0]`", f"[0, {param.numel()})", f"{bad} to 4"])
+    assert not state[0].any()
+    assert not param[[4, bad % 2**32]].any()
+
+
+@pytest.mark.parametrize("bad", [-1, 2_000, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("at", [0, 300, 999])
+def test_an_index_that_is_wrong_by_the_time_of_the_step(backend: Backend, at: int, bad: int) -> None:
+    """The cpu backend looks at what it uses, and leaves out the block of coordinates."""
+    if backend.name != "cpu":
+        pytest.skip("torch counts negative indices from the end; a GPU is not waited for")
+    base = backend.to(torch.ones(6_000))
+    param = base[2_000:4_000]
+    index = backend.to(torch.arange(1_000, dtype=torch.int32))
+    state = [torch.zeros(1_000), torch.zeros(1_000)]
+    plan = prepare_sparse_adamw([AdamWSegment(param, *state, index)], backend=backend.name)
+    index[at] = bad
+    with backend.forced(), pytest.raises(IndexError):
+        plan.step([torch.ones_like(param)], [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 1)])
+    assert bool((base[:2_000] == 1).all())
+    assert bool((base[3_000:] == 1).all())
+    index[at] = at
+    with backend.forced():
+        plan.step([torch.ones_like(param)], [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 2)])
+    assert bool((param[:1_000] != 1).all())
+
+
 @pytest.mark.parametrize("change", ["size", "dtype", "device"])
 def test_a_parameter_that_changed_is_a_stale_plan(backend: Backend, change: str) -> None:
     """Its optimizer prepares another."""

@@ -231,6 +231,10 @@ def test_host_one_large_and_many_tiny_tensors_with_their_own_hyperparameters(hos
     same_bits(*results)
 
 
+def test_host_indices_out_of_range_are_left_out(host: Backend) -> None:
+    test_gather_scatter.check_left_out(cuda.gather, cuda.scatter_, host)
+
+
 # ---- hyperparameters as tensors ----
 
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -39,6 +41,39 @@ void dispatch_index(const void* indices, index_t index_bytes, const Fn& fn) {
   } else {
     fn(static_cast<const int64_t*>(indices));
   }
+}
+
+// Whether the indices it has seen are in [0, numel): then neither `index` nor `last - index` has its sign bit set.
+// 32-bit indices of a tensor with more elements than they reach are below 2^31.
+template <class index_type>
+class InRange {
+ public:
+  explicit InRange(index_t numel)
+      : last_(Unsigned(std::min(numel - 1, index_t(std::numeric_limits<index_type>::max())))) {}
+  void see(index_type index) { seen_ |= Unsigned(index) | Unsigned(last_ - Unsigned(index)); }
+  bool all() const { return index_type(seen_) >= 0; }
+
+ private:
+  using Unsigned = std::make_unsigned_t<index_type>;
+  Unsigned last_, seen_ = 0;
+};
+
+template <class index_type>
+bool all_in_range(const index_type* indices, index_t n, index_t numel) {
+  InRange<index_type> in_range(numel);
+  for (index_t i = 0; i < n; ++i) in_range.see(indices[i]);
+  return in_range.all();
+}
+
+// Copies them as well. What is read again may have changed meanwhile; the copy is what was checked.
+template <class index_type>
+bool copy_in_range(const index_type* indices, index_t n, index_t numel, index_type* __restrict copy) {
+  InRange<index_type> in_range(numel);
+  for (index_t i = 0; i < n; ++i) {
+    copy[i] = indices[i];
+    in_range.see(copy[i]);
+  }
+  return in_range.all();
 }
 
 }  // namespace saft

@@ -1,14 +1,14 @@
 // gather, scatter / cpu.
 //
-// Algorithm  chunks of coordinates: the largest index of a chunk is checked, then its elements are copied, with
-//            those to come prefetched. Scatter checks all chunks before it writes the first.
+// Algorithm  blocks of coordinates: their indices are copied, the copy is checked, and the elements that it names
+//            are copied, with those to come prefetched. Scatter checks all indices before it writes the first element.
 // Traffic    per coordinate one cache line, read (gather) or read and written (scatter), the packed value, and
 //            the index from memory (twice for scatter).
-// Contract   each coordinate is written by one thread.
+// Contract   each coordinate is written by one thread. What is used of an index is what was checked of it, so another
+//            thread that writes the indices meanwhile makes for an error, not for a read or write elsewhere.
 // Threads    split by coordinates, not by tensors.
 
 #include <atomic>
-#include <type_traits>
 
 #include "cpu/chunks.h"
 #include "gather_scatter/gather_scatter.h"
@@ -19,25 +19,20 @@ namespace {
 // ---- tuning: reasoned, not tuned on hardware ----
 
 constexpr index_t kChunk = 4096;
+constexpr index_t kBlock = 1024;        // their indices stay in L1
 constexpr index_t kPrefetchAhead = 32;  // coordinates; hides a DRAM miss behind the copies before it
 
-// Whether all of [first, last) are positions in the tensor. One maximum: a negative index is a huge unsigned one.
-template <class index_type>
-bool in_range(const GatherSegment& segment, const index_type* indices, index_t first, index_t last) {
-  using Unsigned = std::make_unsigned_t<index_type>;
-  Unsigned largest = 0;
-  for (index_t i = first; i < last; ++i) largest = std::max(largest, Unsigned(indices[i]));
-  return uint64_t(largest) < uint64_t(segment.numel);
-}
-
+// `indices` are those of the n coordinates from `first` on.
 template <bool kGather, class item_t, class index_type>
-void copy_items(const GatherSegment& segment, const index_type* indices, index_t first, index_t last) {
+void copy_items(const GatherSegment& segment, const index_type* indices, index_t first, index_t n) {
   item_t* data = static_cast<item_t*>(segment.data);
-  item_t* values = static_cast<item_t*>(segment.values);
-  for (index_t i = first; i < last; ++i) {
-    if (i + kPrefetchAhead < last && segment.ndim == 0) {
-      __builtin_prefetch(data + indices[i + kPrefetchAhead], kGather ? 0 : 1);
-    }
+  item_t* values = static_cast<item_t*>(segment.values) + first;
+  const auto prefetch = [&](index_t i) { __builtin_prefetch(data + indices[i], kGather ? 0 : 1); };
+  if (segment.ndim == 0) {
+    for (index_t i = 0; i < std::min(n, kPrefetchAhead); ++i) prefetch(i);
+  }
+  for (index_t i = 0; i < n; ++i) {
+    if (i + kPrefetchAhead < n && segment.ndim == 0) prefetch(i + kPrefetchAhead);
     item_t& item = data[storage_offset(indices[i], segment.ndim, segment.layout)];
     if constexpr (kGather) {
       values[i] = item;
@@ -48,19 +43,31 @@ void copy_items(const GatherSegment& segment, const index_type* indices, index_t
 }
 
 template <bool kGather, class index_type>
-void copy_chunk(const GatherSegment& segment, const index_type* indices, index_t first, index_t last) {
+void copy_block(const GatherSegment& segment, const index_type* indices, index_t first, index_t n) {
   switch (segment.itemsize) {
     case 1:
-      return copy_items<kGather, uint8_t>(segment, indices, first, last);
+      return copy_items<kGather, uint8_t>(segment, indices, first, n);
     case 2:
-      return copy_items<kGather, uint16_t>(segment, indices, first, last);
+      return copy_items<kGather, uint16_t>(segment, indices, first, n);
     case 4:
-      return copy_items<kGather, uint32_t>(segment, indices, first, last);
+      return copy_items<kGather, uint32_t>(segment, indices, first, n);
     case 8:
-      return copy_items<kGather, uint64_t>(segment, indices, first, last);
+      return copy_items<kGather, uint64_t>(segment, indices, first, n);
     default:
-      return copy_items<kGather, Bytes16>(segment, indices, first, last);
+      return copy_items<kGather, Bytes16>(segment, indices, first, n);
   }
+}
+
+// False when it met an index out of range, and did not use it.
+template <bool kGather, class index_type>
+bool copy_chunk(const GatherSegment& segment, const index_type* indices, index_t first, index_t last) {
+  index_type block[kBlock];
+  for (; first < last; first += kBlock) {
+    const index_t n = std::min(kBlock, last - first);
+    if (!copy_in_range(indices + first, n, segment.numel, block)) return false;
+    copy_block<kGather>(segment, block, first, n);
+  }
+  return true;
 }
 
 // Runs fn(segment, indices, first, last) -> bool on every chunk; returns a segment for which it was false, or -1.
@@ -82,9 +89,7 @@ index_t for_each_index_chunk(const GatherSegment* segments, index_t num_segments
 index_t gather_cpu(const GatherSegment* segments, index_t num_segments, int num_threads) {
   return for_each_index_chunk(segments, num_segments, num_threads,
                               [](const GatherSegment& segment, auto* indices, index_t first, index_t last) {
-                                if (!in_range(segment, indices, first, last)) return false;
-                                copy_chunk<true>(segment, indices, first, last);
-                                return true;
+                                return copy_chunk<true>(segment, indices, first, last);
                               });
 }
 
@@ -92,13 +97,12 @@ index_t scatter_cpu(const GatherSegment* segments, index_t num_segments, int num
   const index_t failed =
       for_each_index_chunk(segments, num_segments, num_threads,
                            [](const GatherSegment& segment, auto* indices, index_t first, index_t last) {
-                             return in_range(segment, indices, first, last);
+                             return all_in_range(indices + first, last - first, segment.numel);
                            });
   if (failed >= 0) return failed;
   return for_each_index_chunk(segments, num_segments, num_threads,
                               [](const GatherSegment& segment, auto* indices, index_t first, index_t last) {
-                                copy_chunk<false>(segment, indices, first, last);
-                                return true;
+                                return copy_chunk<false>(segment, indices, first, last);
                               });
 }
 

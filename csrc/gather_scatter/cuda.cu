@@ -27,26 +27,26 @@ struct DeviceSegment {
   const void* indices;
   void* values;
   const index_t* layout;
-  index_t count;
+  index_t count, numel;
   index_t first_tile;
   int32_t ndim, itemsize;
   int32_t index_bytes, unused;
 };
 
-// A lane's coordinates begin, begin + 32, ...; those that are less than `left` from `begin` exist.
+// A lane's coordinates begin, begin + 32, ...; `at` is negative where there is none.
 template <bool kGather, class item_t>
-__device__ __forceinline__ void copy_items(const DeviceSegment& x, const index_t (&at)[kItems], index_t begin,
-                                           int left) {
+__device__ __forceinline__ void copy_items(const DeviceSegment& x, const index_t (&at)[kItems],
+                                           index_t begin) {
   item_t* const data = static_cast<item_t*>(x.data);
   item_t* const values = static_cast<item_t*>(x.values);
   item_t item[kItems] = {};
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
-    if (j * kWarpSize < left) item[j] = kGather ? data[at[j]] : values[begin + j * kWarpSize];
+    if (at[j] >= 0) item[j] = kGather ? data[at[j]] : values[begin + j * kWarpSize];
   }
 #pragma unroll
   for (int j = 0; j < kItems; ++j) {
-    if (j * kWarpSize < left) (kGather ? values[begin + j * kWarpSize] : data[at[j]]) = item[j];
+    if (at[j] >= 0) (kGather ? values[begin + j * kWarpSize] : data[at[j]]) = item[j];
   }
 }
 
@@ -59,32 +59,39 @@ __global__ __launch_bounds__(kThreads) void copy_kernel(const DeviceSegment* seg
     const DeviceSegment& x = segments[find_row(segments, num_segments, &DeviceSegment::first_tile, tile)];
     const index_t first = (tile - x.first_tile) * kTile, begin = first + lane;
     const int left = (x.count - first < kTile ? int(x.count - first) : kTile) - lane;
-    index_t at[kItems] = {};
+    index_t at[kItems];
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
+      at[j] = -1;
       if (j * kWarpSize >= left) continue;
       at[j] = x.index_bytes == 4 ? index_t(static_cast<const int32_t*>(x.indices)[begin + j * kWarpSize])
                                  : static_cast<const index_t*>(x.indices)[begin + j * kWarpSize];
     }
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      if (at[j] >= x.numel) at[j] = -1;
+    }
     if (x.ndim != 0) {
 #pragma unroll
-      for (int j = 0; j < kItems; ++j) at[j] = storage_offset(at[j], x.ndim, x.layout);
+      for (int j = 0; j < kItems; ++j) {
+        if (at[j] >= 0) at[j] = storage_offset(at[j], x.ndim, x.layout);
+      }
     }
     switch (x.itemsize) {
       case 1:
-        copy_items<kGather, uint8_t>(x, at, begin, left);
+        copy_items<kGather, uint8_t>(x, at, begin);
         break;
       case 2:
-        copy_items<kGather, uint16_t>(x, at, begin, left);
+        copy_items<kGather, uint16_t>(x, at, begin);
         break;
       case 4:
-        copy_items<kGather, uint32_t>(x, at, begin, left);
+        copy_items<kGather, uint32_t>(x, at, begin);
         break;
       case 8:
-        copy_items<kGather, uint64_t>(x, at, begin, left);
+        copy_items<kGather, uint64_t>(x, at, begin);
         break;
       default:
-        copy_items<kGather, Bytes16>(x, at, begin, left);
+        copy_items<kGather, Bytes16>(x, at, begin);
     }
   }
 }
@@ -109,6 +116,7 @@ void run(const GatherSegment* segments, index_t num_segments, void* device_table
     row.values = x.values;
     row.layout = reinterpret_cast<const index_t*>(layouts.end());
     row.count = x.count;
+    row.numel = x.numel;
     row.first_tile = num_tiles;
     row.ndim = int32_t(x.ndim);
     row.itemsize = int32_t(x.itemsize);

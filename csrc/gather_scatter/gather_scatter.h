@@ -3,6 +3,8 @@
 // Contract   gather: values[i] = tensor[indices[i]]. scatter: tensor[indices[i]] = values[i], in place; every
 //            other element is left alone. Bits are copied: NaN payloads survive. The cpu entries check the
 //            indices: with one out of range, scatter has written nothing, and gather's values are undefined.
+//            No entry reads or writes beside the tensor, not even for indices that change while it runs: the cuda
+//            entries leave out what is out of range.
 #pragma once
 
 #include "common.h"

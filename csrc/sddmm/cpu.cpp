@@ -52,8 +52,9 @@ struct Entry {
   int32_t dy, x;  // slots
 };
 
+// False when it met an index out of range. Each is read once: what is used of it is what was checked.
 template <class index_type>
-void find_entries(const SddmmParams& p, const index_type* indices, UsedChannels& dy, UsedChannels& x,
+bool find_entries(const SddmmParams& p, const index_type* indices, UsedChannels& dy, UsedChannels& x,
                   Entry* entries) {
   index_t output = 0, first_of_output = 0;
   int32_t output_slot = -1;
@@ -61,6 +62,7 @@ void find_entries(const SddmmParams& p, const index_type* indices, UsedChannels&
   std::vector<uint8_t> used(size_t(p.num_inputs), 0);
   for (index_t j = 0; j < p.k; ++j) {
     const index_t flat = indices[j];
+    if (uint64_t(flat) >= uint64_t(p.num_outputs) * uint64_t(p.num_inputs)) return false;
     if (output_slot < 0 || flat < first_of_output || flat >= first_of_output + p.num_inputs) {
       output = flat / p.num_inputs;
       first_of_output = output * p.num_inputs;
@@ -73,6 +75,7 @@ void find_entries(const SddmmParams& p, const index_type* indices, UsedChannels&
     if (used[size_t(c)] != 0) x.use(c);
   }
   for (index_t j = 0; j < p.k; ++j) entries[j].x = x.slot[size_t(entries[j].x)];
+  return true;
 }
 
 // ---- pack ----
@@ -210,11 +213,14 @@ void add_dots(Isa isa, const Entry* entries, index_t begin, index_t end, const o
 // ---- entry ----
 
 template <class opmath_t, class scalar_t>
-void run(const SddmmParams& p, int num_threads, Isa isa) {
+bool run(const SddmmParams& p, int num_threads, Isa isa) {
   UsedChannels used_dy(p.num_outputs), used_x(p.num_inputs);
   std::vector<Entry> entries(size_t(p.k));
-  dispatch_index(p.indices, p.index_bytes,
-                 [&](const auto* indices) { find_entries(p, indices, used_dy, used_x, entries.data()); });
+  bool in_range = false;
+  dispatch_index(p.indices, p.index_bytes, [&](const auto* indices) {
+    in_range = find_entries(p, indices, used_dy, used_x, entries.data());
+  });
+  if (!in_range) return false;
   const index_t num_dy = index_t(used_dy.channels.size()), num_x = index_t(used_x.channels.size());
   // not a vector: nothing here needs to be zero
   const std::unique_ptr<opmath_t[]> packed(new opmath_t[size_t((num_dy + num_x) * kTokenBlock)]);
@@ -240,11 +246,12 @@ void run(const SddmmParams& p, int num_threads, Isa isa) {
   opmath_t* values = static_cast<opmath_t*>(p.values);
   for (index_t j = 0; j < p.k; ++j)
     values[j] = p.accumulate != 0 ? values[j] + sums[size_t(j)] : sums[size_t(j)];
+  return true;
 }
 
 }  // namespace
 
-void sddmm_cpu(const SddmmParams& params, int num_threads, int requested_isa) {
+bool sddmm_cpu(const SddmmParams& params, int num_threads, int requested_isa) {
   const Isa isa = resolve_isa(requested_isa);
   switch (params.dtype) {
     case ScalarType::kFloat32:
@@ -256,6 +263,7 @@ void sddmm_cpu(const SddmmParams& params, int num_threads, int requested_isa) {
     case ScalarType::kFloat64:
       return run<double, double>(params, num_threads, isa);
   }
+  return false;
 }
 
 }  // namespace saft

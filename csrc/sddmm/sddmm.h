@@ -37,10 +37,13 @@ struct SddmmParams {
 
 // ---- cpu entry ----
 
-// Preconditions (checked by the caller): indices in range; num_outputs and num_inputs below 2^31.
-void sddmm_cpu(const SddmmParams& params, int num_threads, int isa);
+// False for an index out of range: nothing was written. Precondition (checked by the caller): num_outputs and
+// num_inputs below 2^31.
+bool sddmm_cpu(const SddmmParams& params, int num_threads, int isa);
 
 // ---- cuda entries ----
+
+// Precondition (checked by the caller): indices in range.
 
 // Device memory that a call needs; at most (num_outputs + num_inputs) * (1 + 8,192 * itemsize) + 8 * k bytes,
 // give or take the rounding of each part to 256.

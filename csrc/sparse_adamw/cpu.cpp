@@ -6,11 +6,11 @@
 // Traffic    per coordinate: one line of the parameter (read, written), one of the gradient (read), index 4 B
 //            or 8 B, moments 16 B. A wholly selected tensor: 28 B per fp32 element.
 // Threads    split by coordinates, not by tensors.
-// Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
+// Contract   what is used of an index is what was checked of it: one out of range ends the step.
+//            Compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
 #include <algorithm>
-#include <limits>
-#include <stdexcept>
+#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -26,6 +26,9 @@ namespace {
 // long.
 constexpr index_t kBlock = 256;
 constexpr index_t kMinChunk = 4096, kMaxChunk = 65536;
+
+// torch says 0 for memory that was freed, and the offset of a view of it. Nothing is mapped below.
+constexpr uintptr_t kLowestAddress = 1 << 16;
 
 // One loop, compiled per instruction set.
 #define SAFT_DEFINE_ADAMW_BLOCK(name, target)                                                               \
@@ -66,71 +69,71 @@ void adamw_block(Isa isa, opmath_t* param, const opmath_t* grad, opmath_t* exp_a
   adamw_block_baseline(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, s);
 }
 
-// One operand of a segment: element i is data[indices[i]], or data[i] where there are no indices, through the
-// layout.
-template <class scalar_t, class index_type>
+// One operand of a segment: the elements that the indices name, or one per coordinate, through the layout.
+template <class scalar_t>
 struct Operand {
   scalar_t* data;
-  const index_type* indices;  // null: every element, or one value per coordinate
+  bool is_indexed;
   index_t ndim;
   const index_t* layout;
 
-  bool packed() const { return indices == nullptr && ndim == 0; }
-  bool scattered() const { return indices != nullptr && ndim == 0; }
-  scalar_t& at(index_t i) const {
-    return data[storage_offset(indices == nullptr ? i : index_t(indices[i]), ndim, layout)];
-  }
+  bool packed() const { return !is_indexed && ndim == 0; }
+  bool scattered() const { return is_indexed && ndim == 0; }
 
-  template <class opmath_t>
-  void gather(index_t begin, index_t n, opmath_t* out) const {
+  // Of n coordinates from `begin` on, whose indices are `indices`.
+  template <class opmath_t, class index_type>
+  void gather(const index_type* indices, index_t begin, index_t n, opmath_t* out) const {
     if (packed()) {
       for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[begin + i]);
     } else if (scattered()) {
-      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[indices[begin + i]]);
+      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[indices[i]]);
     } else {
-      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(at(begin + i));
+      for (index_t i = 0; i < n; ++i) out[i] = load_as<opmath_t>(data[offset(indices, begin, i)]);
     }
   }
 
-  template <class opmath_t>
-  void scatter(index_t begin, index_t n, const opmath_t* in) const {
+  template <class opmath_t, class index_type>
+  void scatter(const index_type* indices, index_t begin, index_t n, const opmath_t* in) const {
     if (packed()) {
       for (index_t i = 0; i < n; ++i) data[begin + i] = store_as<scalar_t>(in[i]);
     } else if (scattered()) {
-      for (index_t i = 0; i < n; ++i) data[indices[begin + i]] = store_as<scalar_t>(in[i]);
+      for (index_t i = 0; i < n; ++i) data[indices[i]] = store_as<scalar_t>(in[i]);
     } else {
-      for (index_t i = 0; i < n; ++i) at(begin + i) = store_as<scalar_t>(in[i]);
+      for (index_t i = 0; i < n; ++i) data[offset(indices, begin, i)] = store_as<scalar_t>(in[i]);
     }
+  }
+
+ private:
+  template <class index_type>
+  index_t offset(const index_type* indices, index_t begin, index_t i) const {
+    return storage_offset(is_indexed ? index_t(indices[i]) : begin + i, ndim, layout);
   }
 };
 
-template <class index_type>
-void check_range(const index_type* indices, index_t n, index_t numel) {
-  using unsigned_t = std::make_unsigned_t<index_type>;
-  const auto last = unsigned_t(std::min<index_t>(numel - 1, std::numeric_limits<index_type>::max()));
-  // a negative index sets the top bit, and one beyond the last does so in the difference; no compare is as cheap
-  unsigned_t outside = 0;
-  for (index_t i = 0; i < n; ++i) outside |= unsigned_t(indices[i]) | (last - unsigned_t(indices[i]));
-  if (outside >> (8 * sizeof(index_type) - 1) != 0) {
-    throw std::out_of_range("indices: expected flat positions in the parameter, got one outside");
-  }
-}
-
+// `indices`: null for a wholly selected segment. False when it met an index out of range.
 template <class opmath_t, class param_t, class grad_t, class index_type>
-void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa,
+bool run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa,
                const index_type* indices, index_t first, index_t last) {
-  const Operand<param_t, index_type> param{static_cast<param_t*>(segment.param.data), indices,
-                                           segment.param.ndim, segment.param.layout};
-  const Operand<grad_t, index_type> grad{static_cast<grad_t*>(segment.grad.data),
-                                         segment.grad_is_compact ? nullptr : indices, segment.grad.ndim,
-                                         segment.grad.layout};
+  const bool is_indexed = indices != nullptr;
+  const Operand<param_t> param{static_cast<param_t*>(segment.param.data), is_indexed, segment.param.ndim,
+                               segment.param.layout};
+  const Operand<grad_t> grad{static_cast<grad_t*>(segment.grad.data),
+                             is_indexed && segment.grad_is_compact == 0, segment.grad.ndim,
+                             segment.grad.layout};
   opmath_t* exp_avg = static_cast<opmath_t*>(segment.exp_avg);
   opmath_t* exp_avg_sq = static_cast<opmath_t*>(segment.exp_avg_sq);
   opmath_t* max_exp_avg_sq = static_cast<opmath_t*>(segment.max_exp_avg_sq);
 
-  const auto prefetch = [&](index_t begin) {
+  if constexpr (std::is_same_v<param_t, opmath_t> && std::is_same_v<grad_t, opmath_t>) {
+    if (param.packed() && grad.packed()) {  // nothing to gather
+      adamw_block(isa, param.data + first, grad.data + first, exp_avg + first, exp_avg_sq + first,
+                  max_exp_avg_sq ? max_exp_avg_sq + first : nullptr, last - first, scalars);
+      return true;
+    }
+  }
+
+  const auto prefetch = [&](index_t begin) {  // wherever an unchecked index points: that never faults
     const index_t end = std::min(last, begin + kBlock);
-    if (indices != nullptr && begin < end) check_range(indices + begin, end - begin, segment.param.numel);
     if (param.scattered()) {
       for (index_t i = begin; i < end; ++i) __builtin_prefetch(param.data + indices[i], 1);
     }
@@ -138,21 +141,15 @@ void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
       for (index_t i = begin; i < end; ++i) __builtin_prefetch(grad.data + indices[i], 0);
     }
   };
-  if constexpr (std::is_same_v<param_t, opmath_t> && std::is_same_v<grad_t, opmath_t>) {
-    if (param.packed() && grad.packed()) {  // nothing to gather
-      adamw_block(isa, param.data + first, grad.data + first, exp_avg + first, exp_avg_sq + first,
-                  max_exp_avg_sq ? max_exp_avg_sq + first : nullptr, last - first, scalars);
-      return;
-    }
-  }
-
   prefetch(first);
+  index_type block[kBlock];
   opmath_t p[kBlock], g[kBlock];
   for (index_t begin = first; begin < last; begin += kBlock) {
     const index_t n = std::min(kBlock, last - begin);
     prefetch(begin + kBlock);
-    param.gather(begin, n, p);
-    grad.gather(begin, n, g);
+    if (is_indexed && !copy_in_range(indices + begin, n, segment.param.numel, block)) return false;
+    param.gather(block, begin, n, p);
+    grad.gather(block, begin, n, g);
     if constexpr (sizeof(param_t) == 2) {
       if (segment.master != nullptr) {
         for (index_t i = 0; i < n; ++i) p[i] = master_or_param<param_t>(segment.master[begin + i], p[i]);
@@ -160,61 +157,74 @@ void run_chunk(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalar
     }
     adamw_block(isa, p, g, exp_avg + begin, exp_avg_sq + begin,
                 max_exp_avg_sq ? max_exp_avg_sq + begin : nullptr, n, scalars);
-    param.scatter(begin, n, p);
+    param.scatter(block, begin, n, p);
     if constexpr (sizeof(param_t) == 2) {
       if (segment.master != nullptr) std::copy_n(p, n, segment.master + begin);
     }
   }
+  return true;
 }
 
 template <class opmath_t, class param_t, class grad_t>
-void run_segment(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa, index_t first,
+bool run_segment(const AdamWSegment& segment, const AdamWScalars<opmath_t>& scalars, Isa isa, index_t first,
                  index_t last) {
+  bool in_range = false;
   dispatch_index(segment.indices, segment.index_bytes, [&](const auto* indices) {
-    run_chunk<opmath_t, param_t, grad_t>(segment, scalars, isa, indices, first, last);
+    in_range = run_chunk<opmath_t, param_t, grad_t>(segment, scalars, isa, indices, first, last);
   });
+  return in_range;
 }
 
 // A 16-bit parameter may have an fp32 gradient (masters elsewhere, gradient buffers); nothing else mixes.
 template <class param_t>
-void run_low_precision(const AdamWSegment& segment, const AdamWScalars<float>& scalars, Isa isa,
+bool run_low_precision(const AdamWSegment& segment, const AdamWScalars<float>& scalars, Isa isa,
                        index_t first, index_t last) {
-  if (segment.grad.dtype == ScalarType::kFloat32) {
-    run_segment<float, param_t, float>(segment, scalars, isa, first, last);
-  } else {
-    run_segment<float, param_t, param_t>(segment, scalars, isa, first, last);
+  return segment.grad.dtype == ScalarType::kFloat32
+             ? run_segment<float, param_t, float>(segment, scalars, isa, first, last)
+             : run_segment<float, param_t, param_t>(segment, scalars, isa, first, last);
+}
+
+bool run_typed(const AdamWSegment& segment, const AdamWScalars<float>& scalars,
+               const AdamWScalars<double>& scalars64, Isa isa, index_t first, index_t last) {
+  switch (segment.param.dtype) {
+    case ScalarType::kFloat32:
+      return run_segment<float, float, float>(segment, scalars, isa, first, last);
+    case ScalarType::kBFloat16:
+      return run_low_precision<bfloat16>(segment, scalars, isa, first, last);
+    case ScalarType::kFloat16:
+      return run_low_precision<float16>(segment, scalars, isa, first, last);
+    case ScalarType::kFloat64:
+      return run_segment<double, double, double>(segment, scalars64, isa, first, last);
   }
+  return false;
 }
 
 }  // namespace
 
-void sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
-                      int num_threads, int requested_isa) {
+index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
+                         int num_threads, int requested_isa) {
   const Isa isa = resolve_isa(requested_isa);
   index_t count = 0, num_hypers = 0;
   for (index_t s = 0; s < num_segments; ++s) {
-    count += segments[s].count;
-    num_hypers = std::max(num_hypers, segments[s].hyper + 1);
+    const AdamWSegment& x = segments[s];
+    if (x.count > 0 && std::min(uintptr_t(x.param.data), uintptr_t(x.grad.data)) < kLowestAddress) return s;
+    count += x.count;
+    num_hypers = std::max(num_hypers, x.hyper + 1);
   }
   // once for each: their divisions take as long as ten coordinates
   const std::vector<AdamWScalars<float>> scalars(hypers, hypers + num_hypers);
   const std::vector<AdamWScalars<double>> scalars64(hypers, hypers + num_hypers);
   const index_t chunk = std::clamp(count / (16 * std::max(1, num_threads)), kMinChunk, kMaxChunk);
-  for_each_chunk(segments, num_segments, chunk, num_threads,
-                 [&, isa](const AdamWSegment& segment, index_t first, index_t last) {
-                   const AdamWScalars<float>& s = scalars[segment.hyper];
-                   switch (segment.param.dtype) {
-                     case ScalarType::kFloat32:
-                       return run_segment<float, float, float>(segment, s, isa, first, last);
-                     case ScalarType::kBFloat16:
-                       return run_low_precision<bfloat16>(segment, s, isa, first, last);
-                     case ScalarType::kFloat16:
-                       return run_low_precision<float16>(segment, s, isa, first, last);
-                     case ScalarType::kFloat64:
-                       return run_segment<double, double, double>(segment, scalars64[segment.hyper], isa,
-                                                                  first, last);
-                   }
-                 });
+  std::atomic<index_t> failed{-1};
+  for_each_chunk(
+      segments, num_segments, chunk, num_threads,
+      [&, isa](const AdamWSegment& segment, index_t first, index_t last) {
+        if (failed >= 0) return;
+        if (!run_typed(segment, scalars[segment.hyper], scalars64[segment.hyper], isa, first, last)) {
+          failed = &segment - segments;
+        }
+      });
+  return failed;
 }
 
 }  // namespace saft

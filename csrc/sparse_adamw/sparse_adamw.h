@@ -91,11 +91,12 @@ SAFT_HOST_DEVICE void adamw_element(opmath_t& param, opmath_t grad, opmath_t& ex
 
 // ---- cpu entry ----
 
-// Preconditions (checked by the caller): indices distinct; state arrays of `count` values. Throws
-// std::out_of_range where an index is no position in its parameter: code outside may have written it since it
-// was checked. Nothing out of bounds is touched, but other coordinates may have made their step by then.
-void sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
-                      int num_threads, int isa);
+// Returns -1, or a segment that has no memory, or an index that is no position in its parameter: code outside may
+// have freed or written it since it was checked. Nothing out of bounds is touched, but other coordinates may
+// have made their step by then. Preconditions (checked by the caller): indices distinct; state arrays of `count`
+// values.
+index_t sparse_adamw_cpu(const AdamWSegment* segments, index_t num_segments, const AdamWHyper* hypers,
+                         int num_threads, int isa);
 
 // ---- cuda entries ----
 //

@@ -177,15 +177,20 @@ def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: 
     if bool(((flat < 0) | (flat >= limits)).any()):
         for i, (index, numel) in enumerate(zip(indices, numels, strict=True)):
             if index is not None and bool(((index < 0) | (index.long() >= numel)).any()):
-                raise out_of_range(i, index, numel, like)
+                raise out_of_range(f"`indices[{i}]`", index, numel, f"`{like}[{i}]`")
 
 
-def out_of_range(i: int, index: Tensor, numel: int, like: str) -> IndexError:
+def out_of_range(label: str, index: Tensor, numel: int, like: str) -> IndexError:
     """For indices that are no positions in their tensor."""
     low, high = (int(value) for value in index.aminmax())
+    if 0 <= low and high < numel:
+        return IndexError(
+            f"{label}: expected flat positions that stay what they are until the call is done, got some that were out "
+            "of range when they were read; write them before or after"
+        )
     return IndexError(
-        f"`indices[{i}]`: expected flat positions in [0, {numel}) of `{like}[{i}]`, got {low} to {high}; they index "
-        "the flattened tensor, not a row of it"
+        f"{label}: expected flat positions in [0, {numel}) of {like}, got {low} to {high}; they index the flattened "
+        "tensor, not a row of it"
     )
 
 

@@ -52,7 +52,7 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices.split(counts.tolist()), threshold, num_nonfinite)
 
 
-checks_index_ranges = True  # gather and scatter_ do it in the kernel
+checks_index_ranges = True  # gather, scatter_ and sddmm do it in the kernel
 
 
 def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -60,6 +60,10 @@ def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     if len({tensor.dtype for tensor in tensors}) == 1:
         return list(torch.empty(sum(counts), dtype=tensors[0].dtype, device="cpu").split(counts))
     return [torch.empty(count, dtype=t.dtype, device="cpu") for t, count in zip(tensors, counts, strict=True)]
+
+
+def _out_of_range(i: int, indices: Sequence[Tensor], tensors: Sequence[Tensor]) -> IndexError:
+    return checks.out_of_range(f"`indices[{i}]`", indices[i], tensors[i].numel(), f"`tensors[{i}]`")
 
 
 def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
@@ -70,7 +74,7 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]
     table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise checks.out_of_range(failed, indices[failed], tensors[failed].numel(), "tensors")
+        raise _out_of_range(failed, indices, tensors)
     return values
 
 
@@ -82,14 +86,15 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.scatter(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
-        raise checks.out_of_range(failed, indices[failed], tensors[failed].numel(), "tensors")
+        raise _out_of_range(failed, indices, tensors)
     torch.autograd.graph.increment_version(tensors)
 
 
 def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `saft_kernels.ops.sddmm`. Memory: 1 KB (fp64: 2 KB) per row and column that has a selected entry."""
     params = tables.sddmm_params(dy, x, indices, out, accumulate)
-    _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA)
+    if not _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA):
+        raise checks.out_of_range("`indices[0]`", indices, dy.shape[1] * x.shape[1], "`weight[0]`")
 
 
 _pack_hyper = tables.packer(tables.ADAMW_HYPER)
@@ -119,7 +124,7 @@ class Plan:
         failed = _C.sparse_adamw(self._address, len(self._table), packed, torch.get_num_threads(), ISA)
         if failed >= 0:
             self._follower.check_memory(grads)
-            raise ValueError(f"`grads[{failed}]`: expected a tensor with memory, got none; pass one that was not freed")
+            raise self._follower.out_of_range(failed)
         del copies
 
     def _follow(self, grads: list[Tensor]) -> list[Tensor]:

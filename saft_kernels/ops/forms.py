@@ -66,6 +66,13 @@ class Forms:
         checks.no_overlap(self._param, params)
         return are_compact
 
+    def out_of_range(self, i: int) -> IndexError:
+        """For a segment whose indices are no positions in its parameter."""
+        segment, name = self._segments[i], self._names[i]
+        assert segment.indices is not None
+        label = f"state of {name!r}: indices" if name else f"`indices[{i}]`"
+        return checks.out_of_range(label, segment.indices, segment.param.numel(), self._param(i))
+
     def _grad(self, i: int) -> str:
         return f"gradient of {self._names[i]!r}" if self._names[i] else f"`grads[{i}]`"
 
@@ -98,6 +105,10 @@ class Follower:
             self._forms.check(grads)  # says which tensor it was
             raise
         return None if same and not anew else self._forms.check(grads)
+
+    def out_of_range(self, i: int) -> IndexError:
+        """As `Forms.out_of_range`."""
+        return self._forms.out_of_range(i)
 
     def check_memory(self, grads: Sequence[Tensor]) -> None:
         """Raises ValueError for a gradient whose memory was freed since it had the form it has."""

@@ -36,6 +36,7 @@ SEGMENT_INDEX_BYTES = tl.constexpr(3)
 SEGMENT_LOG2_ITEMSIZE = tl.constexpr(4)
 SEGMENT_NDIM = tl.constexpr(5)
 SEGMENT_LAYOUT = tl.constexpr(6)  # where in the layouts it begins
+SEGMENT_NUMEL = tl.constexpr(7)  # of the tensor
 SEGMENT_WORDS = tl.constexpr(8)
 SEGMENT = row_dtype("SEGMENT", globals())
 
@@ -54,8 +55,9 @@ if INTERPRETED:  # few, large numpy operations
 
 
 @device_function
-def _copy(data, values, offset, position, valid, WORD: tl.constexpr, SCATTER: tl.constexpr):
-    """One word of each element; both ends are addresses."""
+def _copy(data, values, offset, position, WORD: tl.constexpr, SCATTER: tl.constexpr):
+    """One word of each element whose offset is not negative; both ends are addresses."""
+    valid = offset >= 0
     data_ptr = data.to(tl.pointer_type(WORD)) + offset
     values_ptr = values.to(tl.pointer_type(WORD)) + position
     if SCATTER:
@@ -70,7 +72,8 @@ def copy_items_kernel(segments, layouts, tiles, ITEMS: tl.constexpr, SCATTER: tl
 
     Traffic    per coordinate: a 32-byte sector read (gather) or read and written (scatter); packed value and index.
     Algorithm  a tile is of one segment, whose item size is a branch that all its threads take.
-    Contract   bits are copied as integers: NaN payloads survive. Indices to write are distinct: no atomics.
+    Contract   bits are copied as integers: NaN payloads survive. Indices to write are distinct: no atomics. What is out
+               of range is left out, so indices that change meanwhile do not lead beside the tensor.
     Launch     one program per tile of BLOCK coordinates.
     """
     tile = tiles + tl.program_id(0).to(tl.int64) * TILE_WORDS
@@ -79,25 +82,27 @@ def copy_items_kernel(segments, layouts, tiles, ITEMS: tl.constexpr, SCATTER: tl
     valid = position < tl.load(tile + TILE_LAST)
     index = load_index(tl.load(segment + SEGMENT_INDICES), tl.load(segment + SEGMENT_INDEX_BYTES), position, valid)
     offset = storage_offset(layouts, tl.load(segment + SEGMENT_NDIM), tl.load(segment + SEGMENT_LAYOUT), index)
+    in_range = valid & (index >= 0) & (index < tl.load(segment + SEGMENT_NUMEL))
+    offset = tl.where(in_range, offset, -1)
     data = tl.load(segment + SEGMENT_DATA)
     values = tl.load(segment + SEGMENT_VALUES)
     item = tl.load(segment + SEGMENT_LOG2_ITEMSIZE)
     if ITEMS & 1:
         if item == 0:
-            _copy(data, values, offset, position, valid, tl.int8, SCATTER)
+            _copy(data, values, offset, position, tl.int8, SCATTER)
     if ITEMS & 2:
         if item == 1:
-            _copy(data, values, offset, position, valid, tl.int16, SCATTER)
+            _copy(data, values, offset, position, tl.int16, SCATTER)
     if ITEMS & 4:
         if item == 2:
-            _copy(data, values, offset, position, valid, tl.int32, SCATTER)
+            _copy(data, values, offset, position, tl.int32, SCATTER)
     if ITEMS & 8:
         if item == 3:
-            _copy(data, values, offset, position, valid, tl.int64, SCATTER)
+            _copy(data, values, offset, position, tl.int64, SCATTER)
     if ITEMS & 16:
         if item == 4:
-            _copy(data, values, 2 * offset, 2 * position, valid, tl.int64, SCATTER)
-            _copy(data + 8, values + 8, 2 * offset, 2 * position, valid, tl.int64, SCATTER)
+            _copy(data, values, 2 * offset, 2 * position, tl.int64, SCATTER)
+            _copy(data + 8, values + 8, 2 * offset, 2 * position, tl.int64, SCATTER)
 
 
 def _copy_items(
@@ -114,6 +119,7 @@ def _copy_items(
     segments["indices"] = [i.data_ptr() for i in indices]
     segments["index_bytes"] = [i.itemsize for i in indices]
     segments["log2_itemsize"] = [t.itemsize.bit_length() - 1 for t in tensors]
+    segments["numel"] = [t.numel() for t in tensors]
     segments["ndim"], segments["layout"] = zip(*map(layouts.add, tensors), strict=True)
     cut = tiles(counts, np.full_like(counts, TUNING.block))
     words, (_, layouts_at, tiles_at) = align([segments, layouts.words(), cut])
