@@ -135,7 +135,9 @@ class Members:
         by_tensor = {id(record.parameter): record for record in before.values()}
         stayed = {id(tensor) for _, _, tensor in places} & by_tensor.keys()
         for position, name, tensor in places:
-            record = by_tensor.get(id(tensor)) or before.get(position)
+            record = before.get(position)
+            if record is None or record.parameter is not tensor:  # one that stands there twice has two
+                record = by_tensor.get(id(tensor)) or record
             if record is None or (record.parameter is not tensor and id(record.parameter) in stayed):
                 record = Member(position, name, tensor)
             records[position] = record

@@ -17,7 +17,7 @@ from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
 from .all_reduce import Agreement, all_reduce_grads
-from .arguments import check_group, check_hyperparameters, check_mask_alone
+from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, unshield
 from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
@@ -62,7 +62,7 @@ class SparseAdamW(Optimizer):
         foreach: Accepted for compatibility; there is one implementation per backend.
         capturable: Keep the step counts on the parameters' device, and let step() run without waiting for it, so that
             it can be captured in a CUDA graph; pass `lr` as a tensor to change it between replays. Step once before.
-        differentiable: Not supported: must be False.
+        differentiable: Let autograd through step(). At density 1.0 alone; torch's own AdamW steps.
         fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
         release_grads: Keep only the selected values of a gradient, from the moment backward has made it: `p.grad`
             becomes a `SelectedGrad` of k_p fp32 values, which adds up over backward passes, and which zero_grad(),
@@ -126,7 +126,7 @@ class SparseAdamW(Optimizer):
             "k": None,
         }
         check_hyperparameters(defaults)
-        defaults["betas"] = tuple(float(beta) for beta in betas)
+        defaults["betas"] = tuple(betas) if differentiable else tuple(float(beta) for beta in betas)
         check_budget(density, k, scope)
         if not isinstance(selection_steps, int) or selection_steps < 1:
             raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
@@ -177,7 +177,9 @@ class SparseAdamW(Optimizer):
         self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
-        check_group(where, group)
+        own = self._selection if group["density"] is None and group["k"] is None else None
+        density, k = (group["density"], group["k"]) if own is None else (own.density, own.k)
+        check_group(where, group, is_dense=k is None and density == 1.0)
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
@@ -397,6 +399,7 @@ class SparseAdamW(Optimizer):
 
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
+        check_fused(self.param_groups)
         if not self._has_stepped() and not self._has_gradients():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
         members = self.members()
@@ -573,6 +576,7 @@ class SparseAdamW(Optimizer):
                 ("foreach", None),
                 ("fused", None),
                 ("capturable", False),
+                ("differentiable", False),
             ):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
