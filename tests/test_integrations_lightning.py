@@ -41,7 +41,7 @@ def a_module() -> Any:
 
 
 def fit(
-    module: Any, output: Path, callbacks: list[Any], ckpt_path: Path | None = None, **options: Any
+    module: Any, output: Path, callbacks: list[Any], ckpt_path: Path | None = None, data: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """Data in the same order every epoch: Lightning does not save the random state."""
     options = {"max_epochs": 2, "accelerator": "cpu", "gradient_clip_val": 0.5, **options}
@@ -53,7 +53,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, load_example("lightning_module").loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, load_example("lightning_module").loader() if data is None else data, ckpt_path=ckpt_path)
     return module, trainer
 
 
@@ -182,16 +182,14 @@ class OneShot(torch.utils.data.IterableDataset[Any]):
 
 def test_callback_asks_how_much_of_a_stream(tmp_path: Path) -> None:
     for stream, limits, what in ((Endless(), {"max_steps": 2}, "unknown length"), (OneShot(), {}, "read once")):
-        module = a_module()
-        module.train_dataloader = lambda stream=stream: torch.utils.data.DataLoader(stream, batch_size=8)
+        data = torch.utils.data.DataLoader(stream, batch_size=8)
         with pytest.raises(ValueError, match=f"`max_batches` .*, got None for .*{what}.*; pass max_batches=100"):
-            fit(module, tmp_path, [SelectionCallback(progress=False)], **limits)
+            fit(a_module(), tmp_path, [SelectionCallback(progress=False)], data=data, **limits)
     assert stream.read == 0
     for stream, limits in ((Endless(), {"max_steps": 2}), (OneShot(), {"max_epochs": 1})):
-        module = a_module()
-        module.train_dataloader = lambda stream=stream: torch.utils.data.DataLoader(stream, batch_size=8)
+        data = torch.utils.data.DataLoader(stream, batch_size=8)
         selection = SelectionCallback(max_batches=3, progress=False)
-        _, trainer = fit(module, tmp_path, [selection], **limits)
+        _, trainer = fit(a_module(), tmp_path, [selection], data=data, **limits)
         assert selection.mask is not None
         assert trainer.global_step == (2 if "max_steps" in limits else 7)  # the stream had ten batches
     with pytest.raises(ValueError, match="`max_batches`: expected a positive int or None, got 0"):

@@ -21,6 +21,7 @@ from .arguments import check_fused, check_group, check_hyperparameters, check_ma
 from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, unshield
 from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
+from .ranks import check_whole, compare
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -139,6 +140,7 @@ class SparseAdamW(Optimizer):
         self._selection = Selection(density, k, scope, selection_steps)
         self._members = Members()
         self._agreement = Agreement()
+        self._compared: list[int] = []  # versions of what the ranks last found to be the same
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
@@ -179,7 +181,9 @@ class SparseAdamW(Optimizer):
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
         own = self._selection if group["density"] is None and group["k"] is None else None
         density, k = (group["density"], group["k"]) if own is None else (own.density, own.k)
-        check_group(where, group, is_dense=k is None and density == 1.0)
+        is_dense = k is None and density == 1.0
+        check_whole(where, group["params"], is_dense)
+        check_group(where, group, is_dense)
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
@@ -405,6 +409,10 @@ class SparseAdamW(Optimizer):
         members = self.members()
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
+        versions = [member.version for member in members]
+        if versions != self._compared:
+            compare(members)
+            self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
             self._update_released()
@@ -567,7 +575,7 @@ class SparseAdamW(Optimizer):
         self._prepared = None
         self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
-            self._agreement = Agreement()
+            self._agreement, self._compared = Agreement(), []
             self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (
