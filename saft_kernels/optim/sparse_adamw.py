@@ -20,7 +20,18 @@ from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, unshield
-from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
+from .members import (
+    NOTHING,
+    Member,
+    Members,
+    Position,
+    State,
+    check_members,
+    has_state,
+    log_selected,
+    or_whole,
+    same_index,
+)
 from .ranks import check_whole, compare
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
@@ -156,6 +167,18 @@ class SparseAdamW(Optimizer):
             self._released = GradientBuffer()
             self._update_released()
 
+    def __repr__(self) -> str:
+        """As torch's, with the budgets in force: a group without its own has the optimizer's."""
+        lines = super().__repr__().splitlines()
+        shared = {"density": self._selection.density if self._selection.k is None else None, "k": self._selection.k}
+        group = -1
+        for at, line in enumerate(lines):
+            group += line.startswith("Parameter Group ")
+            key = line.strip().split(":")[0]
+            if key in shared and self.param_groups[group]["density"] is self.param_groups[group]["k"] is None:
+                lines[at] = f"    {key}: {shared[key]}"
+        return "\n".join(lines)
+
     # ---- groups, names, budgets ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -277,6 +300,7 @@ class SparseAdamW(Optimizer):
         )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
+        log_selected(self._follow())
 
     def adopt(self, picked: Picked) -> None:
         """Makes a selection current, as reselect() and step() would; state of what stays selected moves over.
@@ -310,6 +334,7 @@ class SparseAdamW(Optimizer):
         self._selection.restart()
         self._prepared = None
         followed = self._follow()
+        log_selected(followed)
         for hook in self._selection_hooks:
             hook(followed)
 
