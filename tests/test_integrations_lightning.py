@@ -196,12 +196,13 @@ def test_callback_asks_how_much_of_a_stream(tmp_path: Path) -> None:
         SelectionCallback(max_batches=0)
 
 
-def test_callback_reads_the_batches_for_every_budget(tmp_path: Path) -> None:
+def test_callback_reads_the_batches_for_every_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = a_module()
     *body, head = module.parameters()
     module.configure_optimizers = lambda: SparseAdamW([{"params": body}, {"params": [head], "k": 1}], density=DENSITY)
     selection = SelectionCallback(max_batches=2, progress=False)
     _, trainer = fit(module, tmp_path, [selection], max_epochs=1)
+    assert capsys.readouterr().err.count(f"SparseAdamW: selected {selection.mask.k} of ") == 1
     assert trainer.optimizers[0].mask.k == round(DENSITY * sum(p.numel() for p in body)) + 1
 
 

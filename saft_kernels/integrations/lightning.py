@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
-from .select_into import FirstBatches, check_max_batches, select_into
+from .select_into import FirstBatches, check_max_batches, select_into, shown
 
 __all__ = ["SelectionCallback"]
 
@@ -80,7 +80,7 @@ class SelectionCallback(pl.Callback):
                     None if length == float("inf") else length,
                     getattr(loader, "dataset", None),
                 )
-                with _without_logging(pl_module):
+                with _without_logging(pl_module), shown():
                     self.mask = select_into(optimizer, pl_module, batches, loss_fn, progress=self.progress)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -132,6 +133,24 @@ def check_max_batches(max_batches: int | None) -> None:
     """Raises ValueError where it is neither None nor a positive int."""
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"`max_batches`: expected a positive int or None, got {max_batches!r}; None takes all")
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """What is logged of a selection, on stderr, once for all ranks; where logging is set up, as it says."""
+    logger = logging.getLogger("saft_kernels")
+    is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if logger.isEnabledFor(logging.INFO) or logger.level or not is_first:
+        yield
+        return
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
 
 
 def use_mask(optimizer: Optimizer, model: nn.Module, mask: SparseMask) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..mask import SparseMask
-from .select_into import FirstBatches, check_max_batches, select_into, unwrapped
+from .select_into import FirstBatches, check_max_batches, select_into, shown, unwrapped
 
 __all__ = ["SelectionCallback"]
 
@@ -54,7 +54,8 @@ class SelectionCallback(TrainerCallback):
                 length = None
             batches = FirstBatches(loader, self.max_batches, length, getattr(loader, "dataset", None))
             model.train()
-            self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
+            with shown():
+                self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
 
 
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
