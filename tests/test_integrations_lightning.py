@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def a_module() -> Any:
 
 
 def fit(
-    module: Any, output: Path, callbacks: list[Any], ckpt_path: Path | None = None, **options: Any
+    module: Any, output: Path, callbacks: list[Any], ckpt_path: Path | None = None, data: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """Data in the same order every epoch: Lightning does not save the random state."""
     options = {"max_epochs": 2, "accelerator": "cpu", "gradient_clip_val": 0.5, **options}
@@ -52,7 +53,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, load_example("lightning_module").loader(), ckpt_path=ckpt_path)
+    trainer.fit(module, load_example("lightning_module").loader() if data is None else data, ckpt_path=ckpt_path)
     return module, trainer
 
 
@@ -149,6 +150,60 @@ def test_example(folder: Path) -> None:  # noqa: F811
     ran = run_example("lightning_module")
     assert ran["selection"].mask.k == round(0.05 * 1348)
     assert loss_of(ran["model"]) < 0.8 * loss_of(a_module())
+
+
+def examples(count: float) -> Iterator[tuple[Tensor, Tensor]]:
+    data = [(x, y) for batch in load_example("lightning_module").loader() for x, y in zip(*batch, strict=True)]
+    for i in itertools.count() if count == float("inf") else range(int(count)):
+        yield data[i % len(data)]
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return examples(float("inf"))
+
+
+class OneShot(torch.utils.data.IterableDataset[Any]):
+    """Counts what was read, and cannot start again."""
+
+    def __init__(self) -> None:
+        self.read, self._examples = 0, examples(80)
+
+    def __len__(self) -> int:
+        return 80
+
+    def __iter__(self) -> OneShot:
+        return self
+
+    def __next__(self) -> Any:
+        self.read += 1
+        return next(self._examples)
+
+
+def test_callback_asks_how_much_of_a_stream(tmp_path: Path) -> None:
+    for stream, limits, what in ((Endless(), {"max_steps": 2}, "unknown length"), (OneShot(), {}, "read once")):
+        data = torch.utils.data.DataLoader(stream, batch_size=8)
+        with pytest.raises(ValueError, match=f"`max_batches` .*, got None for .*{what}.*; pass max_batches=100"):
+            fit(a_module(), tmp_path, [SelectionCallback(progress=False)], data=data, **limits)
+    assert stream.read == 0
+    for stream, limits in ((Endless(), {"max_steps": 2}), (OneShot(), {"max_epochs": 1})):
+        data = torch.utils.data.DataLoader(stream, batch_size=8)
+        selection = SelectionCallback(max_batches=3, progress=False)
+        _, trainer = fit(a_module(), tmp_path, [selection], data=data, **limits)
+        assert selection.mask is not None
+        assert trainer.global_step == (2 if "max_steps" in limits else 7)  # the stream had ten batches
+    with pytest.raises(ValueError, match="`max_batches`: expected a positive int or None, got 0"):
+        SelectionCallback(max_batches=0)
+
+
+def test_callback_reads_the_batches_for_every_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = a_module()
+    *body, head = module.parameters()
+    module.configure_optimizers = lambda: SparseAdamW([{"params": body}, {"params": [head], "k": 1}], density=DENSITY)
+    selection = SelectionCallback(max_batches=2, progress=False)
+    _, trainer = fit(module, tmp_path, [selection], max_epochs=1)
+    assert capsys.readouterr().err.count(f"SparseAdamW: selected {selection.mask.k} of ") == 1
+    assert trainer.optimizers[0].mask.k == round(DENSITY * sum(p.numel() for p in body)) + 1
 
 
 def test_callback_errors(tmp_path: Path) -> None:

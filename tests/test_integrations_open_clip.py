@@ -247,6 +247,10 @@ def test_synthetic_data(tmp_path: Path) -> None:
     [
         ("--opt timm/lion", ["--opt: expected none, or timm/sparseadamw, got 'timm/lion'"]),
         ("--mask {mask} --density 0.1", ["--mask: expected it alone, got --density"]),
+        ("--density 2", ["`density`: expected a number in (0, 1], got 2.0"]),
+        ("--k 0", ["`k`: expected a positive int, got 0"]),
+        ("--k 5 --scope tensor", ["expected None with scope='tensor'"]),
+        ("--selection-steps 0", ["`selection_steps`: expected a positive int, got 0"]),
         ("--mask {mask} --selection-steps 2", ["--mask: expected it alone, got --selection-steps"]),
     ],
 )
@@ -256,6 +260,26 @@ def test_errors(arguments: str, parts: list[str], data: str, tmp_path: Path) -> 
         launcher.main(shlex.split(data + arguments.format(mask=tmp_path / "mask.safetensors")))
     assert_message(error, parts)
     assert not (tmp_path / "logs").exists()
+
+
+def test_errors_are_one_line_on_the_command_line(data: str, tmp_path: Path) -> None:
+    for arguments, message in {
+        "--density 2": "`density`: expected a number",
+        "--mask no.safetensors": "no.saf",
+    }.items():
+        ran = subprocess.run(
+            [sys.executable, "-m", launcher.__name__, *shlex.split(data + arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 1
+        last = ran.stderr.strip().splitlines()[-1]
+        assert last.startswith("saft_kernels.integrations.open_clip_train: error: ")
+        assert message in last
+        assert "Traceback" not in ran.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

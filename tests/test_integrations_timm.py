@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,33 @@ def test_arguments_of_timms_training_script() -> None:
         model(torch.randn(5, 8)).square().mean().backward()
         optimizer.step()
     assert_only_selected_changed(before, weights(model), mask_under(model, optimizer), 0.1)
+
+
+def test_its_class() -> None:
+    """timm's own tests take it, and build from it; a checkpoint of the whole optimizer does, too."""
+    saft_kernels.register_timm(k=7)
+    bound = timm_optim.get_optimizer_class("sparseadamw")(a_model().parameters())
+    plain = timm_optim.get_optimizer_class("sparseadamw", bind_defaults=False)
+    assert issubclass(plain, SparseAdamW)
+    assert plain is timm_optim.get_optimizer_info("sparseadamw").opt_class
+    model = a_model()
+    optimizer = pickle.loads(pickle.dumps(plain(model.parameters(), k=3)))
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert type(optimizer) is type(bound) is plain
+    assert optimizer.mask.k == 3
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("caution", r"drop it: .*cadamw"), ("momentum", "drop it"), ("typo", "")])
+def test_arguments_of_other_optimizers(name: str, remedy: str) -> None:
+    with pytest.raises(TypeError, match=f"sparseadamw: expected arguments of SparseAdamW, got '{name}'; {remedy}"):
+        timm_optim.get_optimizer_class("sparseadamw")(a_model().parameters(), **{name: True})
+
+
+def test_timms_cautious_flag() -> None:
+    with pytest.raises(TypeError, match="got 'caution'"):
+        timm_optim.create_optimizer_v2(a_model(), "sparseadamw", caution=True)
 
 
 def test_lookahead() -> None:

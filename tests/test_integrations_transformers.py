@@ -150,6 +150,52 @@ def test_callback_selects_by_the_mean_gradient_of_the_data(tmp_path: Path) -> No
     )
 
 
+class Endless(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from sentences()
+
+
+class OneShot(torch.utils.data.IterableDataset[Any]):
+    """Counts what was read, and cannot start again."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> OneShot:
+        return self
+
+    def __next__(self) -> Any:
+        self.read += 1
+        if self.read > 24:
+            raise StopIteration
+        return sentences()[self.read - 1]
+
+
+@pytest.mark.parametrize(("kind", "what"), [(Endless, "unknown length"), (OneShot, "read once")])
+def test_callback_asks_how_much_of_a_stream(kind: Any, what: str, tmp_path: Path) -> None:
+    for max_batches in (None, 2):
+        stream = kind()
+        trainer = a_trainer(
+            a_classifier(),
+            tmp_path,
+            [selection := SelectionCallback(max_batches=max_batches, progress=False)],
+            optimizer_cls_and_kwargs=(SparseAdamW, {"lr": 0.05, "density": DENSITY}),
+        )
+        trainer.train_dataset, trainer.args.max_steps = stream, 2
+        if max_batches is None:
+            with pytest.raises(ValueError, match=f"`max_batches` .*, got None for .*{what}.*; pass max_batches=100"):
+                trainer.train()
+            assert getattr(stream, "read", 0) == 0
+        else:
+            trainer.train()
+            assert trainer.state.global_step >= 1  # what the stream has left: three batches of six, or any number
+            assert selection.mask is not None
+
+
 def test_optimizers_with_a_mask(tmp_path: Path) -> None:
     """`optimizers=`: selected beforehand, by name; the callback leaves it be; Trainer's own schedule runs."""
     model = a_classifier()

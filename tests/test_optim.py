@@ -414,3 +414,36 @@ def test_arguments_are_those_of_adamw() -> None:
     expected = {"lr": 1e-2, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2, "amsgrad": True}
     assert {key: positional.param_groups[0][key] for key in expected} == expected
     assert "SparseAdamW" in repr(ours)
+
+
+@pytest.mark.parametrize("way", ["first_step", "mask", "reselect"])
+def test_says_what_it_selected(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    named = [("body", nn.Parameter(torch.randn(90))), ("head", nn.Parameter(torch.randn(10)))]
+    for _, parameter in named:
+        parameter.grad = torch.zeros_like(parameter)
+    named[0][1].grad[:1], named[1][1].grad[:3] = 1, 1
+    optimizer = SparseAdamW(named, density=0.04)
+    optimizer.step()
+    with caplog.at_level("INFO", logger="saft_kernels"):
+        if way == "first_step":
+            optimizer = SparseAdamW(named, density=0.04)
+        if way == "mask":
+            optimizer = SparseAdamW(named, mask=optimizer.mask)
+        if way == "reselect":
+            optimizer.reselect()
+        for _ in range(3):
+            optimizer.step()
+    assert [record.getMessage() for record in caplog.records] == [
+        "SparseAdamW: selected 4 of 100 elements (4 %), in 2 of 2 tensors; most in head (75 %), body (25 %)"
+    ]
+
+
+def test_repr_has_the_budget_in_force() -> None:
+    a, b = nn.Parameter(torch.ones(100)), nn.Parameter(torch.ones(100))
+    default = repr(SparseAdamW([a]))
+    assert "    density: 0.001\n" in default
+    assert "    k: None\n" in default
+    assert "    k: 7\n" in repr(SparseAdamW([a], k=7))
+    groups = repr(SparseAdamW([{"params": [a]}, {"params": [b], "density": 1.0}], density=0.5))
+    assert groups.index("density: 0.5") < groups.index("density: 1.0")

@@ -33,6 +33,8 @@ from optimizer_runs import (
 )
 from torch import Tensor, nn
 
+from saft_kernels import SparseAdamW
+
 all_modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -341,3 +343,41 @@ def test_a_copy_and_its_original_go_on_alike(mode: str, way: Callable[[Any], Any
         other.step()
     assert same_as_undisturbed(run, "original") == []
     assert same_as_undisturbed(other, "copy") == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"density": 0.01}),
+        (torch.bfloat16, {"density": 0.01, "amsgrad": True}),
+        (torch.float32, {"density": 1.0}),
+        (torch.float32, {"density": 0.01, "capturable": True}),
+    ],
+    ids=["sparse", "master_amsgrad", "dense", "capturable"],
+)
+@pytest.mark.parametrize("way", ["stepped", "loaded", "reselected"])
+def test_the_state_of_a_parameter_is_saved_alone(dtype: torch.dtype, options: dict[str, Any], way: str) -> None:
+    """torch.save writes whole storages: of the state of one parameter nothing may be another's."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(100, 50, dtype=dtype)) for _ in range(20)]
+    optimizer = SparseAdamW(parameters, **options)
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    step()
+    if way == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    if way == "reselected":
+        optimizer.reselect()
+        step()
+    step()
+    for parameter in parameters:
+        for key, value in optimizer.state[parameter].items():
+            assert value.untyped_storage().nbytes() == value.numel() * value.itemsize, key
+        file = io.BytesIO()
+        torch.save(optimizer.state[parameter], file)
+        size = sum(value.numel() * value.itemsize for value in optimizer.state[parameter].values())
+        assert len(file.getvalue()) < size + 6000  # a zip folder, and a page of names per tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
-from .select_into import select_into
+from .select_into import FirstBatches, check_max_batches, select_into, shown
 
 __all__ = ["SelectionCallback"]
 
@@ -27,7 +26,8 @@ class SelectionCallback(pl.Callback):
     Args:
         loss_fn: `loss_fn(module, batch)` returns the scalar mean loss; None takes what `training_step` returns, whose
             logging is left out meanwhile.
-        max_batches: Take that many batches of the training data; None takes what an epoch of the Trainer takes.
+        max_batches: Take that many batches of the training data; None takes what an epoch of the Trainer takes. Needed
+            for an IterableDataset of unknown length and for one that can be read only once.
         progress: Shows a tqdm bar.
 
     Attributes:
@@ -41,6 +41,7 @@ class SelectionCallback(pl.Callback):
         progress: bool = True,
     ) -> None:
         self.loss_fn = loss_fn
+        check_max_batches(max_batches)
         self.max_batches = max_batches
         self.progress = progress
         self.mask: SparseMask | None = None
@@ -69,11 +70,17 @@ class SelectionCallback(pl.Callback):
                 output = pl_module.training_step(batch, number)
             return output["loss"] if isinstance(output, dict) else output  # type: ignore[no-any-return]
 
-        limits = [n for n in (self.max_batches, trainer.num_training_batches) if n not in (None, float("inf"))]
+        length = trainer.num_training_batches
         for optimizer in optimizers:
             if optimizer.mask is None:
-                batches = islice(CombinedLoader(trainer.train_dataloader), min(limits) if limits else None)
-                with _without_logging(pl_module):
+                loader = trainer.train_dataloader
+                batches = FirstBatches(
+                    CombinedLoader(loader),
+                    self.max_batches,
+                    None if length == float("inf") else length,
+                    getattr(loader, "dataset", None),
+                )
+                with _without_logging(pl_module), shown():
                     self.mask = select_into(optimizer, pl_module, batches, loss_fn, progress=self.progress)
 
 

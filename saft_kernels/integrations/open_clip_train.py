@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..mask import SparseMask
+from ..optim.sparse_adamw import SparseAdamW
 from .select_into import use_mask
 from .timm import NAME, register_timm
 
@@ -45,14 +47,29 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
     Raises:
         ImportError: open_clip_train, or what it needs, is not installed.
-        ValueError: Another optimizer than SparseAdamW in `--opt`.
+        ValueError: Another optimizer than SparseAdamW in `--opt`, or an option that it does not take. Nothing has
+            been built or written.
     """
+    return _train(*_checked(argv))
+
+
+def command() -> Any:
+    """`main` on the command line's arguments: what is wrong with them is said in one line."""
+    try:
+        checked = _checked(None)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        sys.exit(f"saft_kernels.integrations.open_clip_train: error: {error}")
+    return _train(*checked)
+
+
+def _checked(argv: Sequence[str] | None) -> tuple[list[str], dict[str, Any], SparseMask | None]:
+    """The arguments of open_clip_train, SparseAdamW's, and a mask."""
     ours, theirs = _parser().parse_known_args(argv)
     if {"-h", "--help"} & set(theirs):
         _parser().print_help()
         print()
     try:
-        from open_clip_train.main import main as train  # type: ignore[import-untyped]
+        import open_clip_train.main  # type: ignore[import-untyped]  # noqa: F401, what it needs is looked for now
         from open_clip_train.params import parse_args  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(f"open_clip_train needs more ({error}); pip install 'open_clip_torch[training]'") from error
@@ -65,12 +82,26 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if mask is not None and options:
         extra = next(iter(options)).replace("_", "-")
         raise ValueError(f"--mask: expected it alone, got --{extra} beside it; drop one")
-    register_timm(**options)
     # open_clip fills in its hyperparameters for its own optimizer only
     filled = parse_args([*theirs, "--opt", "adamw"])
     theirs += ["--opt", f"timm/{NAME}"]
     for name in _HYPERPARAMETERS:
         theirs += [f"--{name}", repr(getattr(filled, name))]
+    # on parameters without memory: what is wrong with any model is found before one is built, and logs/NAME is made
+    hyperparameters = {"lr": filled.lr, "betas": (filled.beta1, filled.beta2), "eps": filled.eps}
+    SparseAdamW(
+        [torch.empty(2**40, device="meta", requires_grad=True)],
+        weight_decay=filled.wd,
+        **hyperparameters,
+        **options,
+    )
+    return theirs, options, mask
+
+
+def _train(theirs: list[str], options: dict[str, Any], mask: SparseMask | None) -> Any:
+    from open_clip_train.main import main as train
+
+    register_timm(**options)
     with _timm_knows(mask):
         return train(theirs)
 
@@ -96,4 +127,4 @@ def _timm_knows(mask: SparseMask | None) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -92,6 +94,63 @@ def _select(
             include=None if parameters.keys() == set(candidates) else [glob.escape(name) for name in candidates],
             **{"backend": optimizer.backend, **options},
         )
+
+
+class FirstBatches:
+    """The first batches of a loader, each time they are read; a framework's training starts at the first again.
+
+    Args:
+        loader: The framework's.
+        max_batches: As many, at most; None: all, where they end and can be read again.
+        length: How many there are; None where the loader does not know.
+        dataset: What it loads; an iterator can be read only once.
+
+    Raises:
+        ValueError: `max_batches` is none, and reading would not end or would leave nothing to train on. Nothing was
+            read.
+    """
+
+    def __init__(self, loader: Iterable[Any], max_batches: int | None, length: int | None, dataset: object) -> None:
+        is_stream = isinstance(dataset, Iterator)
+        if max_batches is None and (length is None or is_stream):
+            what = "a stream that is read once" if is_stream else "one of unknown length, which may never end"
+            raise ValueError(
+                f"SelectionCallback: expected `max_batches` with such training data, got None for {what}; pass "
+                "max_batches=100 to select from that many (a stream that cannot start again then trains on what is "
+                "left), or select beforehand, from other batches, with saft_kernels.select"
+            )
+        self._loader = loader
+        self._count = min(n for n in (max_batches, length) if n is not None)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._loader, self._count)
+
+
+def check_max_batches(max_batches: int | None) -> None:
+    """Raises ValueError where it is neither None nor a positive int."""
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"`max_batches`: expected a positive int or None, got {max_batches!r}; None takes all")
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """What is logged of a selection, on stderr, once for all ranks; where logging is set up, as it says."""
+    logger = logging.getLogger("saft_kernels")
+    is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if logger.isEnabledFor(logging.INFO) or logger.level or not is_first:
+        yield
+        return
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
 
 
 def use_mask(optimizer: Optimizer, model: nn.Module, mask: SparseMask) -> None:

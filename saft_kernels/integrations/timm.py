@@ -28,18 +28,16 @@ def register_timm(**defaults: Any) -> None:
         ImportError: timm is not installed.
         TypeError: A default that SparseAdamW does not take.
     """
-    known = list(inspect.signature(SparseAdamW).parameters)[1:]
-    if unknown := [name for name in defaults if name not in known]:
-        raise TypeError(f"register_timm(): expected arguments of SparseAdamW, got {unknown[0]!r}; it takes {known}")
+    if unknown := [name for name in defaults if name not in _known()]:
+        raise TypeError(f"register_timm(): expected arguments of SparseAdamW, got {unknown[0]!r}; it takes {_known()}")
     from timm.optim._optim_factory import OptimInfo, default_registry
 
-    create: Any = _create  # timm takes factories, and says types
     # timm warns of a name that is registered again
     default_registry._optimizers.pop(NAME, None)
     default_registry.register(
         OptimInfo(
             name=NAME,
-            opt_class=create,
+            opt_class=TimmSparseAdamW,
             description="saft_kernels.SparseAdamW: AdamW on the parameters of largest gradient alone",
             has_betas=True,
             defaults=defaults or None,
@@ -47,6 +45,25 @@ def register_timm(**defaults: Any) -> None:
     )
 
 
-def _create(params: Iterable[Any], **options: Any) -> SparseAdamW:
-    """SparseAdamW; open_clip_train passes eps=None where its user gives none, as timm's own scripts do with betas."""
-    return SparseAdamW(params, **{name: value for name, value in options.items() if value is not None})
+class TimmSparseAdamW(SparseAdamW):
+    """SparseAdamW, as timm calls it.
+
+    open_clip_train passes eps=None where its user gives none, as timm's own scripts do with betas: defaults then hold.
+
+    Raises:
+        TypeError: An argument of timm's optimizers that SparseAdamW does not take, such as `caution`.
+    """
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        options = {name: value for name, value in options.items() if value is not None}
+        if unknown := [name for name in options if name not in _known()]:
+            raise TypeError(
+                f"sparseadamw: expected arguments of SparseAdamW, got {unknown[0]!r}; drop it"
+                + (": the cautious variants are timm's own (cadamw)" if unknown[0] == "caution" else "")
+            )
+        super().__init__(params, **options)
+
+
+def _known() -> list[str]:
+    """What SparseAdamW takes."""
+    return [*inspect.signature(SparseAdamW).parameters][1:]

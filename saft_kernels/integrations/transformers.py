@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..mask import SparseMask
-from .select_into import select_into, unwrapped
+from .select_into import FirstBatches, check_max_batches, select_into, shown, unwrapped
 
 __all__ = ["SelectionCallback"]
 
@@ -24,7 +23,8 @@ class SelectionCallback(TrainerCallback):
     Args:
         loss_fn: `loss_fn(model, batch)` returns the scalar mean loss; None takes `model(**batch).loss`. With a custom
             loss or label smoothing, `trainer.add_callback(SelectionCallback(trainer.compute_loss))`.
-        max_batches: Take that many batches of the training data; None takes all.
+        max_batches: Take that many batches of the training data; None takes all. Needed for an IterableDataset of
+            unknown length and for one that can be read only once.
         progress: Shows a tqdm bar.
 
     Attributes:
@@ -38,6 +38,7 @@ class SelectionCallback(TrainerCallback):
         progress: bool = True,
     ) -> None:
         self.loss_fn = loss_fn or _loss_of_model
+        check_max_batches(max_batches)
         self.max_batches = max_batches
         self.progress = progress
         self.mask: SparseMask | None = None
@@ -46,9 +47,15 @@ class SelectionCallback(TrainerCallback):
         """Called by the Trainer once a checkpoint to resume from is loaded."""
         optimizer, model = kwargs["optimizer"], kwargs["model"]
         if unwrapped(optimizer).mask is None:
+            loader = kwargs["train_dataloader"]
+            try:
+                length = len(loader)
+            except TypeError:
+                length = None
+            batches = FirstBatches(loader, self.max_batches, length, getattr(loader, "dataset", None))
             model.train()
-            batches = islice(kwargs["train_dataloader"], self.max_batches)
-            self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
+            with shown():
+                self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
 
 
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:

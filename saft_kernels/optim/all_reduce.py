@@ -80,12 +80,12 @@ def _check(member: Member) -> None:
 def _agree(members: Sequence[Member], agreement: Agreement, has_nonzero: bool, group: Any) -> list[bool]:
     """Whether each member has a gradient on any rank."""
     versions = [member.version for member in members]
-    checksum = agreement.checksum if versions == agreement.versions else _checksum(members)
-    agreement.versions, agreement.checksum = versions, checksum
+    mine = agreement.checksum if versions == agreement.versions else checksum(members)
+    agreement.versions, agreement.checksum = versions, mine
     has_gradient = [member.parameter.grad is not None for member in members]
     # the maximum of x and of -x is one number and its negative where all have the same
-    mine = torch.tensor([*has_gradient, has_nonzero, checksum, -checksum], dtype=torch.int64, device="cpu")
-    shared = mine.to(members[0].parameter.device)
+    numbers = torch.tensor([*has_gradient, has_nonzero, mine, -mine], dtype=torch.int64, device="cpu")
+    shared = numbers.to(members[0].parameter.device)
     distributed.all_reduce(shared, distributed.ReduceOp.MAX, group)
     *found, any_nonzero_gradient, most, least = shared.tolist()
     if most != -least:
@@ -97,13 +97,15 @@ def _agree(members: Sequence[Member], agreement: Agreement, has_nonzero: bool, g
     return [bool(has) for has in found]
 
 
-def _checksum(members: Sequence[Member]) -> int:
-    """A number below 2^62 of names, sizes, dtypes and indices."""
+def checksum(members: Sequence[Member], with_indices: bool = True) -> int:
+    """A number below 2^62 of names, sizes and dtypes; and of indices."""
     value = 0
     for member in members:
         index = member.counted
-        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel(), index is None]
-        if index is not None and index.numel():
+        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel()]
+        if with_indices:
+            parts.append(index is None)
+        if with_indices and index is not None and index.numel():
             index = index.long()
             weights = torch.arange(1, index.numel() + 1, device=index.device)
             parts += [index.numel(), int((index * weights).sum()), int((index ^ (index * 0x9E3779B1)).sum())]

@@ -80,7 +80,7 @@ def shield(
         own = {key: group[key] for key in _OUR_GROUP_KEYS}
         if loaded or has_sums:
             own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
-        new_groups.append({**saved, **own, "differentiable": False})
+        new_groups.append({**saved, **own, "differentiable": group["differentiable"]})
         new_groups[-1].pop("param_shapes", None)
     return {**state_dict, "state": states, "param_groups": new_groups}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -135,7 +136,9 @@ class Members:
         by_tensor = {id(record.parameter): record for record in before.values()}
         stayed = {id(tensor) for _, _, tensor in places} & by_tensor.keys()
         for position, name, tensor in places:
-            record = by_tensor.get(id(tensor)) or before.get(position)
+            record = before.get(position)
+            if record is None or record.parameter is not tensor:  # one that stands there twice has two
+                record = by_tensor.get(id(tensor)) or record
             if record is None or (record.parameter is not tensor and id(record.parameter) in stayed):
                 record = Member(position, name, tensor)
             records[position] = record
@@ -181,6 +184,25 @@ def check_members(members: Iterable[Member]) -> None:
                 f"one that has its state, got another, of shape {tuple(member.parameter.shape)}, without state; call "
                 "optimizer.reselect() after a change of parameters: the next step() then selects from them"
             )
+
+
+def log_selected(members: Sequence[Member]) -> None:
+    """Says to the logger "saft_kernels", at INFO, how many elements are selected, and in which tensors most are."""
+    logger = logging.getLogger("saft_kernels")
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    counts = {member.name: member.count for member in members if not member.is_pending}
+    k, numel = sum(counts.values()), sum(member.parameter.numel() for member in members)
+    most = sorted(counts, key=counts.__getitem__, reverse=True)[:3]
+    logger.info(
+        "SparseAdamW: selected %s of %s elements (%.4g %%), in %s of %s tensors; most in %s",
+        f"{k:,}",
+        f"{numel:,}",
+        100 * k / max(1, numel),
+        sum(count > 0 for count in counts.values()),
+        len(members),
+        ", ".join(f"{name} ({100 * counts[name] / max(1, k):.3g} %)" for name in most if counts[name]),
+    )
 
 
 def _places(param_groups: ParamGroups) -> Iterator[tuple[Position, str, Tensor]]:

@@ -18,10 +18,22 @@ from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
 from .all_reduce import Agreement, all_reduce_grads
-from .arguments import check_group, check_hyperparameters, check_mask_alone
+from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, unshield
-from .members import NOTHING, Member, Members, Position, State, check_members, has_state, or_whole, same_index
+from .members import (
+    NOTHING,
+    Member,
+    Members,
+    Position,
+    State,
+    check_members,
+    has_state,
+    log_selected,
+    or_whole,
+    same_index,
+)
+from .ranks import check_whole, compare
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -63,7 +75,7 @@ class SparseAdamW(Optimizer):
         foreach: Accepted for compatibility; there is one implementation per backend.
         capturable: Keep the step counts on the parameters' device, and let step() run without waiting for it, so that
             it can be captured in a CUDA graph; pass `lr` as a tensor to change it between replays. Step once before.
-        differentiable: Not supported: must be False.
+        differentiable: Let autograd through step(). At density 1.0 alone; torch's own AdamW steps.
         fused: True lets torch.amp.GradScaler pass its scale and its inf check to step() instead of skipping it.
         release_grads: Keep only the selected values of a gradient, from the moment backward has made it: `p.grad`
             becomes a `SelectedGrad` of k_p fp32 values, which adds up over backward passes, and which zero_grad(),
@@ -129,7 +141,7 @@ class SparseAdamW(Optimizer):
             "k": None,
         }
         check_hyperparameters(defaults)
-        defaults["betas"] = tuple(float(beta) for beta in betas)
+        defaults["betas"] = tuple(betas) if differentiable else tuple(float(beta) for beta in betas)
         check_budget(density, k, scope)
         if not isinstance(selection_steps, int) or selection_steps < 1:
             raise ValueError(f"`selection_steps`: expected a positive int, got {selection_steps!r}; 1 takes one step()")
@@ -142,6 +154,7 @@ class SparseAdamW(Optimizer):
         self._selection = Selection(density, k, scope, selection_steps)
         self._members = Members()
         self._agreement = Agreement()
+        self._compared: list[int] = []  # versions of what the ranks last found to be the same
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
@@ -178,6 +191,18 @@ class SparseAdamW(Optimizer):
         """`state`, which stays among the optimizer."""
         return self.__dict__["state"]  # type: ignore[no-any-return]
 
+    def __repr__(self) -> str:
+        """As torch's, with the budgets in force: a group without its own has the optimizer's."""
+        lines = super().__repr__().splitlines()
+        shared = {"density": self._selection.density if self._selection.k is None else None, "k": self._selection.k}
+        group = -1
+        for at, line in enumerate(lines):
+            group += line.startswith("Parameter Group ")
+            key = line.strip().split(":")[0]
+            if key in shared and self.param_groups[group]["density"] is self.param_groups[group]["k"] is None:
+                lines[at] = f"    {key}: {shared[key]}"
+        return "\n".join(lines)
+
     # ---- groups, names, budgets ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -201,7 +226,11 @@ class SparseAdamW(Optimizer):
         self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
-        check_group(where, group)
+        own = self._selection if group["density"] is None and group["k"] is None else None
+        density, k = (group["density"], group["k"]) if own is None else (own.density, own.k)
+        is_dense = k is None and density == 1.0
+        check_whole(where, group["params"], is_dense)
+        check_group(where, group, is_dense)
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
@@ -299,6 +328,7 @@ class SparseAdamW(Optimizer):
         )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
+        log_selected(self._follow())
 
     def adopt(self, picked: Picked) -> None:
         """Makes a selection current, as reselect() and step() would; state of what stays selected moves over.
@@ -332,6 +362,7 @@ class SparseAdamW(Optimizer):
         self._selection.restart()
         self._prepared = None
         followed = self._follow()
+        log_selected(followed)
         for hook in self._selection_hooks:
             hook(followed)
 
@@ -425,11 +456,16 @@ class SparseAdamW(Optimizer):
 
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
+        check_fused(self.param_groups)
         if not self._has_stepped() and not self._has_gradients():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
         members = self._checked_members()
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
+        versions = [member.version for member in members]
+        if versions != self._compared:
+            compare(members)
+            self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
             self._update_released()
@@ -592,7 +628,7 @@ class SparseAdamW(Optimizer):
         self._prepared = None
         self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
-            self._agreement = Agreement()
+            self._agreement, self._compared = Agreement(), []
             self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (
@@ -601,6 +637,7 @@ class SparseAdamW(Optimizer):
                 ("foreach", None),
                 ("fused", None),
                 ("capturable", False),
+                ("differentiable", False),
             ):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True

@@ -13,11 +13,12 @@ from .. import ops
 from ..common.names import short
 from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, same_objects, shared, shared_parameters
 from ..ops.adamw import gradients as gradients_of
-from ..ops.dtypes import INDEX_DTYPES, opmath_dtype
+from ..ops.dtypes import INDEX_DTYPES
 from ..selection.gradients import check_dense
 from .members import STATE_KEYS, Member, ParamGroups, Position, State, check_range
 from .selected_grad import Selected, SelectedGrad, step_gradient
-from .state import MOMENTS
+from .state import MOMENTS, count_tensors, state_dtype
+from .torch_step import TorchPart, torch_rows
 
 
 class PreparedStep:
@@ -26,7 +27,7 @@ class PreparedStep:
     Args:
         members: All of the optimizer's.
         param_groups: The optimizer's.
-        states: The optimizer's; the step counts of those that are not capturable become views of one buffer.
+        states: The optimizer's; the step counts of those that are not capturable come to lie in one array.
         releases: Whether gradients may be `SelectedGrad`s.
         backend: See `saft_kernels.ops`.
 
@@ -56,9 +57,14 @@ class PreparedStep:
             check_state(member, state)
             _lay_out(member.parameter, state)
         _check_positions(self._members, mine)
-        self._parts: list[_Part] = []
+        self._parts: list[_Part | TorchPart] = []
+        torchs = torch_rows(self._members, param_groups)
+        for i in dict.fromkeys(self._members[row].position[0] for row in torchs):
+            rows = [row for row in torchs if self._members[row].position[0] == i]
+            self._parts.append(TorchPart(i, rows, [(self._members[row], mine[row]) for row in rows]))
+        kernels = sorted({*range(len(self._params))}.difference(torchs))
         for device in dict.fromkeys(p.device for p in self._params):
-            rows = [row for row, p in enumerate(self._params) if p.device == device]
+            rows = [row for row in kernels if self._params[row].device == device]
             for capturable in (False, True):
                 alike = [row for row in rows if _is_capturable(self._members[row], param_groups) == capturable]
                 if alike:
@@ -162,9 +168,7 @@ class _Part:
     ) -> None:
         self.rows, self.device, self.capturable = rows, device, capturable
         states = [state for _, state in segments]
-        self._steps, counts = _step_counts(states, device, capturable)
-        # of one buffer that is not capturable: the same memory
-        self._counts: npt.NDArray[np.float32] | None = None if capturable else self._steps[0].numpy()
+        self._steps, self._counts, counts = _step_counts(states, device, capturable)
         self._seen = self._steps_now()
         hyper_rows: dict[tuple[int, float], int] = {}
         self._hypers: list[tuple[int, int]] = []  # a group, and which of the counts
@@ -260,8 +264,13 @@ class _Part:
         return hypers
 
 
-def _step_counts(states: Sequence[State], device: torch.device, capturable: bool) -> tuple[list[Tensor], list[float]]:
-    """The tensors to count in, and the counts. Puts the states' own where a step can count them all at once."""
+def _step_counts(
+    states: Sequence[State], device: torch.device, capturable: bool
+) -> tuple[list[Tensor], npt.NDArray[np.float32] | None, list[float]]:
+    """The tensors to count in, their memory as one array, and the counts. Puts the states' own there.
+
+    There is no array for those that are capturable.
+    """
     steps = [state["step"] for state in states]
     if len({step.device for step in steps}) == 1:
         counts = torch.stack([step.float() for step in steps]).tolist()
@@ -271,19 +280,19 @@ def _step_counts(states: Sequence[State], device: torch.device, capturable: bool
         # a captured graph counts in the tensors it found, so they stay
         for state in states:
             state["step"] = state["step"].to(device, torch.float32)
-        return [state["step"] for state in states], counts
-    buffer = torch.tensor(counts, dtype=torch.float32, device="cpu")
-    for state, step in zip(states, buffer.unbind(), strict=True):
+        return [state["step"] for state in states], None, counts
+    steps, array = count_tensors(counts)
+    for state, step in zip(states, steps, strict=True):
         state["step"] = step
-    return [buffer], counts
+    return steps, array, counts
 
 
 def _is_capturable(member: Member, param_groups: ParamGroups) -> bool:
     return bool(param_groups[member.position[0]]["capturable"])
 
 
-def _flags(param_groups: ParamGroups) -> list[tuple[bool, bool]]:
-    return [(group["amsgrad"], group["capturable"]) for group in param_groups]
+def _flags(param_groups: ParamGroups) -> list[tuple[bool, bool, bool]]:
+    return [(group["amsgrad"], group["capturable"], group["differentiable"]) for group in param_groups]
 
 
 # ---- what the kernels read as what it should be ----
@@ -311,7 +320,7 @@ def check_state(member: Member, state: State) -> None:
     keys = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.itemsize == 2)
     keys += ["max_exp_avg_sq"] * ("max_exp_avg_sq" in state)
     indices = state.get("indices")
-    dtype, device = opmath_dtype(parameter.dtype), parameter.device
+    dtype, device = state_dtype(parameter), parameter.device
     shape = parameter.shape if indices is None else indices.shape
     for key in keys:
         value = state.get(key)

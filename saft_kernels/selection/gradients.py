@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def any_nonzero(tensors: Iterable[Tensor]) -> bool:
-    """Whether any element is other than zero; NaN is."""
-    return any(bool(tensor.any()) for tensor in tensors)
+    """Whether any element is other than zero; NaN is, and what has no memory to tell."""
+    return any(tensor.is_meta or bool(tensor.any()) for tensor in tensors)
 
 
 def check_dense(name: str, gradient: Tensor) -> None:
