@@ -84,7 +84,7 @@ def draw(plt: Any, results: harness.Results) -> Any:
     """Time per op and way."""
     rows = [row for row in results.rows if row.dtype == "float32"]
     labels = [f"{row.op}: {row.backend}" for row in rows]
-    title = f"fp32, {rows[0].k:,} elements, {rows[0].device}"
+    title = f"fp32, {results.subject}: {rows[0].k:,} of N = {rows[0].numel:,} elements\n{rows[0].device}"
     return harness.bars(plt, labels, rows, [f"{row.p50_ms:.2f} ms" for row in rows], title=title)
 
 

@@ -2,9 +2,9 @@
 
 Each method trains in a process of its own, with the same weights and batch. On a CPU the peak is the resident memory of
 the process (VmHWM, reset before the model is built, less what was resident then): all that the method costs, weights,
-gradients, state, activations and temporaries, counted by the kernel and not by anybody's bookkeeping. Freed blocks are
-returned at once (MALLOC_MMAP_THRESHOLD_), so runs repeat to about 1 %; step times pay for that, compare them among each
-other. On a GPU it is torch.cuda.max_memory_allocated. The rows called select are one selection, not training.
+gradients, state, activations and temporaries, counted by the kernel and not by anybody's bookkeeping. The process is an
+ordinary one: malloc's settings are those of the environment that the bench is run in, and are in the rows. On a GPU it
+is torch.cuda.max_memory_allocated. The rows called select are one selection, not training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import functools
 import gc
 import importlib
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -211,7 +210,10 @@ class Peak:
 
 
 def warm_up(method: str, device: str) -> None:
-    """Libraries load what they load on first use, 100 MiB and more, which is not the method's."""
+    """Libraries load what they load on first use, 100 MiB and more, which is not the method's.
+
+    Without released gradients, which would set malloc for the methods that do not have them.
+    """
     layer = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).to(device)
     for dtype in (torch.float32, torch.bfloat16):
         optimizers = [torch.optim.AdamW(layer.parameters()), saft_kernels.SparseAdamW(layer.parameters())]
@@ -297,6 +299,7 @@ class Row:
     torch: str
     commit: str
     day: str
+    malloc: str = ""
 
 
 def why_not(method: str) -> str | None:
@@ -320,8 +323,7 @@ def run(args: argparse.Namespace) -> harness.Results:
             continue
         # its own process: peaks do not mix, and what Python keeps does not add up
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", model, method]
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{model}, {method}: failed\n{done.stderr[-2000:]}")
             continue
@@ -335,6 +337,7 @@ def run(args: argparse.Namespace) -> harness.Results:
                 torch=torch.__version__,
                 commit=harness.commit(),
                 day=date.today().isoformat(),
+                malloc=harness.allocator(),
                 **json.loads(done.stdout.splitlines()[-1]),
             )
         )
@@ -377,10 +380,12 @@ def draw(plt: Any, results: harness.Results) -> Any:
         beyond = [row.peak_mib - row.weights_mib for row in rows]
         bars = axis.barh(labels, beyond, left=[row.weights_mib for row in rows], label="all else, at the peak")
         axis.bar_label(bars, [f"{row.peak_mib:,.0f} MiB" for row in rows], padding=3)
-        axis.set(xlabel="peak memory, MiB (lower is better)", title=f"{model}, {rows[0].dtype}, {rows[0].data}")
+        axis.set(xlabel="peak memory, MiB (lower is better)")
+        axis.set_title(f"{model}, {rows[0].dtype}, {rows[0].data}", loc="left")
         axis.invert_yaxis()
         axis.margins(x=0.18)
-    axes[0, 0].legend(loc="center right")
+    # beside the first title: inside, it covers whatever bar comes to lie there
+    axes[0, 0].legend(loc="lower right", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
     return figure
 
 
@@ -399,7 +404,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(work(args)))
     else:
-        harness.main(parser, "memory", run, report, draw)
+        harness.main(parser, "memory", run, report, draw, row_class=Row)
 
 
 if __name__ == "__main__":

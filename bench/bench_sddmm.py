@@ -120,7 +120,8 @@ def draw(plt: Any, results: harness.Results) -> Any:
         tokens, outputs, inputs = SHAPES[shape]
         axis.set(xscale="log", yscale="log", xlabel="selected share", ylabel="ms")
         axis.set_title(f"{shape}: {outputs} x {inputs}, {tokens} tokens", fontsize=9)
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylim(top=axes[0].get_ylim()[1] * 20)  # room for the legend
+    axes[0].legend(loc="upper left", fontsize=8)
     return figure
 
 

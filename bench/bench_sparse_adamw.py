@@ -296,10 +296,13 @@ def run_cuda(args: argparse.Namespace) -> harness.Results:
         ),
     ]
     for name, kind, count, build in harness.progress(cases, "sparse_adamw"):
-        step = build()
-        timing = wall_time(step, params, grads, args.rounds) if kind == "eager" else replay_time(step, args.rounds)
+
+        def timed(build: Callable[[], Callable[[], object]] = build, kind: str = kind) -> harness.Timing:
+            step = build()
+            return wall_time(step, params, grads, args.rounds) if kind == "eager" else replay_time(step, args.rounds)
+
         results.add(
-            timing,
+            harness.Timing.attempt(timed),  # whose state is gone before the next one's is made
             roof,
             harness.sparse_adamw_bytes(count, line=32) if count == k else 28 * count,
             op="sparse_adamw",
@@ -311,7 +314,6 @@ def run_cuda(args: argparse.Namespace) -> harness.Results:
             num_tensors=len(params),
             k=count,
         )
-        del step  # before the next one's state
     return results
 
 
@@ -336,10 +338,15 @@ def report(results: harness.Results) -> None:
 
 
 def draw(plt: Any, results: harness.Results) -> Any:
-    """Step time per optimizer, logarithmic."""
+    """Step time per optimizer, points on a logarithmic axis."""
     rows = [row for row in results.rows if row.data in ("clip", "graph")]
     labels, values = [row.backend for row in rows], [f"{row.p50_ms:.2f} ms" for row in rows]
-    title = f"optimizer.step(), {rows[0].data}, {rows[0].device}"
+    row = rows[0]
+    model, mask = (
+        (results.subject, ", the mask of a gradient") if row.data == "clip" else ("CLIP ViT-L/14's shapes", "")
+    )
+    k = min(r.k for r in rows)
+    title = f"optimizer.step(), {model}: N = {row.numel:,}, density {k / row.numel:.2g}{mask}\n{row.device}"
     return harness.bars(plt, labels, rows, values, title=title, xscale="log")
 
 

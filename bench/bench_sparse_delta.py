@@ -125,10 +125,11 @@ def report(results: harness.Results) -> None:
 
 
 def draw(plt: Any, results: harness.Results) -> Any:
-    """Time of each, logarithmic."""
+    """Time of each, points on a logarithmic axis."""
     rows = [row for row in results.rows if row.data == "clip"]
     labels, values = [row.backend for row in rows], [f"{row.p50_ms:.1f} ms" for row in rows]
-    return harness.bars(plt, labels, rows, values, title=f"SparseDelta, k = {rows[0].k:,}", xscale="log")
+    title = f"SparseDelta, {results.subject}: N = {rows[0].numel:,}, k = {rows[0].k:,}\n{rows[0].device}"
+    return harness.bars(plt, labels, rows, values, title=title, xscale="log")
 
 
 def main() -> None:

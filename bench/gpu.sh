@@ -98,7 +98,7 @@ run() {
 
   local bench=("$python" bench/bench_topk_magnitude.py --device cuda --output "$results")
   stage kernels 40 "$python" bench/profile_topk_magnitude.py --output "$results/topk_magnitude_kernels.csv"
-  stage bench 60 "${bench[@]}" --numel 1e9 --dtype float32 bfloat16 --name topk_magnitude_cuda
+  stage bench 60 "${bench[@]}" --numel 1e9 --data structured --dtype float32 bfloat16 --name topk_magnitude_cuda
   stage bench-data 40 "${bench[@]}" --numel 1e9 --share 1e-3 --no-peers --data gaussian all_equal one_tile \
     --name topk_magnitude_cuda_data
   stage bench-large 60 "${bench[@]}" --numel 4e9 8e9 --share 1e-3 1e-2 --dtype bfloat16 float32 --no-peers \

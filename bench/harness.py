@@ -1,18 +1,24 @@
 """Timing, byte model, roof, CSV rows and plots shared by the benches.
 
 Times are p20/p50/p80 over repeats, from CUDA events on a GPU (L2 flushed before each) and perf_counter on a CPU.
-The roof is the best read bandwidth measured in the same run, so a fraction of it holds on a shared machine.
+The roof is the best bandwidth measured in the same run, so a fraction of it holds on a shared machine; what comes out
+above it, or on a machine that has more to do, is measured against the roof again, and marked.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import math
+import os
 import platform
 import subprocess
+import sys
 import time
+import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +68,7 @@ class Timing:
     p20: float
     p50: float
     p80: float
+    error: str = ""  # why there is no time: the others are NaN
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
@@ -69,6 +76,16 @@ class Timing:
         ordered = sorted(seconds)
         last = len(ordered) - 1
         return cls(*(ordered[round(q * last)] for q in (0.2, 0.5, 0.8)))
+
+    @classmethod
+    def attempt(cls, timed: Callable[[], Timing]) -> Timing:
+        """Of `timed()`; where that raises, the error in place of the time: the other ways still have theirs."""
+        try:
+            return timed()
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"failed: {text}", file=sys.stderr)
+            return cls(math.nan, math.nan, math.nan, text[:300])
 
 
 def measure(
@@ -114,26 +131,61 @@ def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], ob
 
 
 def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
-    """Three timed calls each per round, after a warm one: drift hits all alike, caches hold the way's own data."""
+    """Three timed calls each per round, after a warm one: drift hits all alike, caches hold the way's own data.
+
+    A way that fails keeps its error, and is left out from then on.
+    """
     samples: dict[str, list[float]] = {name: [] for name in ways}
+    failed: dict[str, Timing] = {}
     for _ in range(rounds):
         for name, way in ways.items():
-            samples[name].append(measure(way, device, repeats=3, warmup=1).p50)
-    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+            if name not in failed:
+                timing = Timing.attempt(lambda way=way: measure(way, device, repeats=3, warmup=1))  # type: ignore[misc]
+                if timing.error:
+                    failed[name] = timing
+                samples[name].append(timing.p50)
+    return {name: failed.get(name) or Timing.of(seconds) for name, seconds in samples.items()}
 
 
-def read_roof(tensors: Sequence[Tensor], repeats: int = 9) -> float:
-    """Bytes per second of one read of the tensors' memory, as fast as torch sums it: the roof."""
-    # the same bytes as fp32: 16-bit sums are bound by conversion. Small tensors would time the calls
-    words = [t.reshape(-1)[: t.numel() // 2 * 2].view(torch.float32) for t in tensors]
-    words = [w for w in words if w.numel() >= 1 << 16] or words
+class Roof:
+    """Bytes per second of the fastest pass over memory: one sum, or one copy, of one block, as torch does them.
 
-    def read() -> None:
-        for w in words:
-            w.sum()
+    On a GPU the block has 4 GB; a sum of many tensors would time the calls. On a CPU it has the size of the data, since
+    what fits in a cache is read faster.
+    """
 
-    timing = measure(read, tensors[0].device.type, repeats=repeats)
-    return sum(w.numel() for w in words) * 4 / timing.p20
+    def __init__(self, device: str, nbytes: int) -> None:
+        self._device = device
+        self._numel = max(nbytes // 4, 1)
+        self.bytes_per_s = self._measure()
+
+    def _measure(self) -> float:
+        source = torch.ones(self._numel, device=self._device)
+        target = torch.empty_like(source)
+        size = 4 * self._numel
+        passes = ((lambda: source.sum(), size), (lambda: target.copy_(source), 2 * size))
+        return max(moved / measure(run, self._device, repeats=9).p20 for run, moved in passes)
+
+    def covers(self, rate: float, tries: int = 3) -> bool:
+        """Whether `rate` is not above; the roof is measured again, and the best counts, where it does not."""
+        for _ in range(tries):
+            if rate <= self.bytes_per_s:
+                break
+            self.bytes_per_s = max(self.bytes_per_s, self._measure())
+        return rate <= self.bytes_per_s
+
+
+GPU_ROOF_BYTES = 4_000_000_000
+CPU_ROOF_BYTES = 1 << 30  # at the most: beyond every cache
+
+
+def read_roof(tensors: Sequence[Tensor]) -> Roof:
+    """The roof of a pass over these tensors."""
+    device = tensors[0].device.type
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return Roof(device, min(GPU_ROOF_BYTES, free // 4))
+    return Roof(device, min(sum(t.numel() * t.itemsize for t in tensors), CPU_ROOF_BYTES))
 
 
 # ---- rows ----
@@ -162,6 +214,12 @@ class Row:
     commit: str
     day: str
     note: str = ""
+    malloc: str = ""
+
+    @property
+    def is_measured(self) -> bool:
+        """False: the way failed, and the note says how."""
+        return not math.isnan(self.p50_ms)
 
 
 def commit() -> str:
@@ -196,6 +254,39 @@ def device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def allocator() -> str:
+    """The C library's malloc, and what the environment sets of it."""
+    try:
+        version = ctypes.CDLL(None).gnu_get_libc_version
+        version.restype = ctypes.c_char_p
+        name = f"glibc {version().decode()}"
+    except (AttributeError, OSError, TypeError):
+        name = platform.libc_ver()[0] or platform.system()
+    names = sorted(
+        name for name in os.environ if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD")
+    )
+    return " ".join([name, *(f"{name}={os.environ[name]}" for name in names)])
+
+
+def environment() -> str:
+    """What times and peaks depend on beside the code: a bench's first line."""
+    cores = os.cpu_count()
+    return (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads on {cores} cores, load {load():.1f}, "
+        f"{allocator()}, commit {commit()}"
+    )
+
+
+def load() -> float:
+    """Processes that ran or waited, over the last minute, this one among them; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def is_busy() -> bool:
+    """Whether others want the processors, too: the bench alone keeps no more running than there are."""
+    return load() > (os.cpu_count() or 1) + 1
+
+
 @dataclass
 class Results:
     """Collects rows; writes them as CSV and prints them as a table."""
@@ -203,20 +294,30 @@ class Results:
     name: str
     directory: Path = RESULTS
     rows: list[Any] = field(default_factory=list)  # Row, or another dataclass
+    subject: str = ""  # what the rows do not say of what was measured: the model's name
 
-    def add(self, timing: Timing, roof: float, bytes_moved: int, **columns: object) -> Row:
-        """Appends a row. `roof` in bytes per second."""
+    def add(self, timing: Timing, roof: Roof, bytes_moved: int, note: str = "", **columns: object) -> Row:
+        """Appends a row. What cannot be true, or was measured on a busy machine, says so in its note."""
+        notes = [note] if note else []
+        if timing.error:
+            notes = [f"failed: {timing.error}"]
+        elif not roof.covers(bytes_moved / timing.p50):
+            notes.append("ABOVE THE ROOF: one of the two was disturbed, or the data lie in a cache")
+        if is_busy():
+            notes.append(f"BUSY: load {load():.1f} on {os.cpu_count()} cores")
         row = Row(
             p20_ms=round(timing.p20 * 1e3, 4),
             p50_ms=round(timing.p50 * 1e3, 4),
             p80_ms=round(timing.p80 * 1e3, 4),
             gb_per_s=round(bytes_moved / timing.p50 / 1e9, 3),
-            roof_gb_per_s=round(roof / 1e9, 3),
-            roof_fraction=round(bytes_moved / timing.p50 / roof, 4),
+            roof_gb_per_s=round(roof.bytes_per_s / 1e9, 3),
+            roof_fraction=round(bytes_moved / timing.p50 / roof.bytes_per_s, 4),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             commit=commit(),
             day=date.today().isoformat(),
+            note="; ".join(notes),
+            malloc=allocator(),
             **columns,  # type: ignore[arg-type]
         )
         self.rows.append(row)
@@ -231,6 +332,23 @@ class Results:
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
         return path
+
+    def failed(self) -> list[Any]:
+        """The rows whose way failed."""
+        return [row for row in self.rows if not getattr(row, "is_measured", True)]
+
+
+def read_rows(path: Path, row_class: type) -> list[Any]:
+    """Rows from a CSV that `Results.write` made; columns that came later have their defaults."""
+    types = typing.get_type_hints(row_class)
+
+    def value(name: str, text: str) -> object:
+        if types[name] is str:
+            return text
+        return None if not text else int(text) if types[name] is int else float(text)
+
+    with open(path, newline="") as file:
+        return [row_class(**{name: value(name, text) for name, text in row.items()}) for row in csv.DictReader(file)]
 
 
 def times(row: Row, digits: int) -> tuple[str, ...]:
@@ -264,19 +382,49 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--name", help="file name of the results (default: <op>_<device>)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the CSV and the plot")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw the rows that are there")
     return parser
 
 
 def bars(plt: Any, labels: Sequence[str], rows: Sequence[Row], values: Sequence[str], **axes: Any) -> Any:
-    """A figure of one bar per row, its p50; `values` stand beside them, `axes` are those of Axes.set."""
+    """A figure of one bar per row, its p50; `values` stand beside them, `axes` are those of Axes.set.
+
+    On a logarithmic axis, where a bar's length means nothing, points.
+    """
     figure, axis = plt.subplots(figsize=(9, 4))
-    axis.barh(labels, [row.p50_ms for row in rows])
-    axis.bar_label(axis.containers[0], labels=values, padding=3, fontsize=9)
+    milliseconds = [row.p50_ms for row in rows]
+    if axes.get("xscale") == "log":
+        axis.set_xscale("log")  # before the limits are
+        axis.plot(milliseconds, range(len(rows)), "o", markersize=8)
+        axis.set_yticks(range(len(rows)), labels)
+        axis.grid(axis="y", linestyle=":")
+        for at, (x, text) in enumerate(zip(milliseconds, values, strict=True)):
+            where = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(
+                text, (x, at), fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, **where
+            )
+    else:
+        axis.barh(labels, milliseconds)
+        axis.bar_label(axis.containers[0], labels=values, padding=3, fontsize=9)
     axis.set_title(axes.pop("title"), fontsize=9)
     axis.set(xlabel="ms (lower is better)", **axes)
+    axis.margins(x=0.25, y=0.1)
     axis.invert_yaxis()
-    axis.margins(x=0.25)
     return figure
+
+
+def check_destination(parser: argparse.ArgumentParser, args: argparse.Namespace, default_name: str) -> None:
+    """Rows of other sizes do not replace the ones of the default sizes."""
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if name not in ("device", "name", "output", "redraw") and value != parser.get_default(name)
+    ]
+    if changed and args.output.resolve() == RESULTS.resolve() and args.name == default_name:
+        parser.error(
+            f"`--output`: {RESULTS.name}/{default_name}.csv holds rows of the default options, got "
+            f"{', '.join(changed)}; pass --output DIR, or --name NAME for a file of its own"
+        )
 
 
 def main(
@@ -285,18 +433,46 @@ def main(
     run: Callable[[argparse.Namespace], Results],
     report: Callable[[Results], None],
     draw: Callable[[Any, Results], Any],
+    row_class: type = Row,
 ) -> None:
     """A bench from its command line to its files: the rows that `run` returns as a table, a CSV and a figure.
 
-    `draw(matplotlib.pyplot, results)` makes the figure, where matplotlib is installed.
+    `draw(matplotlib.pyplot, results)` makes the figure, where matplotlib is installed, of what was measured. Exits with
+    an error after that when a way failed.
     """
     args = parser.parse_args()
-    args.name = args.name or f"{op}_{args.device}"
-    results = run(args)
+    default_name = f"{op}_{args.device}"
+    args.name = args.name or default_name
+    if args.redraw:
+        path = args.output / f"{args.name}.csv"
+        if not path.exists():
+            parser.error(f"`--redraw`: expected rows in {path}, got no such file; measure them first")
+        results = Results(args.name, args.output, read_rows(path, row_class))
+    else:
+        check_destination(parser, args, default_name)
+        print(environment())
+        if is_busy():
+            print(f"warning: load {load():.1f}: others use this machine, and rows will say so", file=sys.stderr)
+        results = run(args)
     if not results.rows:
         parser.error("nothing was measured: expected options that leave at least one case, got none; see --help")
-    report(results)
-    print(f"rows: {results.write()}")
+    results.subject = getattr(args, "model", "")
+    if not args.redraw:
+        report(results)
+        print(f"rows: {results.write()}")
+        above = sum("ABOVE THE ROOF" in getattr(row, "note", "") for row in results.rows)
+        if above:
+            print(f"warning: {above} rows are above the roof; see their notes, and measure again", file=sys.stderr)
+    failed = results.failed()
+    drawn = replace(results, rows=[row for row in results.rows if row not in failed])
+    if drawn.rows:
+        plot(drawn, draw)
+    if failed and not args.redraw:
+        sys.exit(f"failed: {', '.join(sorted({f'{row.backend} ({row.data})' for row in failed}))}; see the notes")
+
+
+def plot(results: Results, draw: Callable[[Any, Results], Any]) -> None:
+    """Writes the figure, where matplotlib is installed."""
     try:
         import matplotlib
 

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,17 +24,38 @@ COLUMNS = ("device", "dtype", "numel", "k", "kernel", "calls", "us_per_call", "g
 
 def kernel_times(tensors: list[torch.Tensor], k: int, repeats: int) -> dict[str, tuple[int, float]]:
     """Kernel name to (calls per run, microseconds per run)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    options: dict[str, Any] = {"activities": [torch.profiler.ProfilerActivity.CUDA]}
+    if "acc_events" in inspect.signature(torch.profiler.profile).parameters:
+        options["acc_events"] = True  # torch 2.11 keeps no events without
+    with torch.profiler.profile(**options) as profiler:
         for _ in range(repeats):
             cuda.launch_topk_magnitude(tensors, k)
         torch.cuda.synchronize()
+    return per_run(profiler.events(), repeats)
+
+
+def per_run(events: Iterable[Any], repeats: int) -> dict[str, tuple[int, float]]:
+    """Kernel name to (calls, microseconds) of one run, of the events that took time on the device.
+
+    Raises:
+        RuntimeError: None did.
+    """
     calls: dict[str, int] = defaultdict(int)
     total: dict[str, float] = defaultdict(float)
-    for event in profiler.events():
+    seen = 0
+    for event in events:
+        seen += 1
+        if not event.device_time:  # what the host did
+            continue
         found = re.search(r"(\w+_kernel)<", event.name)
         name = found.group(1) if found and "cuda_topk_magnitude" in event.name else event.name[:40]
         calls[name] += 1
         total[name] += event.device_time
+    if not total:
+        raise RuntimeError(
+            f"torch.profiler of torch {torch.__version__}: expected kernels with device time, got {seen} events "
+            "without; profile with ncu and --once"
+        )
     return {name: (calls[name] // repeats, total[name] / repeats) for name in total}
 
 
@@ -43,7 +68,7 @@ def main() -> None:
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("topk_magnitude_kernels.csv"))
     args = parser.parse_args()
-    rows = []
+    rows, failures = [], 0
     for numel in map(int, args.numel):
         for name in args.dtype:
             x = torch.empty(numel, dtype=getattr(torch, name), device="cuda")
@@ -55,7 +80,12 @@ def main() -> None:
                 pending.result()
                 if args.once:
                     continue
-                times = kernel_times([x], k, args.repeats)
+                try:
+                    times = kernel_times([x], k, args.repeats)
+                except RuntimeError as error:  # the other configurations still have theirs
+                    print(f"{name} N {numel:.1e} k/N {share:.0e}: failed: {error}")
+                    failures += 1
+                    continue
                 times["all kernels"] = (sum(c for c, _ in times.values()), sum(us for _, us in times.values()))
                 for kernel, (calls, us) in times.items():
                     rate = numel * x.itemsize / us / 1e3
@@ -70,6 +100,8 @@ def main() -> None:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(rows)
+    if failures:
+        sys.exit(f"{failures} configurations failed")
 
 
 if __name__ == "__main__":

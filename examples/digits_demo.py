@@ -38,13 +38,13 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from finetune_report import progress, say
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from tqdm import tqdm
 
 MODEL_NAME = "digits-clip"
 IMAGE_SIZE = 32
@@ -315,10 +315,8 @@ def pretrain(recipe: Recipe, digits: Digits) -> torch.nn.Module:
         lambda step: min(1.0, (step + 1) / recipe.warmup_steps) * (1 + math.cos(math.pi * step / recipe.steps)) / 2,
     )
     batches = _pretraining_batches(digits, recipe)
-    bar = tqdm(
-        batches, "pre-training the demo's CLIP (once)", total=recipe.steps, unit="step", leave=False, disable=None
-    )
-    for images, captions in bar:
+    bar = progress("pre-training the demo's CLIP (once)", recipe.steps, "step")
+    for step, (images, captions) in enumerate(batches, 1):
         loss = _contrastive_loss(model, images, captions, tokenize)
         optimizer.zero_grad()
         loss.backward()
@@ -327,7 +325,11 @@ def pretrain(recipe: Recipe, digits: Digits) -> torch.nn.Module:
         scheduler.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.update()
+        if step % 100 == 0:
+            say(f"step {step}/{recipe.steps}, loss {loss.item():.3f}")
+    bar.close()
     return model
 
 
@@ -348,6 +350,7 @@ def _fill(folder: Path, recipe: Recipe) -> None:
     pretraining, tuning, testing = load_splits(recipe.test_digits)
     images = folder / "images"
     write_images(images / "train", tuning, RENDERINGS[FINE_TUNED], seed=1)
+    say(f"drawing the demo's images (once): {len(RENDERINGS)} renderings")
     for i, (name, rendering) in enumerate(RENDERINGS.items()):
         write_images(images / ("val" if name == FINE_TUNED else name), testing, rendering, seed=2 + i)
     (folder / f"{MODEL_NAME}.json").write_text(json.dumps(recipe.model, indent=2))

@@ -14,6 +14,7 @@ gradient clipping at 1.0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -22,8 +23,11 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +35,12 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from finetune_report import Run, count_by_part, print_tables, replacing, save_figure, summarise
+from finetune_report import Run, count_by_part, print_tables, progress, replacing, save_figure, say, summarise
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import saft_kernels
 
@@ -47,11 +50,14 @@ METHODS = ("saft", "full")
 DEFAULT_LR = {"saft": 1e-4, "full": 1e-5}
 DEMO_LR = {"saft": 1e-3, "full": 1e-4}
 DEFAULT_TEMPLATE = "a photo of a {}."
+OWN_WEIGHTS = ("hf-hub:", "local-dir:")  # of --model: open_clip ignores any others
+RANDOM = "none"
 MAX_GRAD_NORM = 1.0
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip's training
 TEST_BATCH_SIZE = 128
 TEST_PROMPTS = 256  # at once; training needs the gradient of all prompts
 AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 EPILOG = """\
@@ -60,6 +66,7 @@ EPILOG = """\
   DIR/val/<class>/*.jpg       the test set in distribution
   DIR/<any>/<class>/*.jpg     every further folder is a shifted test set. A test set may hold some of the classes; it is
                               then scored among those.
+  Names that begin with a dot are passed over, at every depth.
 --templates are texts with {} for the class name, or one file with one text a line. A class is the mean of its texts'
 features, so a step reads classes x templates prompts through the text tower, with gradients.
 
@@ -78,7 +85,7 @@ examples:
   python finetune_clip.py --data DIR --model ViT-B-16 --pretrained openai --output runs/photos --resume
 
 written to --output:
-  results.json, results.png       accuracy, sizes and times of every run
+  results.json, results.png       accuracy, sizes and times of every run; the former grows run by run
   mask.safetensors                which parameters SAFT trains; `saft-kernels summary FILE --png PICTURE` draws it
   saft.safetensors                the fine-tune as a SparseDelta: what changed, for the command saft-kernels, too
   full.safetensors                every parameter
@@ -152,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument_group("model and data (without --data: the digits demo)").add_argument
     add("--model", help="an open_clip model, as in open_clip.list_models(), or hf-hub:NAME, or local-dir:PATH")
-    add("--pretrained", help="one of the model's pre-trained tags, or a checkpoint file")
+    add("--pretrained", help="one of the model's pre-trained tags, or a checkpoint file, or none: random weights")
     add("--data", type=Path, metavar="DIR", help="folder with train/, val/ and shifted test sets; see below")
     add(
         "--templates",
@@ -202,16 +209,46 @@ class ImageSet(Dataset[tuple[Any, Any]]):
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:  # it was readable at the start
             raise InputError(f"{path}: expected a readable image, got {error}; replace or remove the file") from None
 
 
+def check_images(files: Sequence[Path]) -> None:
+    """Decodes each, a JPEG at an eighth of its size. Raises InputError with all that are unreadable."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (1, 1))
+                image.load()
+        except UNREADABLE as error:
+            return f"{path}: expected a readable image, got {error}"
+        return None
+
+    threads = os.cpu_count() or 1
+    with progress("checking images", len(files), "image") as bar, ThreadPoolExecutor(threads) as pool:
+        faults = []
+        for found in pool.map(fault, files):
+            bar.update()
+            if found is not None:
+                faults.append(found)
+    if faults:
+        number, it = (f"{len(faults)} images:\n  ", "them") if len(faults) > 1 else ("", "the file")
+        separator = "\n  "
+        raise InputError(f"{number}{separator.join(faults)}; replace or remove {it}")
+
+
+def is_data(file: Path, folder: Path) -> bool:
+    """Whether it is a file and, from the folder down, not hidden (.ipynb_checkpoints, macOS's ._name.jpg)."""
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def scan(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class: one sub-folder per class, images anywhere below it."""
+    """Image files by class: one sub-folder per class, images anywhere below it, but nothing hidden."""
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with one sub-folder per class, found none; see --help")
     classes = {
-        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and is_data(f, entry))
         for entry in sorted(folder.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
@@ -231,6 +268,11 @@ class ImageFolders:
     classes: list[str]
     train: list[tuple[Path, int]]
     tests: dict[str, list[tuple[Path, int]]]
+
+    def training_images(self) -> dict[str, int]:
+        """How many each class has."""
+        numbers = Counter(label for _, label in self.train)
+        return {name: numbers[label] for label, name in enumerate(self.classes)}
 
     def few_shot(self, shots: int, seed: int) -> list[tuple[Path, int]]:
         """``shots`` random training images of each class (all where it has fewer, or with 0)."""
@@ -318,7 +360,7 @@ class Task:
         """Accuracy in percent on every test set, each scored among the classes it holds."""
         self.model.eval()
         tests = self.folders.tests
-        bar = tqdm(total=sum(map(len, tests.values())), desc="evaluating", unit="image", leave=False, disable=None)
+        bar = progress("evaluating", sum(map(len, tests.values())), "image")
         accuracy = {}
         with bar, self.autocast():
             chunk = max(1, TEST_PROMPTS // self.prompts.shape[1])
@@ -336,39 +378,64 @@ class Task:
 
 def read_templates(given: list[str]) -> list[str]:
     """The --templates argument: prompts, or a file with one a line."""
-    if len(given) == 1 and "{}" not in given[0]:
+    if len(given) == 1 and "{" not in given[0]:
+        file = given[0]
         try:
-            given = [line.strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError as error:
-            raise InputError(
-                f"--templates {given[0]}: expected a text with {{}} or a file, got {error.strerror}"
-            ) from None
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"a file that is no UTF-8 text: {error}"
+            raise InputError(f"--templates {file}: expected a text with {{}} or a file of them, got {reason}") from None
+        given = [line.strip() for line in lines if line.strip()]
+        if not given:
+            raise InputError(f"--templates {file}: expected a text with {{}} a line, got an empty file")
     for template in given:
-        if template.count("{}") != 1:
-            raise InputError(f"--templates: expected one {{}} for the class name in each, got {template!r}")
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise InputError(
+                f"--templates: expected one {{}} for the class name, and no other braces, in each, got {template!r}"
+            )
     return given
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raises InputError where --model and --pretrained do not go together."""
+    if args.model.startswith(OWN_WEIGHTS):
+        if args.pretrained not in (None, RANDOM):
+            raise InputError(
+                f"--pretrained {args.pretrained}: expected none beside --model {args.model}, which has weights of its "
+                "own; leave it out, or name the architecture with --model to use the checkpoint"
+            )
+        return
+    if args.model not in open_clip.list_models():
+        near = difflib.get_close_matches(args.model, open_clip.list_models(), n=3, cutoff=0.4)
+        raise InputError(f"--model {args.model}: expected an open_clip model such as {', '.join(near) or 'ViT-B-16'}")
+    tags = open_clip.list_pretrained_tags_by_model(args.model)
+    if args.pretrained not in (RANDOM, *tags) and not os.path.isfile(args.pretrained or ""):
+        raise InputError(
+            f"--pretrained {args.pretrained}: expected a checkpoint file or one of {', '.join(tags) or '(no tags)'}; "
+            f"or {RANDOM}, for random weights"
+        )
 
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
     """open_clip's model and its training and evaluation transforms."""
-    by_name = not args.model.startswith(("hf-hub:", "local-dir:"))
-    tags = open_clip.list_pretrained_tags_by_model(args.model) if by_name else []
-    if by_name and args.model not in open_clip.list_models():
-        near = difflib.get_close_matches(args.model, open_clip.list_models(), n=3, cutoff=0.4)
-        raise InputError(f"--model {args.model}: expected an open_clip model such as {', '.join(near) or 'ViT-B-16'}")
-    if by_name and args.pretrained not in tags and not os.path.isfile(args.pretrained or ""):
-        raise InputError(
-            f"--pretrained {args.pretrained}: expected a checkpoint file or one of {', '.join(tags) or '(no tags)'}"
-        )
-    quick_gelu = args.pretrained in tags and open_clip.get_pretrained_cfg(args.model, args.pretrained).get("quick_gelu")
+    own, random_weights = args.model.startswith(OWN_WEIGHTS), args.pretrained == RANDOM
+    pretrained = None if random_weights else args.pretrained
+    config = None if own or pretrained is None else open_clip.get_pretrained_cfg(args.model, pretrained)
+    how: dict[str, Any] = {"load_weights": False, "pretrained_text": False} if random_weights else {}
+    torch.manual_seed(0)  # --resume needs the same random weights
     logging.disable(logging.ERROR)
     try:
         return open_clip.create_model_and_transforms(
-            args.model, args.pretrained, device=args.device, force_quick_gelu=bool(quick_gelu)
+            args.model,
+            pretrained,
+            device=args.device,
+            force_quick_gelu=bool((config or {}).get("quick_gelu")),
+            require_pretrained=not random_weights,  # else open_clip takes random ones, and only warns
+            **how,
         )
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"--model {args.model}" + (f" --pretrained {args.pretrained}" if by_name else "")
+        what = f"--model {args.model}" + ("" if own else f" --pretrained {args.pretrained}")
         raise InputError(f"{what}: expected a checkpoint of this model, could not load it: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -430,6 +497,7 @@ class FineTuning:
         try:
             if resumed:
                 return saft_kernels.SparseMask.load(self.mask_file)
+            say(f"selecting, seed {self.seed}: {len(files)} images")
             mask = select_mask(self.task, files)
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
@@ -439,12 +507,12 @@ class FineTuning:
 
     def run(self) -> Run:
         """Trains the epochs that are left, saves the values, evaluates."""
-        bar = tqdm(total=self.args.epochs * len(self.loader), initial=self.epoch * len(self.loader), unit="step",
-                   desc=f"{self.method}, seed {self.seed}", leave=False, disable=None)  # fmt: skip
-        with bar:
+        name, steps = f"{self.method}, seed {self.seed}", len(self.loader)
+        with progress(name, self.args.epochs * steps, "step", initial=self.epoch * steps) as bar:
             while self.epoch < self.args.epochs:
                 self._train_epoch(bar)
                 self._save_checkpoint()
+                say(f"{name}: epoch {self.epoch}/{self.args.epochs}, loss {self.loss:.3f}")
         if isinstance(self.optimizer, saft_kernels.SparseAdamW):
             saft_kernels.SparseDelta.from_optimizer(self.optimizer, self.originals).save(self.values_file)
         else:
@@ -464,7 +532,7 @@ class FineTuning:
             selected=None if self.mask is None else count_by_part({n: i.numel() for n, i in self.mask.items()}),
         )
 
-    def _train_epoch(self, bar: tqdm[Any]) -> None:
+    def _train_epoch(self, bar: Any) -> None:
         # Everything random in an epoch follows from its number, so a resumed run needs no saved generator.
         torch.manual_seed(1_000_003 * self.seed + self.epoch)
         self.task.model.train()
@@ -582,9 +650,11 @@ def save_results(file: Path, task: Task, runs: Sequence[Run], rows: Sequence[Map
             "python": sys.version.split()[0],
         },
         "classes": task.folders.classes,
+        "training_images": {name: min(n, task.args.shots or n) for name, n in task.folders.training_images().items()},
         "test_images": {name: len(files) for name, files in task.folders.tests.items()},
         "parameters": task.numel,
         "parameters_by_part": count_by_part({n: p.numel() for n, p in task.parameters.items()}),
+        "complete": len(runs) == 1 + len(task.args.method) * len(task.args.seed),
         "runs": [
             asdict(run) | {"in_distribution": run.in_distribution, "mean_shifted": run.mean_shifted} for run in runs
         ],
@@ -614,22 +684,56 @@ def use_digits(args: argparse.Namespace, recipe: Any) -> Callable[[list[str]], T
 def load_task(args: argparse.Namespace, recipe: Any) -> Task:
     """Reads folders, model and prompts, after filling in the arguments that depend on others."""
     demo = args.data is None
+    if args.templates is not None:  # before the demo pre-trains
+        args.templates = read_templates(args.templates)
     tokenize = use_digits(args, recipe) if demo else None
     if args.model is None:
         raise InputError("--model: expected an open_clip model with --data, got none; for example --model ViT-B-16")
-    args.templates = read_templates(args.templates or [DEFAULT_TEMPLATE])
+    args.templates = args.templates or [DEFAULT_TEMPLATE]
     args.lr = {
         method: lr for given in [DEMO_LR if demo else DEFAULT_LR, *(args.lr or [])] for method, lr in given.items()
     }
     if args.workers is None:
         args.workers = 0 if demo else 2
+    check_model(args)
     folders = read_folders(args.data)
+    few = [f"{name!r} ({n})" for name, n in folders.training_images().items() if n < args.shots]
+    if few:
+        more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""
+        print(f"--shots {args.shots}: fewer training images in {', '.join(few[:5])}{more}; all are used", flush=True)
+    if not demo:  # else they are its own
+        used = {file for seed in args.seed for file, _ in folders.few_shot(args.shots, seed)}
+        check_images(sorted(used.union(*([file for file, _ in files] for files in folders.tests.values()))))
     model, train_transform, test_transform = load_model(args)
     tokenize = tokenize or open_clip.get_tokenizer(args.model)
     names = [name.replace("_", " ") for name in folders.classes]
-    texts = [template.format(name) for name in names for template in args.templates]
+    texts = [template.replace("{}", name) for name in names for template in args.templates]
     prompts = tokenize(texts).unflatten(0, (len(names), len(args.templates))).to(args.device)
     return Task(model, train_transform, test_transform, prompts, folders, args)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises InputError where the files cannot be written. Leaves nothing behind."""
+    names = ["mask.safetensors", *(f"{m}{end}" for m in args.method for end in (".safetensors", ".checkpoint.pt"))]
+    folders = [run_folder(args, seed) for seed in args.seed]
+    files = [args.output / "results.json", args.output / "results.png", *(f / name for f in folders for name in names)]
+    for folder in dict.fromkeys([args.output, *folders]):
+        made: list[Path] = []
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(
+                f"--output: expected a folder to write to, got {folder}: {error.strerror}; name another"
+            ) from None
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"--output: expected to write a file {file}, got a folder; name another, or remove it")
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -651,6 +755,7 @@ def prepare_output(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     """Zero-shot, then every method at every seed, then the report."""
     args.seed, args.method = list(dict.fromkeys(args.seed)), list(dict.fromkeys(args.method))
+    check_output(args)
     if args.resume:
         prepare_output(args)
     task = load_task(args, recipe)
@@ -664,8 +769,8 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     for method in args.method:
         for seed in args.seed:
             runs.append(FineTuning(task, method, seed).run())
-    rows = summarise(runs)
-    save_results(args.output / "results.json", task, runs, rows)
+            rows = summarise(runs)
+            save_results(args.output / "results.json", task, runs, rows)
     save_figure(args.output / "results.png", rows, runs)
     print_tables(rows, list(task.folders.tests), console)
     console.print(f"written to {args.output}: results.json, results.png, the mask and the fine-tuned values")
@@ -678,8 +783,7 @@ def main(argv: Sequence[str] | None = None, recipe: Any = None) -> int:
         run(args, recipe, Console())
     except InputError as error:
         # a DataLoader worker wraps the message in its traceback
-        message = str(error).strip().splitlines()[-1].partition("InputError: ")
-        print(f"error: {message[2] or message[0]}", file=sys.stderr)
+        print(f"error: {str(error).strip().rpartition('InputError: ')[2]}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ is used, activation checkpointing last, for it costs a second forward pass.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import tempfile
@@ -28,8 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from memory_plan import (
-    MARGIN,
-    OVERHEAD,
     TRAINING,
     Peak,
     Plan,
@@ -46,7 +45,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import saft_kernels
-from saft_kernels.common.memory import is_out_of_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VOCABULARY = 256  # bytes
@@ -201,36 +199,30 @@ def choose(
 
         return dry_run(lambda: build(checkpointing, False), make_batch, loss_fn, mode, args.density)
 
-    seen: list[Plan] = []
-    others: list[Plan] = []  # of modes that were not asked for
     rest = plans(step, args.density, itemsize, torch.device(args.device).type, args.output is not None)
+    rest = (plan for plan in rest if args.mode in ("auto", plan.mode))
+    seen: list[Plan] = []
     for plan in rest:
-        asked = args.mode in ("auto", plan.mode)
-        (seen if asked else others).append(plan)
-        if asked and plan.peak <= budget:
+        seen.append(plan)
+        if plan.peak <= budget:
             break
     else:
         least = min(seen, key=lambda plan: plan.peak)
-        fit = dict.fromkeys(plan.mode for plan in others if plan.peak <= budget)
-        remedy = f"pass --mode {' or '.join(fit)}, which fits, or {LESS}" if fit else LESS
+        remedy = LESS if args.mode == "auto" else f"leave out --mode {args.mode}, {LESS}"
         raise InputError(
             f"--memory-budget: expected at least {readable(least.peak)} ({least}), got {readable(budget)}; {remedy}"
         )
-    numel = step("dense", False).numel
+    first, numel = seen[0], step("dense", False).numel
     say(f"{numel:,} parameters in {args.dtype}, {args.batch} x {args.tokens} tokens, budget {readable(budget)}")
     say(f"{plan}")
-    first = seen[0]
-    why = "" if plan is first else f": {first} would take {readable(first.peak)}, in {first.larger}"
+    larger = "selection" if first.selection > first.training else "training"
+    why = "" if plan is first else f": {first} would take {readable(first.peak)}, in {larger}"
     say(f"this is the fastest way{'' if args.mode == 'auto' else f' of --mode {args.mode}'} that fits{why}")
-    say(f"{'expected at the peak of':28}{'selection':>12}{'training':>12}")
-    for part in dict.fromkeys([*plan.selection_parts, *plan.training_parts]):
-        sizes = plan.selection_parts.get(part, 0), plan.training_parts.get(part, 0)
-        if any(sizes):
-            say(f"  {part:26}" + "".join(f"{readable(size) if size else '':>12}" for size in sizes))
-    more = f"with {100 * (MARGIN - 1):.0f} % and {readable(OVERHEAD)} more"
-    say(f"{more:28}{readable(plan.selection):>12}{readable(plan.training):>12}")
     full = with_margin(step("dense", False).peak + 2 * numel * max(4, itemsize))
-    say(f"(full fine-tuning with fp32 moments would take {readable(full)})")
+    say(
+        f"expected at the peak: selection {readable(plan.selection)}, training {readable(plan.training)} "
+        f"(full fine-tuning with fp32 moments: {readable(full)})"
+    )
     return plan, rest
 
 
@@ -238,20 +230,31 @@ def choose(
 
 
 def train(
-    args: argparse.Namespace, plan: Plan, build: Callable[[bool, bool], nn.Module], say: Callable[[str], None]
+    args: argparse.Namespace,
+    plan: Plan,
+    build: Callable[[bool, bool], nn.Module],
+    batches: list[Tensor],
+    say: Callable[[str], None],
 ) -> int:
     """Selects, trains, and says what it took."""
-    if args.output is not None:  # not after hours of training
-        check_output(args.output)
-    batches = [batch.to(args.device) for batch in batch_source(args)]
+    batches = [batch.to(args.device) for batch in batches]
     warm_up(args)
     peak = Peak(torch.device(args.device))
     model = build(plan.checkpointing, True)
     start = time.perf_counter()
     few = batches[: 1 if plan.streaming is True else args.selection_batches]
-    mask = saft_kernels.select(model, few, loss_fn, density=args.density, streaming=plan.streaming, blocks=plan.blocks)
+    say(f"selecting from {len(few)} batches")
+    mask = saft_kernels.select(
+        model,
+        few,
+        loss_fn,
+        density=args.density,
+        streaming=plan.streaming,
+        blocks=plan.blocks,
+        progress=sys.stderr.isatty(),
+    )
     took = {"selection": (plan.selection, peak.bytes(), time.perf_counter() - start)}
-    say(f"selected {mask.k:,} of {mask.numel:,} elements from {len(few)} batches")
+    say(f"selected {mask.k:,} of {mask.numel:,} elements; training for {len(batches)} steps")
 
     peak.restart()
     optimizer = saft_kernels.SparseAdamW(
@@ -273,6 +276,7 @@ def train(
         if number % max(1, len(batches) // 5) == 0:
             say(f"step {number}/{len(batches)}  loss {losses[-1]:.3f}")
     if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
         mask.save(args.output / "mask.safetensors")
         saft_kernels.SparseDelta.from_optimizer(optimizer, originals).save(args.output / "tuned.safetensors")
         say(f"mask and values: {args.output}")
@@ -290,18 +294,32 @@ def train(
 
 
 def check_output(folder: Path) -> None:
-    """Makes it. Raises InputError where nothing can be written."""
+    """Raises InputError where the files cannot be written. Leaves nothing behind."""
+    made: list[Path] = []
     try:
         import safetensors  # noqa: F401
 
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        for name in ("mask.safetensors", "tuned.safetensors"):
+            if (folder / name).is_dir():
+                raise InputError(f"--output: expected to write a file {folder / name}, got a folder; name another")
     except ImportError as error:
         raise InputError("--output needs safetensors; pip install 'saft_kernels[io]'") from error
     except OSError as error:
         raise InputError(
             f"--output: expected a folder to write to, got {folder}: {error.strerror}; name another"
         ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory(error: BaseException, plan: Plan, rest: Iterator[Plan]) -> str:
@@ -343,7 +361,7 @@ def _positive(kind: Callable[[str], Any], most: float = float("inf"), least: int
             value = kind(text)
         except ValueError:
             value = 0
-        if not 0 < value <= most:
+        if not 0 < value <= most or value == float("inf"):
             raise argparse.ArgumentTypeError(f"expected a number above 0{'' if most > 1 else ' up to 1'}, got {text!r}")
         if value < least:
             raise argparse.ArgumentTypeError(f"expected {least} or more, got {text!r}")
@@ -378,6 +396,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def say(line: str) -> None:
+    """Prints it at once, also into a file or a pipe."""
+    print(line, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 when nothing fits the budget, 1 when it was exceeded."""
     args = build_parser().parse_args(argv)
@@ -395,9 +418,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 "--memory-budget: expected one where the system does not say what is free; pass 16GiB, say"
             )
-        build = model_builder(args)
-        plan, rest = choose(args, build, print)
-        return 0 if args.dry_run else train(args, plan, build, print)
+        if args.output is not None:  # not after hours of training
+            check_output(args.output)
+        build, batches = model_builder(args), batch_source(args)
+        plan, rest = choose(args, build, say)
+        return 0 if args.dry_run else train(args, plan, build, batches, say)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

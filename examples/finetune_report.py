@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 COLOURS = {"zero-shot": "#8a8f98", "saft": "#0b6fa4", "full": "#d1622b"}
 
@@ -42,6 +44,18 @@ class Run:
         """Mean accuracy over the shifted test sets."""
         shifted = [value for name, value in self.accuracy.items() if name != "val"]
         return statistics.fmean(shifted) if shifted else None
+
+
+def progress(what: str, total: int, unit: str, initial: int = 0) -> tqdm[Any]:
+    """A bar on a terminal; elsewhere, as in a log file, a line that says what begins."""
+    say(f"{what}: {total - initial} {unit}s")
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=False, disable=not sys.stderr.isatty())
+
+
+def say(line: str) -> None:
+    """Prints a line where there are no bars, at once, also into a pipe."""
+    if not sys.stderr.isatty():
+        print(line, flush=True)
 
 
 @contextmanager
@@ -170,7 +184,12 @@ def _plot_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]], tests: Sequence
     for i, row in enumerate(rows):
         at = [y + 0.18 * (i - (len(rows) - 1) / 2) for y in range(len(names))]
         means, spread = ([row[name][figure] for name in names] for figure in ("mean", "std"))
-        axis.errorbar(means, at, xerr=spread, fmt="o", ms=6, lw=1.5, color=COLOURS[row["method"]], label=row["method"])
+        # no accuracy is beyond 0 or 100 %
+        ends = [list(map(min, spread, means)), [min(s, 100 - m) for s, m in zip(spread, means, strict=True)]]
+        style = {"fmt": "o", "ms": 6, "lw": 1.5, "color": COLOURS[row["method"]], "clip_on": False}
+        axis.errorbar(means, at, xerr=ends, label=row["method"], **style)
+    left, right = axis.get_xlim()
+    axis.set_xlim(max(0, left), min(100, right))
     axis.set_yticks(range(len(names)), labels[: len(names)])
     for label in axis.get_yticklabels()[:2]:
         label.set_fontweight("bold")

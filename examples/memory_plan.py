@@ -1,4 +1,4 @@
-"""What a training step will need, found by running it without memory, and how to fit it into a budget."""
+"""What fine-tuning will need in memory, found by running a step without any, and what it took."""
 
 from __future__ import annotations
 
@@ -17,29 +17,22 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saft_kernels.layers.sparse_grad import DENSE_SHARE
-
 GIB = 2**30
-UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 TRAINING = ("dense", "release", "sparse_grad")
 MARGIN, OVERHEAD = 1.1, 16 * 2**20
 """What allocators and libraries take beyond the tensors of a step: a factor, and bytes. See docs/memory.md."""
+DENSE_SHARE = 0.2  # sparse_grad leaves a weight to the dense product above it, docs/memory.md says
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-
-Parts = dict[str, int]
-"""What the bytes at a peak are for, without the margin."""
 
 
 def parse_bytes(text: str) -> int:
-    """Of 16GiB, 500 MB (binary units, both) or plain bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
-    try:
-        value = float(match[1]) if match else 0.0
-    except ValueError:
-        value = 0.0
-    if match is None or value <= 0:
-        raise ValueError(f"expected a size such as 16GiB, got {text!r}")
-    return int(value * UNITS[match[2]])
+    """Of 16GiB or 500 MB (binary units, both)."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d*)?|\.\d+)\s*([kmgt])(?:i?b)?\s*", text.lower())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size == 0:
+        raise ValueError(f"expected a size above 0 with its unit (KiB, MiB, GiB or TiB), such as 16GiB, got {text!r}")
+    return size
 
 
 def readable(size: float) -> str:
@@ -65,24 +58,24 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive. `ignore(func, tensor)` leaves some out."""
+    """Counts the bytes of the tensors made inside that are alive, but for products with a size that is in `skip`."""
 
-    def __init__(self, ignore: Callable[[Any, Tensor], bool] = lambda *_: False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._ignore = ignore
+        self.skip: set[int] = set()
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._count(storage, 0 if self._ignore(func, tensor) else storage.nbytes())
+                skipped = func is torch.ops.aten.mm.default and tensor.numel() in self.skip
+                self._count(tensor.untyped_storage(), skipped)
         return out
 
-    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
+    def _count(self, storage: torch.UntypedStorage, skipped: bool) -> None:
+        key, size = storage._cdata, 0 if skipped else storage.nbytes()
         if key not in self._known:  # else a view
             self._known.add(key)
             self.live += size
@@ -96,12 +89,10 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Step:
-    """Elements per parameter; bytes of the weights, the dense gradients, the largest of them, and at the peak."""
+    """Elements of each parameter; bytes of the weights, and at the peak of a training step."""
 
     numels: tuple[int, ...]
     weights: int
-    gradients: int
-    largest_gradient: int
     peak: int
 
     @property
@@ -118,27 +109,22 @@ def dry_run(
     density: float,
 ) -> Step:
     """Runs forward and backward on fake tensors, with gradients kept ("dense") or freed as they come."""
-    linear: set[int] = set()
-
-    def is_linear_gradient(func: Any, tensor: Tensor) -> bool:
-        return mode == "sparse_grad" and func is torch.ops.aten.mm.default and tensor.numel() in linear
-
-    tracker = LiveBytes(is_linear_gradient)
+    tracker = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         model = build()
         gc.collect()
         weights = tracker.peak = tracker.live
         parameters = [p for p in model.parameters() if p.requires_grad]
-        numels, gradients = [p.numel() for p in parameters], [p.nbytes for p in parameters]
+        numels = [p.numel() for p in parameters]
         if mode != "dense":
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         loss = loss_fn(model, make_batch())
-        modules = (module for module in model.modules() if isinstance(module, nn.Linear))
-        # of a smaller one so much may be selected that its gradient is computed densely
-        linear.update(n for n in (m.weight.numel() for m in modules) if DENSE_SHARE * n >= density * sum(numels))
+        if mode == "sparse_grad":  # of a smaller layer so much may be selected that its gradient is computed densely
+            linear = (module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+            tracker.skip = {n for n in linear if DENSE_SHARE * n >= density * sum(numels)}
         loss.backward()
-    return Step(tuple(numels), weights, sum(gradients), max(gradients), tracker.peak)
+    return Step(tuple(numels), weights, tracker.peak)
 
 
 # ---- plans ----
@@ -151,34 +137,19 @@ def with_margin(size: float) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train and select, and the bytes at the peak of each."""
+    """How to train and select, and the bytes to expect at the peak of each."""
 
     mode: str
     checkpointing: bool
     streaming: bool | str
     blocks: int
-    training_parts: Parts
-    selection_parts: Parts
-
-    @property
-    def training(self) -> int:
-        """Bytes expected."""
-        return with_margin(total(self.training_parts))
-
-    @property
-    def selection(self) -> int:
-        """Bytes expected."""
-        return with_margin(total(self.selection_parts))
+    training: int
+    selection: int
 
     @property
     def peak(self) -> int:
         """Of the whole run."""
         return max(self.training, self.selection)
-
-    @property
-    def larger(self) -> str:
-        """The one that takes more."""
-        return "selection" if self.selection > self.training else "training"
 
     def __str__(self) -> str:
         how = {False: "at once", True: "streaming, one batch", "host": "sums in host memory"}
@@ -187,27 +158,16 @@ class Plan:
         return f"training: {self.mode}, activations {activations}; selection: {select}"
 
 
-def total(parts: Parts) -> int:
-    """Bytes without the margin."""
-    return sum(parts.values())
-
-
-def plan_training(mode: str, step: Step, k: int, itemsize: int, device: str, writes: bool) -> Parts:
-    """What is there at the peak of a training step or, if it `writes` the fine-tune, after it; on the device."""
+def training_bytes(mode: str, step: Step, k: int, itemsize: int, device: str, writes: bool) -> int:
+    """Tensors at the peak of a training step or, if it `writes` the fine-tune, after it; on the device."""
     state = k * (12 + 4 * (itemsize == 2))  # indices, two moments, masters of 16-bit parameters
-    gradients = step.gradients
     if mode != "dense":
-        gradients = min(step.largest_gradient, step.peak - step.weights)
-        state += 4 * k  # the buffer
+        state += 4 * k  # the released values
     if mode == "sparse_grad":
         state += 16 * min(k, int(DENSE_SHARE * max(step.numels)))  # entries, sums and values of one layer
-    parts = {"weights": step.weights, "gradients": gradients, "indices, optimizer state": state}
     if device == "cpu":
-        parts["values before training"] = (8 + itemsize) * k  # Originals, with int64 indices; in host memory
-    # where the peak is, not all activations are there any more
-    training = {**parts, "activations, temporaries": max(0, step.peak - step.weights - gradients)}
-    writing = {**parts, "gradients": 0, "writing the fine-tune": 80 * k if writes and device == "cpu" else 0}
-    return max(training, writing, key=total)
+        state += (8 + itemsize) * k  # Originals, with int64 indices; in host memory
+    return state + max(step.peak, step.weights + 80 * k if writes and device == "cpu" else 0)
 
 
 def largest_block(numels: Sequence[int], blocks: int) -> int:
@@ -219,27 +179,16 @@ def largest_block(numels: Sequence[int], blocks: int) -> int:
     return max(sizes)
 
 
-def plan_selection(streaming: bool | str, blocks: int, released: Step, k: int, itemsize: int, device: str) -> Parts:
-    """What is there at the peak of select(), on the device: in a backward pass, or where it takes the top-k."""
+def selection_bytes(streaming: bool | str, blocks: int, released: Step, k: int, itemsize: int, device: str) -> int:
+    """Tensors at the peak of select(), on the device: in a backward pass, or where it takes the top-k."""
     per_element = max(4, itemsize) + (2 if itemsize == 2 else 0)  # sums; 16-bit gradients beside them
-    numel, quota = released.numel, min(k, max(released.numels))
-    # int64 indices of the top-k, and the mask's int32 ones in host memory
-    summed, held, picked = numel, 0, (12 if device == "cpu" else 8) * k
     if streaming == "host" and device != "cpu":
-        summed = picked = 0
-    if streaming in (True, "blocks"):
-        summed = largest_block(released.numels, blocks) if streaming == "blocks" else 0
-        # candidates, 8 bytes each: at most 2 k, and those of one parameter more until the next top-k
-        held, picked = 8 * min(2 * k, numel), 8 * min(2 * k + quota, numel) + 8 * k + 16 * quota
-    parts = {"weights": released.weights, "gradient sums": per_element * summed}
-    gradient = min(released.largest_gradient, released.peak - released.weights)
-    passes = {
-        **parts,
-        "top-k": picked if streaming is True else held,
-        "gradients": gradient,
-        "activations, temporaries": released.peak - released.weights - gradient,
-    }
-    return max(passes, {**parts, "top-k": picked}, key=total)
+        return released.peak
+    if streaming in (False, "host"):
+        top_k = (12 if device == "cpu" else 8) * k  # int64 indices, and the mask's int32 ones in host memory
+        return per_element * released.numel + max(released.peak, released.weights + top_k)
+    summed = largest_block(released.numels, blocks) if streaming == "blocks" else 0
+    return per_element * summed + released.peak + 48 * k  # candidates, 8 bytes each, and their top-k
 
 
 def plans(
@@ -251,11 +200,11 @@ def plans(
             gradients = mode if density < 1 else "dense"  # of wholly selected parameters they stay
             step, released = steps(gradients, checkpointing), steps("release", checkpointing)
             k = round(density * step.numel)
-            training = plan_training(gradients, step, k, itemsize, device, writes)
+            training = with_margin(training_bytes(gradients, step, k, itemsize, device, writes))
             ways: list[tuple[bool | str, int]] = [(False, 1)] + [("host", 1)] * (device != "cpu")
             ways += [("blocks", blocks) for blocks in (2, 4, 8)] + [(True, 1)]
             for streaming, blocks in ways:
-                selection = plan_selection(streaming, blocks, released, k, itemsize, device)
+                selection = with_margin(selection_bytes(streaming, blocks, released, k, itemsize, device))
                 yield Plan(mode, checkpointing, streaming, blocks, training, selection)
 
 
@@ -280,10 +229,9 @@ class Peak:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._base = device, 0
         self.restart()
-        used = self._read("VmRSS")
-        self._base = None if used is None else used - self._files
+        self._base = self.bytes() or 0
 
     def restart(self) -> None:
         """Forgets the peak so far."""
@@ -291,18 +239,18 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-        self._files = self._read("RssFile") or 0
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is resident now
+        self._files = _status("RssFile") or 0
 
     def bytes(self) -> int | None:
         """None where it cannot be measured."""
-        peak, files = self._read("VmHWM"), max(self._files, self._read("RssFile") or 0)
-        return None if peak is None or self._base is None else peak - files - self._base
-
-    def _read(self, key: str) -> int | None:
         if self.device.type == "cuda":
-            used = {"VmHWM": torch.cuda.max_memory_allocated, "VmRSS": torch.cuda.memory_allocated}
-            return used[key](self.device) if key in used else None
-        status = Path("/proc/self/status")
-        match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        return int(match[1]) * 1024 if match else None
+            return torch.cuda.max_memory_allocated(self.device) - self._base
+        peak = _status("VmHWM")
+        return None if peak is None else peak - max(self._files, _status("RssFile") or 0) - self._base
+
+
+def _status(key: str) -> int | None:
+    status = Path("/proc/self/status")
+    match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) * 1024 if match else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ def tiny_clip(tmp_path_factory):
     config = _tiny(49408, 16)
     (folder / "tiny-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-clip.json")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     torch.save(open_clip.CLIP(**config).state_dict(), folder / "tiny.pt")
     return ["--model", "tiny-clip", "--pretrained", str(folder / "tiny.pt")]
 
@@ -278,7 +279,229 @@ def test_templates_file(tiny_clip, photos, tmp_path):
     assert written == ["a photo of a {}.", "a drawing of a {}."]
 
 
+def _results(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def _save_image(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file)
+
+
+def test_hidden_files_and_folders_are_no_data(tiny_clip, photos, tmp_path):
+    """macOS's resource forks, notebooks' copies; and a folder that is called like an image."""
+    (photos / "train" / "fig" / "._0.png").write_bytes(b"resource fork")
+    _save_image(photos / "train" / "fig" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    _save_image(photos / "val" / "fig" / "more" / ".trash" / "old" / "1.png")
+    _save_image(photos / "val" / ".cache" / "0.png")
+    (photos / "val" / "fig" / "album.jpg").mkdir()
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--shots", "0", "--epochs", "1") == 0
+    results = _results(tmp_path / "out")
+    assert results["training_images"] == dict.fromkeys(CLASSES, 4)
+    assert results["test_images"] == {"val": 12, "sketches": 8}
+
+
+def test_a_hidden_folder_does_not_hide_what_is_above(tiny_clip, photos, tmp_path):
+    """Only what is below a class counts."""
+    photos = photos.rename(tmp_path / ".photos")
+    assert finetune_clip.read_folders(photos).training_images() == dict.fromkeys(CLASSES, 4)
+
+
+def test_more_shots_than_images_are_said(tiny_clip, photos, tmp_path, capsys):
+    (photos / "train" / "fig" / "0.png").unlink()
+    arguments = [*tiny_clip, "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments, "--shots", "4") == 0
+    assert "--shots 4: fewer training images in 'fig' (3); all are used" in capsys.readouterr().out
+    assert _results(tmp_path / "out")["training_images"] == {"apple": 4, "fig": 3, "ripe_plum": 4}
+    for shots in ("3", "0"):
+        assert _run(photos, tmp_path / "out", *arguments, "--shots", shots) == 0
+        assert "fewer training images" not in capsys.readouterr().out
+
+
+def test_random_weights(tiny_clip, photos, tmp_path):
+    """They are asked for by name, and are the same in a run that is resumed."""
+    arguments = ["--model", "tiny-clip", "--pretrained", "none", "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments) == 0
+    assert _results(tmp_path / "out")["arguments"]["pretrained"] == "none"
+    torch.manual_seed(5)
+    assert _run(photos, tmp_path / "out", *arguments, "--resume") == 0
+    args = finetune_clip.build_parser().parse_args(arguments)
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(finetune_clip.load_model(args)[0].state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    saved = torch.load(tiny_clip[3], weights_only=True)
+    assert not torch.equal(models[0]["visual.conv1.weight"], saved["visual.conv1.weight"])
+
+
+@pytest.fixture
+def local_dir(tiny_clip, tmp_path):
+    """--model of a folder with a CLIP and its weights."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": _tiny(49408, 16), "preprocess_cfg": {}}))
+    (folder / "open_clip_pytorch_model.bin").write_bytes(Path(tiny_clip[3]).read_bytes())
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("pretrained", [None, "none"])
+def test_results_say_which_weights_a_local_model_had(tiny_clip, local_dir, photos, tmp_path, pretrained):
+    given = [] if pretrained is None else ["--pretrained", pretrained]
+    args = finetune_clip.build_parser().parse_args(["--model", local_dir, *given])
+    weight = finetune_clip.load_model(args)[0].visual.conv1.weight
+    saved = torch.load(tiny_clip[3], weights_only=True)["visual.conv1.weight"]
+    assert torch.equal(weight, saved) == (pretrained is None)
+    arguments = ["--model", local_dir, *given, "--method", "saft", "--epochs", "1"]
+    assert _run(photos, tmp_path / "out", *arguments) == 0
+    assert _results(tmp_path / "out")["arguments"]["pretrained"] == pretrained
+
+
+def test_a_local_model_without_weights_is_not_random_in_silence(local_dir, photos, tmp_path, capsys):
+    Path(local_dir.partition(":")[2], "open_clip_pytorch_model.bin").unlink()
+    assert _run(photos, tmp_path / "out", "--model", local_dir) == 2
+    _one_line(capsys, "--model local-dir:", "could not load it")
+
+
+@pytest.mark.parametrize("model", ["local-dir:.", "hf-hub:org/name"])
+@pytest.mark.parametrize("pretrained", ["no-such-file.pt", "openai", __file__])
+def test_weights_beside_a_model_with_its_own(model, pretrained, photos, tmp_path, capsys):
+    assert _run(photos, tmp_path / "out", "--model", model, "--pretrained", pretrained) == 2
+    _one_line(capsys, f"--pretrained {pretrained}", f"--model {model}", "leave it out")
+
+
+def test_results_are_written_run_by_run(tiny_clip, photos, tmp_path, monkeypatch, capsys):
+    output, run_one = tmp_path / "out", finetune_clip.FineTuning.run
+
+    def run(self):
+        if self.method == "full":
+            raise KeyboardInterrupt
+        return run_one(self)
+
+    monkeypatch.setattr(finetune_clip.FineTuning, "run", run)
+    assert _run(photos, output, *tiny_clip) == 130
+    results = _results(output)
+    assert [run["method"] for run in results["runs"]] == ["zero-shot", "saft"]
+    assert [row["method"] for row in results["summary"]] == ["zero-shot", "saft"]
+    assert results["complete"] is False
+    monkeypatch.undo()
+    assert _run(photos, output, *tiny_clip, "--resume") == 0
+    assert [run["method"] for run in _results(output)["runs"]] == ["zero-shot", "saft", "full"]
+    assert _results(output)["complete"] is True
+
+
+# ---- what is said meanwhile ----
+
+
+def test_a_log_file_gets_a_line_per_phase_and_epoch(tiny_clip, photos, tmp_path, capsys):
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--shots", "4", "--seed", "3") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "\r" not in captured.out
+    lines = iter(captured.out.splitlines())
+    for expected in (
+        "checking images: 32 images",
+        "evaluating: 20 images",
+        "selecting, seed 3: 12 images",
+        "saft, seed 3: 6 steps",
+        "saft, seed 3: epoch 1/2, loss ",
+        "saft, seed 3: epoch 2/2, loss ",
+        "evaluating: 20 images",
+        "full, seed 3: 6 steps",
+        "full, seed 3: epoch 1/2, loss ",
+        "full, seed 3: epoch 2/2, loss ",
+    ):
+        assert any(line.startswith(expected) for line in lines), expected  # in this order
+
+
+def test_pre_training_the_demo_is_said(tmp_path, capsys):
+    digits_demo.prepare(tmp_path, dataclasses.replace(RECIPE, steps=200))
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for expected in (
+        "drawing the demo's images",
+        "pre-training the demo's CLIP",
+        "step 100/200, loss ",
+        "step 200/200",
+    ):
+        assert expected in captured.out
+
+
+def test_a_terminal_gets_bars_and_no_lines(tiny_clip, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--epochs", "1") == 0
+    captured = capsys.readouterr()
+    assert "saft, seed 0" in captured.err
+    assert "evaluating" in captured.err
+    assert "epoch 1/1" not in captured.out
+    assert "evaluating" not in captured.out
+
+
+@pytest.mark.parametrize("spread", [0.0, 8.0])
+def test_the_figure_ends_at_100_percent(spread):
+    from matplotlib import pyplot as plt
+
+    means = {"val": 100.0, "mean shifted": 97.0, "sketches": 97.0}
+    rows = [{"method": "saft"} | {name: {"mean": mean, "std": spread} for name, mean in means.items()}]
+    figure, axis = plt.subplots()
+    finetune_report._plot_accuracy(axis, rows, ["val", "sketches"])
+    assert axis.get_xlim()[1] == 100
+    drawn = [point for bars in axis.collections for path in bars.get_segments() for point in path[:, 0]]
+    assert len(drawn) == 6
+    assert max(drawn) <= 100
+    plt.close(figure)
+
+
 # ---- errors ----
+
+
+def test_all_unreadable_images_are_listed_at_the_start(tiny_clip, photos, tmp_path, capsys, monkeypatch):
+    """Cut off, empty, and no image at all; before the model is built."""
+    monkeypatch.setattr(finetune_clip, "load_model", lambda *_: pytest.fail("built the model"))
+    _break(photos / "train/fig/0.png")
+    (photos / "val/apple/1.jpg").write_bytes(b"")
+    file = photos / "sketches/fig/more/3.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+    assert _run(photos, tmp_path / "out", *tiny_clip) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[0] == "error: 3 images:"
+    assert len(error) == 4
+    for line, where in zip(error[1:], ("sketches/fig/more/3.jpg", "train/fig/0.png", "val/apple/1.jpg"), strict=True):
+        assert line.startswith(f"  {photos / where}: expected a readable image, got ")
+    assert error[-1].endswith("replace or remove them")
+
+
+def test_images_that_are_not_used_are_not_read(tiny_clip, photos, tmp_path):
+    folders = finetune_clip.read_folders(photos)
+    chosen = {file for file, _ in folders.few_shot(1, 0)}
+    for file, _ in folders.train:
+        if file not in chosen:
+            _break(file)
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--shots", "1", "--epochs", "1") == 0
+
+
+def _file(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: _file(path), "expected a folder to write to"),
+        (lambda path: _file(path) / "below" / "it", "expected a folder to write to"),
+        (lambda path: path / ("x" * 300), "expected a folder to write to"),
+        (lambda path: (path / "results.json").mkdir(parents=True) or path, "expected to write a file"),
+        (lambda path: (path / "saft.safetensors").mkdir(parents=True) or path, "expected to write a file"),
+    ],
+)
+def test_bad_output_fails_before_any_work(tiny_clip, photos, tmp_path, capsys, monkeypatch, make, said):
+    monkeypatch.setattr(finetune_clip, "load_task", lambda *_: pytest.fail("worked"))
+    output = make(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    assert _run(photos, output, *tiny_clip) == 2
+    _one_line(capsys, "--output", str(output), said)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def _one_line(capsys, *expected: str) -> None:
@@ -343,6 +566,11 @@ def test_bad_folder(tiny_clip, photos, tmp_path, capsys, damage, where, said, wo
         (["--pretrained", "openai"], ["--model", "got none"]),
         (["TINY", "--templates", "no-such-file"], ["--templates no-such-file"]),
         (["TINY", "--templates", "a photo", "of {}"], ["--templates", "'a photo'"]),
+        (["TINY", "--templates", "a {color} photo of {}"], ["--templates", "'a {color} photo of {}'"]),
+        (["TINY", "--templates", "a {0}"], ["--templates", "'a {0}'"]),
+        (["TINY", "--templates", "a {}", "{} {!r}"], ["--templates", "'{} {!r}'"]),
+        (["TINY", "--templates", "a {} {"], ["--templates", "'a {} {'"]),
+        (["TINY", "--templates", "a {} and {}"], ["--templates", "'a {} and {}'"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -351,6 +579,30 @@ def test_bad_model_or_templates(tiny_clip, photos, tmp_path, capsys, arguments, 
     assert _run(photos, tmp_path / "out", *arguments) == 2
     _one_line(capsys, *said)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\n \n", "empty"), (b"\xff\xfe a {}", "UTF-8"), (b"a {}\na {b} {}", "'a {b} {}'")]
+)
+def test_bad_templates_file(photos, tmp_path, capsys, content, said, monkeypatch):
+    """Before anything of the model is looked at."""
+    monkeypatch.setattr(finetune_clip, "check_model", lambda *_: pytest.fail("went on"))
+    (tmp_path / "templates.txt").write_bytes(content)
+    assert _run(photos, tmp_path / "out", "--model", "ViT-B-16", "--templates", str(tmp_path / "templates.txt")) == 2
+    _one_line(capsys, "--templates", said)
+
+
+def test_bad_templates_before_the_demo_pre_trains(demo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(digits_demo, "prepare", lambda *_: pytest.fail("prepared the demo"))
+    assert demo(tmp_path / "out", "--templates", "the digit {digit}") == 2
+    _one_line(capsys, "--templates", "'the digit {digit}'")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_meanwhile(tiny_clip, photos, tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setattr(finetune_clip, "check_images", lambda _: _break(photos / "val/fig/0.png"))
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--workers", str(workers)) == 2
+    _one_line(capsys, f"{photos / 'val/fig/0.png'}: expected a readable image")
 
 
 def test_checkpoint_of_another_model(tiny_clip, photos, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
+from ..common.allocator import return_large_blocks
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
 from .members import Member
@@ -61,6 +62,8 @@ class GradientBuffer:
     def update(self, members: Sequence[Member], awaits_first_step: bool) -> None:
         """Follows the optimizer: its parameters, and what is selected of them. Keeps what stays the same."""
         self._awaits_first_step = awaits_first_step
+        if any(member.parameter.device.type == "cpu" for member in members):
+            return_large_blocks()  # before gradients are made, and dense ones count: they stay until the selection
         before, self._selected = self._selected, {}
         fresh: list[tuple[Member, Tensor]] = []
         for member in members:

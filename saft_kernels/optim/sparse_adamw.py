@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ class SparseAdamW(Optimizer):
     Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
     """
 
+    # whether anyone else may hold what is in `state`, and move its memory
+    _is_state_shared = True
     # called when it has selected, before it updates; not pickled
     _selection_hooks: tuple[Callable[[Sequence[Member]], None], ...] = ()
 
@@ -153,6 +156,27 @@ class SparseAdamW(Optimizer):
         if release_grads:
             self._released = GradientBuffer()
             self._update_released()
+        self._is_state_shared = False
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of each parameter.
+
+        Whoever has read it may move what is in it (`.data = other`, `share_memory_()`), now or later, and torch tells
+        nobody: from then on every step compares the address and form of all state tensors, some 0.1 us for each.
+        """
+        self._is_state_shared = True
+        return self._states
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._is_state_shared = True
+        self.__dict__["state"] = state
+
+    @property
+    def _states(self) -> defaultdict[Tensor, Any]:
+        """`state`, which stays among the optimizer."""
+        return self.__dict__["state"]  # type: ignore[no-any-return]
 
     # ---- groups, names, budgets ----
 
@@ -195,6 +219,10 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
         """
+        self._is_state_shared = True  # their indices are the state's
+        return self._checked_members()
+
+    def _checked_members(self) -> list[Member]:
         members = self._follow()
         check_members(members)
         return members
@@ -202,7 +230,7 @@ class SparseAdamW(Optimizer):
     def _follow(self) -> list[Member]:
         return self._members.follow(
             self.param_groups,
-            self.state,
+            self._states,
             dense_groups=self._selection.dense_groups(self.param_groups),
             summed=self._selection.sums,
             prepared=() if self._prepared is None else self._prepared.positions,
@@ -224,7 +252,7 @@ class SparseAdamW(Optimizer):
     @property
     def mask(self) -> SparseMask | None:
         """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ..."""
-        members = self.members()
+        members = self._checked_members()
         if not self._members.is_known:
             return None
         indices, shapes = {}, {}
@@ -288,16 +316,16 @@ class SparseAdamW(Optimizer):
             moved = []
             for position, new in picked.indices.items():
                 member = members[position]
-                has_moments = position[0] == i and has_state(self.state.get(member.parameter))
+                has_moments = position[0] == i and has_state(self._states.get(member.parameter))
                 if has_moments and not same_index(member.index, new):
-                    check_state(member, self.state[member.parameter])
+                    check_state(member, self._states[member.parameter])
                     moved.append((member.parameter, member.index, new))
             fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
             for (parameter, old, new), state in zip(moved, fresh, strict=True):
-                carry_over(parameter, self.state[parameter], old, state, new)
+                carry_over(parameter, self._states[parameter], old, state, new)
                 replaced[parameter] = state
         # all memory is there: from here on nothing fails
-        self.state.update(replaced)
+        self._states.update(replaced)
         self._members.select(picked.indices)
         for i, numel in picked.num_candidates.items():
             self.param_groups[i]["num_candidates"] = numel
@@ -313,7 +341,7 @@ class SparseAdamW(Optimizer):
         fresh: dict[int, list[Member]] = {}
         for member in members:
             i, parameter = member.position[0], member.parameter
-            state = self.state.get(parameter)
+            state = self._states.get(parameter)
             if has_state(state):
                 if self.param_groups[i]["amsgrad"] and "max_exp_avg_sq" not in state and "exp_avg_sq" in state:
                     state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
@@ -326,7 +354,7 @@ class SparseAdamW(Optimizer):
         for i, mine in fresh.items():
             states = new_states([m.parameter for m in mine], [m.index for m in mine], self.param_groups[i])
             for member, state in zip(mine, states, strict=True):
-                self.state[member.parameter] = {**self.state.get(member.parameter, {}), **state}
+                self._states[member.parameter] = {**self._states.get(member.parameter, {}), **state}
 
     # ---- step ----
 
@@ -360,7 +388,7 @@ class SparseAdamW(Optimizer):
         prepared = self._prepared
         gradients = None
         if prepared is not None and not self._awaits_selection():
-            gradients = prepared.gradients(self.param_groups, self.state)
+            gradients = prepared.gradients(self.param_groups, self._states if self._is_state_shared else None)
         if prepared is not None and gradients is not None and prepared.runs_on_device:
             try:
                 if prepared.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -399,7 +427,7 @@ class SparseAdamW(Optimizer):
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         if not self._has_stepped() and not self._has_gradients():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
-        members = self.members()
+        members = self._checked_members()
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
@@ -407,12 +435,12 @@ class SparseAdamW(Optimizer):
             self._update_released()
             self._prepared = None
             self._prepared = PreparedStep(
-                self._follow(), self.param_groups, self.state, self._released is not None, self.backend
+                self._follow(), self.param_groups, self._states, self._released is not None, self.backend
             )
         return self._prepared
 
     def _has_stepped(self) -> bool:
-        return any(map(has_state, self.state.values()))
+        return any(map(has_state, self._states.values()))
 
     def _select(self, members: Sequence[Member], grad_scale: float) -> bool:
         """Selects for what is pending; False when that takes more steps.
@@ -453,7 +481,7 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: Not a parameter of this optimizer, or its selection is pending.
         """
-        for member in self.members():
+        for member in self._checked_members():
             if member.parameter is parameter:
                 if member.is_pending:
                     raise ValueError(
@@ -476,7 +504,7 @@ class SparseAdamW(Optimizer):
             RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
         """
         gradients, values = [], []
-        for member in self.members():
+        for member in self._checked_members():
             if member.parameter.grad is not None:
                 gradients.append(member.parameter)
                 index = member.counted
@@ -510,7 +538,7 @@ class SparseAdamW(Optimizer):
             TypeError: A gradient of sparse layout.
         """
         has_nonzero = not self._has_stepped() and self._has_gradients()
-        all_reduce_grads(self.members(), self._released, self._agreement, has_nonzero, group)
+        all_reduce_grads(self._checked_members(), self._released, self._agreement, has_nonzero, group)
 
     # ---- checkpoints ----
 
@@ -576,7 +604,7 @@ class SparseAdamW(Optimizer):
             ):
                 group.setdefault(name, default)
             group["decoupled_weight_decay"] = True
-        loaded, sums, num_sums = unshield(self.param_groups, self.state)
+        loaded, sums, num_sums = unshield(self.param_groups, self._states)
         if loaded:
             self._adopt_loaded(loaded)
         if sums:

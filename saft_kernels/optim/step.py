@@ -75,16 +75,19 @@ class PreparedStep:
         self.runs_on_device = all(part.capturable for part in self._parts)
         self.is_cuda = any(part.device.type == "cuda" for part in self._parts)
 
-    def gradients(self, param_groups: ParamGroups, states: Mapping[Tensor, State]) -> list[Tensor] | None:
+    def gradients(self, param_groups: ParamGroups, states: Mapping[Tensor, State] | None) -> list[Tensor] | None:
         """What to step with; None when something has changed, and it takes another PreparedStep.
 
         Addresses, strides, shapes and dtypes of parameters and gradients are the plans' to watch.
+
+        Args:
+            param_groups: The optimizer's.
+            states: The optimizer's, whose every tensor is compared with what it was; None: nobody else has had it.
         """
         if not (
             self._flags == _flags(param_groups)
             and all(map(same_objects, [group["params"] for group in param_groups], self._all_params))
-            and same_objects(list(states.values()), self._all_states)
-            and self._watch.holds()
+            and (states is None or (same_objects(list(states.values()), self._all_states) and self._watch.holds()))
             and all(part.has_its_steps() for part in self._parts)
             and all(p.grad is None for p in self._waiting)
             and self._forms == self._forms_now()
