@@ -29,6 +29,7 @@ static_assert(sizeof(saft::AdamWSegment) == 19 * 8);
 static_assert(sizeof(saft::AdamWHyper) == 9 * 8);
 static_assert(sizeof(saft::GatherSegment) == 9 * 8);
 static_assert(sizeof(saft::SddmmParams) == 15 * 8);
+static_assert(sizeof(saft::TopKRows) == 7 * 8);
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -41,6 +42,11 @@ std::tuple<double, int64_t> topk_magnitude(uintptr_t tensors, int64_t num_tensor
                                                            num_tensors, k, pointer<saft::index_t>(indices),
                                                            pointer<saft::index_t>(counts), num_threads, isa);
   return {result.threshold, result.num_nonfinite};
+}
+
+void topk_magnitude_rows(uintptr_t rows, uintptr_t indices, int num_threads) {
+  saft::topk_magnitude_rows_cpu(*pointer<const saft::TopKRows>(rows), pointer<saft::index_t>(indices),
+                                num_threads);
 }
 
 int64_t sparse_adamw(uintptr_t segments, int64_t num_segments, std::string_view hypers, int num_threads,
@@ -76,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> nogil;
   m.def("topk_magnitude", &topk_magnitude, py::arg("tensors"), py::arg("num_tensors"), py::arg("k"),
         py::arg("indices"), py::arg("counts"), py::arg("num_threads"), py::arg("isa"), nogil);
+  m.def("topk_magnitude_rows", &topk_magnitude_rows, py::arg("rows"), py::arg("indices"),
+        py::arg("num_threads"), nogil);
   m.def("sparse_adamw", &sparse_adamw, py::arg("segments"), py::arg("num_segments"), py::arg("hypers"),
         py::arg("num_threads"), py::arg("isa"), nogil);
   m.def("gather", &gather, py::arg("segments"), py::arg("num_segments"), py::arg("num_threads"), nogil);

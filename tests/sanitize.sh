@@ -21,4 +21,4 @@ export PYTHONPATH=$copy
 "$python" -c "import saft_kernels._C as m; assert m.__file__.startswith('$copy'), m.__file__"
 # -s: a report would be lost in the captured output of the test that ends the process
 "$python" -m pytest -q -s -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" -k "cpu and not reference" "$@" \
-  "$root"/tests/test_{topk_magnitude,gather_scatter,sddmm,sparse_adamw}.py
+  "$root"/tests/test_{topk_magnitude,topk_magnitude_rows,gather_scatter,sddmm,sparse_adamw}.py

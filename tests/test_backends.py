@@ -24,6 +24,7 @@ from saft_kernels.ops import backends
 
 CALLS: dict[str, Any] = {
     "topk_magnitude": lambda x, **kw: ops.topk_magnitude([x], 2, **kw),
+    "topk_magnitude_rows": lambda x, **kw: ops.topk_magnitude_rows(torch.stack([x, x]), 2, **kw),
     "gather": lambda x, **kw: ops.gather([x], [torch.tensor([1])], **kw),
     "scatter_": lambda x, **kw: ops.scatter_([x], [torch.tensor([1])], [x[:1].clone()], **kw),
     "sparse_adamw_": lambda x, **kw: ops.sparse_adamw_(
@@ -62,7 +63,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         module = backends._module(name)
         if not isinstance(module, ModuleType):
             continue
-        for op in ("topk_magnitude", "gather", "scatter_", "prepare_sparse_adamw"):
+        for op in ("topk_magnitude", "topk_magnitude_rows", "gather", "scatter_", "prepare_sparse_adamw"):
             original = getattr(module, op, None)
 
             def run(*args: Any, name: str = name, original: Any = original) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training import Batch, batches, largest, loss_fn, two_towers
 
 from saft_kernels import SparseMask, select
+from saft_kernels.ops import reference
 from saft_kernels.selection import budget
 
 
@@ -98,8 +99,8 @@ def test_scope_row(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
         k = max(1, round(0.1 * rows.shape[1]))
         expected = [i * rows.shape[1] + j for i, row in enumerate(rows) for j in largest([row], k)[0].tolist()]
         assert mask[name].tolist() == expected
-    monkeypatch.setattr(budget, "_ROWS_AT_ONCE", 40)
-    assert select(model, data, loss_fn, density=0.1, scope="row", progress=False) == mask
+    monkeypatch.setattr(reference, "_ROWS_AT_ONCE", 40)
+    assert select(model, data, loss_fn, density=0.1, scope="row", progress=False, backend="reference") == mask
 
 
 def test_scope_row_with_ties_and_denormals() -> None:

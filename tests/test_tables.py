@@ -20,6 +20,7 @@ STRUCTS = {
     "AdamWHyper": tables.ADAMW_HYPER,
     "AdamWCudaHyper": tables.ADAMW_CUDA_HYPER,
     "GatherSegment": tables.GATHER_SEGMENT,
+    "TopKRows": tables.TOPK_ROWS,
     "SddmmFactor": tables.SDDMM_FACTOR,
     "SddmmParams": tables.SDDMM_PARAMS,
 }

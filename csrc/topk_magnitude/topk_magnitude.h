@@ -134,6 +134,22 @@ struct TopKResult {
 TopKResult topk_magnitude_cpu(const TensorDesc* tensors, index_t num_tensors, index_t k, index_t* indices,
                               index_t* counts, int num_threads, int isa);
 
+// ---- cpu entry, row by row ----
+
+// A matrix, whose element (r, i) is data[r * row_stride + i * stride], and how many to select of each row.
+struct TopKRows {
+  const void* data;
+  ScalarType dtype;
+  index_t num_rows;
+  index_t numel;  // of a row
+  index_t row_stride;
+  index_t stride;
+  index_t k;
+};
+
+// `indices`: num_rows * k flat positions in the matrix, ascending. Precondition (checked by the caller): 0 <= k <= numel.
+void topk_magnitude_rows_cpu(const TopKRows& rows, index_t* indices, int num_threads);
+
 // ---- cuda entries ----
 //
 // The caller plans on the host, allocates, fills and uploads a table, and launches. Nothing here allocates or

@@ -65,16 +65,39 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
     """
     tensors = checks.tensor_list("tensors", tensors)
     checks.floating("tensors", tensors)
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"`k`: expected an int, got {type(k).__name__}; round it first")
-    k = k.__index__()
-    numel = sum(t.numel() for t in tensors)
-    if not 0 <= k <= numel:
-        raise ValueError(f"`k`: expected 0 to the total numel of `tensors`, {numel}, got {k}; clamp it")
+    k = _whole_number(k, sum(t.numel() for t in tensors), "the total numel of `tensors`")
     if not tensors:
         return TopK((), float("inf"), 0)
     module = backends.choose("topk_magnitude", tensors[0].device.type, backend)
     result: TopK = module.topk_magnitude([t.detach() if t.requires_grad else t for t in tensors], k)
+    return result
+
+
+def topk_magnitude_rows(rows: Tensor, k: int, *, backend: str | None = None) -> Tensor:
+    """The k elements of largest magnitude of every row of a matrix: of each what `topk_magnitude([row], k)` selects.
+
+    Args:
+        rows: (R, N), float32, bfloat16, float16 or float64, any strides.
+        k: Number of elements of a row, 0 to N.
+        backend: One of `BACKENDS`; None chooses by device. There are no kernels for GPUs: plain torch, once per
+            selection.
+
+    Returns:
+        int64 (R * k,): flat positions in `rows`, ascending. Nothing is mutated.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit.
+        RuntimeError: `backend` cannot run here.
+
+    Determinism: the same positions on every backend, run and thread count.
+    """
+    (rows,) = checks.tensor_list("[rows]", [rows])
+    checks.floating("[rows]", [rows])
+    if rows.dim() != 2:
+        raise ValueError(f"`rows`: expected shape (R, N), got {tuple(rows.shape)}; view it as a matrix first")
+    k = _whole_number(k, rows.shape[1], "the length of a row of `rows`")
+    module = backends.choose("topk_magnitude_rows", rows.device.type, backend)
+    result: Tensor = module.topk_magnitude_rows(rows.detach(), k)
     return result
 
 
@@ -330,6 +353,16 @@ def prepare_sparse_adamw(segments: Sequence[AdamWSegment], *, backend: str | Non
     module = backends.choose("prepare_sparse_adamw", segments[0].param.device.type, backend)
     plan: AdamWPlan = module.prepare_sparse_adamw(segments)
     return plan
+
+
+def _whole_number(k: int, largest: int, what: str) -> int:
+    """A valid k."""
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"`k`: expected an int, got {type(k).__name__}; round it first")
+    k = k.__index__()
+    if not 0 <= k <= largest:
+        raise ValueError(f"`k`: expected 0 to {what}, {largest}, got {k}; clamp it")
+    return k
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")

@@ -11,6 +11,9 @@ from types import ModuleType
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In order of preference. Adding a backend: a module of this name beside this file, and its name here."""
 
+_PLAIN_ON_GPUS = ("topk_magnitude_rows",)
+"""Ops that have no kernel there on purpose: nothing to warn of."""
+
 _ENVIRONMENT_VARIABLE = "SAFT_BACKEND"
 
 
@@ -65,7 +68,7 @@ def choose(op: str, device_type: str, backend: str | None) -> ModuleType:
         # Triton on CPU tensors is its interpreter: only by name
         names = [name for name in BACKENDS if not (name == "triton" and device_type == "cpu")]
         backend = next(name for name in names if why_unavailable(name, op, device_type) is None)
-        if backend == "reference":
+        if backend == "reference" and not (op in _PLAIN_ON_GPUS and device_type != "cpu"):
             _warn_slow(device_type)
     module = _module(backend)
     assert isinstance(module, ModuleType)

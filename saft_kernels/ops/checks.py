@@ -15,7 +15,7 @@ from .dtypes import FLOAT_DTYPES, INDEX_DTYPES
 
 
 def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A list of strided tensors on one device."""
+    """The tensors as a list, once all are strided, in memory and on one device."""
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
             f"`{name}`: expected a list or tuple of tensors, got {type(tensors).__name__}; wrap it in a list"
@@ -64,7 +64,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def in_memory(label: str, tensor: Tensor) -> None:
-    """Its values lie in memory, which its storage still has."""
+    """Raises unless the values of a tensor lie in memory, which its storage still has."""
     if not tensor.numel():
         return
     storage = tensor.untyped_storage()
@@ -86,7 +86,7 @@ def in_memory(label: str, tensor: Tensor) -> None:
 
 
 def all_in_memory(name: Name, tensors: Sequence[Tensor | None]) -> None:
-    """`in_memory` of each that is there; in a quarter of a microsecond for a contiguous one."""
+    """Calls `in_memory` where it is not plain to see, which takes a quarter of a microsecond."""
     doubtful = [
         i
         for i, tensor in enumerate(tensors)
@@ -104,7 +104,7 @@ def all_in_memory(name: Name, tensors: Sequence[Tensor | None]) -> None:
 
 
 def no_overlap(name: Name, tensors: Iterable[Tensor]) -> None:
-    """Tensors to write: no two elements in one place, where the last write would win."""
+    """Raises ValueError for a tensor to write that has two elements in one place: the last write would win."""
     for i, tensor in enumerate(tensors):
         if not tensor.is_contiguous() and _overlaps(tensor):
             raise ValueError(
@@ -128,7 +128,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def floating(name: str, tensors: Sequence[Tensor]) -> None:
-    """Real floating dtypes the kernels know."""
+    """Raises TypeError for a dtype that is not one of FLOAT_DTYPES."""
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in FLOAT_DTYPES:
             remedy = "take .abs() or torch.view_as_real first" if tensor.is_complex() else "convert it first"
@@ -138,7 +138,7 @@ def floating(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def same_length(name: str, values: Sequence[object], like: str, length: int) -> None:
-    """One entry per tensor."""
+    """Raises unless there is one entry per tensor."""
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"`{name}`: expected a list or tuple, got {type(values).__name__}; wrap it in a list")
     if len(values) != length:
@@ -150,7 +150,7 @@ def same_length(name: str, values: Sequence[object], like: str, length: int) -> 
 def index_tensors(
     indices: Sequence[Tensor | None], tensors: Sequence[Tensor], like: str, *, allow_none: bool = False
 ) -> None:
-    """One-dimensional int32 or int64, on the tensors' device; None, where allowed, means all."""
+    """Raises unless all are one-dimensional int32 or int64 on their tensor's device; None, where allowed, means all."""
     for i, (index, tensor) in enumerate(zip(indices, tensors, strict=True)):
         if index is None and allow_none:
             continue
@@ -165,7 +165,7 @@ def index_tensors(
 
 
 def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: str) -> None:
-    """Every index is a position among `numels[i]`: one look, so that a GPU is waited for once."""
+    """Raises IndexError for an index that is no position among `numels[i]`. One look, so a GPU is waited for once."""
     present = [(index, numel) for index, numel in zip(indices, numels, strict=True) if index is not None]
     if not sum(index.numel() for index, _ in present):
         return
@@ -181,7 +181,7 @@ def index_ranges(indices: Sequence[Tensor | None], numels: Sequence[int], like: 
 
 
 def out_of_range(label: str, index: Tensor, numel: int, like: str) -> IndexError:
-    """For indices that are no positions in their tensor."""
+    """The error for indices that are no positions in their tensor."""
     low, high = (int(value) for value in index.aminmax())
     if 0 <= low and high < numel:
         return IndexError(
@@ -195,13 +195,13 @@ def out_of_range(label: str, index: Tensor, numel: int, like: str) -> IndexError
 
 
 def same_device(name: str, tensor: Tensor, like: str, other: Tensor) -> None:
-    """On one device."""
+    """Raises ValueError unless both are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"`{name}`: expected device {other.device} like `{like}`, got {tensor.device}; move it there")
 
 
 def shape_dtype(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-    """A tensor of exactly this shape and dtype."""
+    """Raises unless it is a tensor of exactly this shape and dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}`: expected a tensor, got {type(tensor).__name__}; pass one per tensor")
     if tensor.shape != shape or tensor.dtype != dtype:

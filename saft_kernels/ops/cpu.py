@@ -52,6 +52,16 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices.split(counts.tolist()), threshold, num_nonfinite)
 
 
+def topk_magnitude_rows(rows: Tensor, k: int) -> Tensor:
+    """See `saft_kernels.ops.topk_magnitude_rows`. Memory: 8 B (fp64: 16 B) per element of a row and thread."""
+    if len(rows) == 1:  # by tiles, which threads share
+        return topk_magnitude([rows], k).indices[0]
+    indices = torch.empty(len(rows) * k, dtype=torch.int64, device="cpu")
+    table = tables.topk_rows(rows, k)
+    _C.topk_magnitude_rows(table.ctypes.data, indices.data_ptr(), torch.get_num_threads())
+    return indices
+
+
 checks_index_ranges = True  # gather, scatter_ and sddmm do it in the kernel
 
 

@@ -67,7 +67,7 @@ class Forms:
         return are_compact
 
     def out_of_range(self, i: int) -> IndexError:
-        """For a segment whose indices are no positions in its parameter."""
+        """The error for a segment whose indices are no positions in its parameter."""
         segment, name = self._segments[i], self._names[i]
         assert segment.indices is not None
         label = f"state of {name!r}: indices" if name else f"`indices[{i}]`"
@@ -107,7 +107,7 @@ class Follower:
         return None if same and not anew else self._forms.check(grads)
 
     def out_of_range(self, i: int) -> IndexError:
-        """As `Forms.out_of_range`."""
+        """The error of `Forms.out_of_range`."""
         return self._forms.out_of_range(i)
 
     def check_memory(self, grads: Sequence[Tensor]) -> None:

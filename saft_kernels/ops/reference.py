@@ -64,6 +64,27 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int) -> TopK:
     return TopK(indices, key_to_float(int(threshold), dtype), num_nonfinite)
 
 
+# ---- topk_magnitude_rows ----
+
+_ROWS_AT_ONCE = 2**24  # elements
+
+
+def topk_magnitude_rows(rows: Tensor, k: int) -> Tensor:
+    """See `saft_kernels.ops.topk_magnitude_rows`. Memory: 22 B (fp64: 30 B) for each of 2^24 elements, or of a row."""
+    numel = rows.shape[1]
+    found = [torch.empty(0, dtype=torch.int64, device=rows.device)]
+    step = max(1, _ROWS_AT_ONCE // max(1, numel))
+    for first in range(0, len(rows) if k else 0, step):
+        some = rows[first : first + step]
+        keys = magnitude_keys(some, opmath_dtype(some.dtype)).view(some.shape)
+        threshold = keys.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        selected = keys > threshold
+        ties = keys == threshold  # the first ones win
+        selected |= ties & (ties.cumsum(1, dtype=torch.int32) <= k - selected.sum(1, keepdim=True))
+        found.append(selected.flatten().nonzero().flatten() + first * numel)
+    return torch.cat(found)
+
+
 # ---- gather, scatter_ ----
 
 

@@ -6,7 +6,7 @@ A field has one name, there and here. Every field is 64 bits wide. tests/test_ta
 from __future__ import annotations
 
 import struct as binary
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -69,6 +69,7 @@ ADAMW_CUDA_HYPER = struct(
 GATHER_SEGMENT = struct(
     *("data", "itemsize", "ndim", "layout", "indices", "index_bytes", "values", "count", "numel"),
 )
+TOPK_ROWS = struct("data", "dtype", "num_rows", "numel", "row_stride", "stride", "k")
 SDDMM_FACTOR = struct("data", "token_stride", "channel_stride")
 SDDMM_PARAMS = struct(
     *(("dy", SDDMM_FACTOR), ("x", SDDMM_FACTOR)),
@@ -119,7 +120,7 @@ class Layouts:
 
 
 def _write_layouts(layouts: Layouts, rows: Table, tensors: Sequence[Tensor]) -> None:
-    """Of rows that are zero: mostly, nothing is to write."""
+    """Writes the layouts of rows that are zero: mostly, there is none."""
     if not all(map(Tensor.is_contiguous, tensors)):
         layouts.write(rows, [layout(t) for t in tensors])
 
@@ -131,6 +132,16 @@ def tensor_table(layouts: Layouts, tensors: Sequence[Tensor]) -> Table:
     table["numel"] = [t.numel() for t in tensors]
     table["dtype"] = [DTYPE_CODES[t.dtype] for t in tensors]
     _write_layouts(layouts, table, tensors)
+    return table
+
+
+def topk_rows(rows: Tensor, k: int) -> Table:
+    """One TOPK_ROWS row."""
+    table = np.zeros(1, TOPK_ROWS)
+    table["data"], table["dtype"] = rows.data_ptr(), DTYPE_CODES[rows.dtype]
+    table["num_rows"], table["numel"] = rows.shape
+    table["row_stride"], table["stride"] = rows.stride()
+    table["k"] = k
     return table
 
 
@@ -184,11 +195,6 @@ def adamw_table(segments: Sequence[AdamWSegment]) -> Table:
     return table
 
 
-def table(rows: Iterable[Sequence[int]], num_columns: int) -> Words:
-    """Rows of equal length as one C-contiguous int64 array."""
-    return np.array(list(rows), dtype=np.int64).reshape(-1, num_columns)
-
-
 def address(tensor: Tensor | None) -> int:
-    """Where its elements are; 0 for none."""
+    """The address of its elements; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

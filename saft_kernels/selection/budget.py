@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.dtypes import opmath_dtype
-from ..ops.reference import magnitude_keys
 from .gradients import check_finite
 
 DEFAULT_DENSITY = 1e-3
 SCOPES = ("global", "tensor", "row")
-_ROWS_AT_ONCE = 2**24  # elements
 
 
 def check_budget(density: float | None, k: int | None, scope: str = "global") -> None:
@@ -56,7 +53,7 @@ def select_indices(
     if scope == "row":
         check_finite(names, scores)
         assert density is not None
-        return tuple(largest_of_rows(score, density) for score in scores)
+        return tuple(largest_of_rows(score, density, backend) for score in scores)
     if scope == "tensor":
         picks = [ops.topk_magnitude([s], budget(density, None, s.numel()), backend=backend) for s in scores]
         indices = tuple(pick.indices[0] for pick in picks)
@@ -81,21 +78,9 @@ def budget_of(tensor: Tensor, density: float | None, scope: str) -> int:
     return rows * budget(density, None, tensor.numel() // rows) if tensor.numel() else 0
 
 
-def largest_of_rows(score: Tensor, density: float) -> Tensor:
+def largest_of_rows(score: Tensor, density: float, backend: str | None) -> Tensor:
     """Flat indices of each row's largest |score|; ties go to the smaller index. Finite scores."""
     if not score.numel():
         return torch.empty(0, dtype=torch.int64, device=score.device)
     rows = score.detach().reshape(num_rows(score.shape), -1)
-    numel = rows.shape[1]
-    k = budget(density, None, numel)
-    found = []
-    step = max(1, _ROWS_AT_ONCE // numel)
-    for first in range(0, len(rows), step):
-        some = rows[first : first + step]
-        keys = magnitude_keys(some, opmath_dtype(some.dtype)).view(some.shape)
-        threshold = keys.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        selected = keys > threshold
-        ties = keys == threshold
-        selected |= ties & (ties.cumsum(1, dtype=torch.int32) <= k - selected.sum(1, keepdim=True))
-        found.append(selected.flatten().nonzero().flatten() + first * numel)
-    return torch.cat(found)
+    return ops.topk_magnitude_rows(rows, budget(density, None, rows.shape[1]), backend=backend)

@@ -72,7 +72,7 @@ class Candidates:
             if bad:
                 self._num_nonfinite[name] = bad
                 return
-            index = largest_of_rows(gradient, self._density)
+            index = largest_of_rows(gradient, self._density, self._backend)
             self._indices[name] = index.to(index_dtype(numel))
             self._values[name] = gradient.detach().reshape(-1).index_select(0, index)
             return

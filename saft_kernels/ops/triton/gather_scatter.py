@@ -56,7 +56,7 @@ if INTERPRETED:  # few, large numpy operations
 
 @device_function
 def _copy(data, values, offset, position, WORD: tl.constexpr, SCATTER: tl.constexpr):
-    """One word of each element whose offset is not negative; both ends are addresses."""
+    """Copies one word of each element whose offset is not negative; both ends are addresses."""
     valid = offset >= 0
     data_ptr = data.to(tl.pointer_type(WORD)) + offset
     values_ptr = values.to(tl.pointer_type(WORD)) + position

@@ -200,7 +200,7 @@ class Plan:
         row["sign"] = -1.0 if hyper.maximize else 1.0
 
     def _address(self, scalar: float | Tensor | None, converted: list[Tensor]) -> int:
-        """Of an fp64 value, or that of an fp32 one and 1; 0 where there is a number."""
+        """The address of an fp64 value, or that of an fp32 value plus 1; 0 where there is a number."""
         if not isinstance(scalar, Tensor) or not self._is_here(scalar):
             return 0
         if scalar.dtype == torch.float32:

@@ -134,7 +134,7 @@ def scalars_kernel(inputs, scalars, HYPERS: tl.constexpr):
 
 @device_function
 def _load(address, offset, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """As stored; bf16 as its bits: the interpreter would not round it as the hardware does."""
+    """The elements as they are stored; bf16 as bits, for the interpreter would not round it as the hardware does."""
     STORED: tl.constexpr = tl.int16 if TYPE == tl.bfloat16 else TYPE
     pointer = address.to(tl.pointer_type(STORED)) + offset
     if ALIGNED:
@@ -156,7 +156,7 @@ def _store(address, offset, stored, mask, TYPE: tl.constexpr, ALIGNED: tl.conste
 
 @device_function
 def _to_opmath(stored, TYPE: tl.constexpr):
-    """Exact."""
+    """The exact value in the compute type."""
     if TYPE == tl.bfloat16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif TYPE == tl.float16:
@@ -167,7 +167,7 @@ def _to_opmath(stored, TYPE: tl.constexpr):
 
 @device_function
 def _from_opmath(value, TYPE: tl.constexpr):
-    """Rounded to nearest, ties to even."""
+    """The value as it is stored: rounded to nearest, ties to even."""
     if TYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -180,7 +180,7 @@ def _from_opmath(value, TYPE: tl.constexpr):
 
 @device_function
 def _element(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, amsgrad, scalars, TYPE: tl.constexpr):
-    """As adamw_element of csrc/sparse_adamw/sparse_adamw.h: the same operations in order, each rounded by itself."""
+    """The step of an element: csrc/sparse_adamw/sparse_adamw.h's operations in their order, each rounded by itself."""
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction2_sqrt, eps, inverse_grad_scale = scalars
     grad = grad * inverse_grad_scale
     param = param * decay
@@ -214,7 +214,7 @@ def _block(
     GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Elements at offsets from the addresses: read, updated, written."""
+    """Reads, updates and writes elements at offsets from the addresses."""
     STATE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     param_address, grad_address, exp_avg_address, exp_avg_sq_address, max_exp_avg_sq_address, master_address = addresses
     amsgrad = max_exp_avg_sq_address != 0
@@ -259,7 +259,7 @@ def _tile(
     BLOCK: tl.constexpr,
     DIRECT_BLOCK: tl.constexpr,
 ):
-    """Coordinates [first, last) of one segment."""
+    """Makes the step of coordinates [first, last) of one segment."""
     OPMATH: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     scalars = (
         tl.load(hyper + SCALAR_DECAY).to(OPMATH),

@@ -88,7 +88,7 @@ def native_key(bits, DTYPE: tl.constexpr):
 
 @device_function
 def _float_from_half(key):
-    """fp16 magnitude bits to fp32 magnitude bits. A conversion of integers is exact whatever the float modes."""
+    """The fp32 magnitude bits of fp16 ones. A conversion of integers is exact whatever the float modes."""
     mantissa = key & 0x3FF
     denormal = tl.where(mantissa == 0, 0, mantissa.to(tl.float32).to(tl.int32, bitcast=True) - (24 << 23))
     normal = (key << 13) + (112 << 23)
@@ -97,7 +97,7 @@ def _float_from_half(key):
 
 @device_function
 def _double_from_float(key):
-    """fp32 magnitude bits to fp64 magnitude bits."""
+    """The fp64 magnitude bits of fp32 ones."""
     wide = key.to(tl.int64)
     mantissa = key & 0x7FFFFF
     denormal = tl.where(mantissa == 0, 0, mantissa.to(tl.float64).to(tl.int64, bitcast=True) - (149 << 52))
@@ -108,7 +108,7 @@ def _double_from_float(key):
 
 @device_function
 def common_key(key, DTYPE: tl.constexpr, KEY64: tl.constexpr):
-    """Native keys to keys that compare across dtypes."""
+    """The keys that compare across dtypes, of native ones."""
     if DTYPE == FP64:
         wide = key
     else:
@@ -218,7 +218,7 @@ def span_keys(pieces, layouts, max_ndim, span, position, valid, KIND: tl.constex
 
 @device_function
 def popcount(word):
-    """Of uint32, as int32."""
+    """The number of bits that are set in a uint32, as int32."""
     x = word - ((word >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -228,12 +228,12 @@ def popcount(word):
 
 @device_function
 def pop_lowest(word):
-    """Of uint32: the lowest set bit, the word without it."""
+    """The lowest bit that is set in a uint32, and the word without it."""
     rest = word & (word - 1)
     return word ^ rest, rest
 
 
 @device_function
 def bit_number(bit):
-    """Of uint32 with one bit set. A power of two is exact in fp32, and its exponent is its logarithm."""
+    """The position of the one bit set in a uint32: a power of two is exact in fp32, its exponent the logarithm."""
     return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
