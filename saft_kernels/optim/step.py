@@ -82,7 +82,7 @@ class PreparedStep:
         self.is_cuda = any(part.device.type == "cuda" for part in self._parts)
 
     def gradients(self, param_groups: ParamGroups, states: Mapping[Tensor, State] | None) -> list[Tensor] | None:
-        """What to step with; None when something has changed, and it takes another PreparedStep.
+        """The gradients to step with, or None when something has changed and it takes another PreparedStep.
 
         Addresses, strides, shapes and dtypes of parameters and gradients are the plans' to watch.
 
@@ -114,7 +114,7 @@ class PreparedStep:
         return [(p.dtype, p.numel()) for p in self._params] if len(self._parts) > 1 else []
 
     def current_gradients(self) -> list[Tensor]:
-        """Dense or compact; shorter than the list of parameters where some have none."""
+        """The gradients as they are, dense or compact; fewer than the parameters where some have none."""
         return [step_gradient(m, gradient) for m in self._members if (gradient := m.parameter.grad) is not None]
 
     def run(
@@ -299,7 +299,7 @@ def _flags(param_groups: ParamGroups) -> list[tuple[bool, bool, bool]]:
 
 
 def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None:
-    """Of ascending indices the last one tells. One wait per device."""
+    """Raises ValueError for indices beyond a parameter: of ascending ones the last tells. One wait per device."""
     last: dict[torch.device, list[tuple[Member, Tensor]]] = {}
     for member, state in zip(members, states, strict=True):
         if (indices := state.get("indices")) is not None and indices.numel() and not indices.is_meta:
@@ -315,7 +315,7 @@ def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None
 
 
 def check_state(member: Member, state: State) -> None:
-    """Code outside may have moved, cast, replaced or freed it."""
+    """Raises ValueError for a state that code outside has moved, cast, replaced or freed."""
     parameter = member.parameter
     keys = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.itemsize == 2)
     keys += ["max_exp_avg_sq"] * ("max_exp_avg_sq" in state)
