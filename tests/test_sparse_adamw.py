@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import saft_kernels
-from saft_kernels import sparse_adamw_
+from saft_kernels import ops, sparse_adamw_
 from saft_kernels.ops import prepare_sparse_adamw
 from saft_kernels.ops.adamw import AdamWHyper, AdamWSegment, StalePlan
 
@@ -1070,25 +1070,27 @@ def test_negative_indices_of_a_wide_parameter(backend: Backend, dtype: torch.dty
     assert not param[[4, bad % 2**32]].any()
 
 
+@pytest.mark.skipif(ops.why_unavailable("cpu") is not None, reason=f"cpu: {ops.why_unavailable('cpu')}")
 @pytest.mark.parametrize("bad", [-1, 2_000, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("at", [0, 300, 999])
-def test_an_index_that_is_wrong_by_the_time_of_the_step(backend: Backend, at: int, bad: int) -> None:
-    """The cpu backend looks at what it uses, and leaves out the block of coordinates."""
-    if backend.name != "cpu":
-        pytest.skip("torch counts negative indices from the end; a GPU is not waited for")
-    base = backend.to(torch.ones(6_000))
-    param = base[2_000:4_000]
-    index = backend.to(torch.arange(1_000, dtype=torch.int32))
-    state = [torch.zeros(1_000), torch.zeros(1_000)]
-    plan = prepare_sparse_adamw([AdamWSegment(param, *state, index)], backend=backend.name)
+@pytest.mark.parametrize("name", ["", "encoder.weight"])
+def test_an_index_that_is_wrong_by_the_time_of_the_step(name: str, at: int, bad: int) -> None:
+    """The cpu backend looks at what it uses. A GPU is not waited for."""
+    base, other = torch.ones(6_000), torch.ones(5)
+    param, index = base[2_000:4_000], torch.arange(1_000, dtype=torch.int32)
+    state = [torch.zeros(n) for n in (1_000, 1_000, 5, 5)]
+    segments = [AdamWSegment(param, *state[:2], index, name=name), AdamWSegment(other, *state[2:])]
+    plan = prepare_sparse_adamw(segments, backend="cpu")
+    grads = [torch.ones_like(param), torch.ones(5)]
     index[at] = bad
-    with backend.forced(), pytest.raises(IndexError):
-        plan.step([torch.ones_like(param)], [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 1)])
+    with pytest.raises(IndexError) as caught:
+        plan.step(grads, [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 1)])
+    assert_message(caught, [f"parameter {name!r}" if name else "`indices[0]`", "[0, 2000)", str(bad)])
     assert bool((base[:2_000] == 1).all())
     assert bool((base[3_000:] == 1).all())
+    assert bool((other == 1).all())  # what comes after it is left alone
     index[at] = at
-    with backend.forced():
-        plan.step([torch.ones_like(param)], [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 2)])
+    plan.step(grads, [AdamWHyper(0.1, 0.9, 0.95, 1e-8, 0.1, 2)])
     assert bool((param[:1_000] != 1).all())
 
 
