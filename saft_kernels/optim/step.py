@@ -169,6 +169,8 @@ class _Part:
         self.rows, self.device, self.capturable = rows, device, capturable
         states = [state for _, state in segments]
         self._steps, self._counts, counts = _step_counts(states, device, capturable)
+        # one by one, where they are capturable and on a CPU: the watch tells when their memory moves
+        self._scalars = [step.numpy() for step in self._steps] if capturable and device.type == "cpu" else []
         self._seen = self._steps_now()
         hyper_rows: dict[tuple[int, float], int] = {}
         self._hypers: list[tuple[int, int]] = []  # a group, and which of the counts
@@ -201,8 +203,8 @@ class _Part:
         """The counts; where a GPU has them, what torch knows of writes to them."""
         if self._counts is not None:
             return self._counts.tobytes()
-        if self.device.type == "cpu":
-            return torch.stack(self._steps).numpy().tobytes()
+        if self._scalars:
+            return [scalar.item() for scalar in self._scalars]
         return [step._version for step in self._steps]
 
     def _count(self, by: float) -> None:
