@@ -119,7 +119,7 @@ def test_its_class() -> None:
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert type(optimizer) is type(bound) is plain
+    assert type(optimizer) is type(bound) is SparseAdamW
     assert optimizer.mask.k == 3
 
 

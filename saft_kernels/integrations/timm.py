@@ -46,7 +46,7 @@ def register_timm(**defaults: Any) -> None:
 
 
 class TimmSparseAdamW(SparseAdamW):
-    """SparseAdamW, as timm calls it.
+    """What timm calls; it makes a SparseAdamW, which logs and pickles show as that.
 
     open_clip_train passes eps=None where its user gives none, as timm's own scripts do with betas: defaults then hold.
 
@@ -54,14 +54,15 @@ class TimmSparseAdamW(SparseAdamW):
         TypeError: An argument of timm's optimizers that SparseAdamW does not take, such as `caution`.
     """
 
-    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+    def __new__(cls, params: Iterable[Any], **options: Any) -> SparseAdamW:  # type: ignore[misc]
+        """See the class."""
         options = {name: value for name, value in options.items() if value is not None}
         if unknown := [name for name in options if name not in _known()]:
             raise TypeError(
                 f"sparseadamw: expected arguments of SparseAdamW, got {unknown[0]!r}; drop it"
                 + (": the cautious variants are timm's own (cadamw)" if unknown[0] == "caution" else "")
             )
-        super().__init__(params, **options)
+        return SparseAdamW(params, **options)
 
 
 def _known() -> list[str]:
