@@ -35,7 +35,7 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
                 f"`{name}[{i}]`: expected device {device} like `{name}[0]`, got {tensor.device}; "
                 "move them to one device"
             )
-        reach = tensor.nbytes if tensor.is_contiguous() else _reach(tensor)
+        reach = tensor.nbytes if tensor.is_contiguous() else reach_of(tensor)
         if (
             tensor.untyped_storage().nbytes() < reach + tensor.storage_offset() * tensor.itemsize
             or tensor.is_neg()
@@ -56,7 +56,7 @@ def _label(name: Name, i: int) -> str:
     return f"`{name}[{i}]`" if isinstance(name, str) else name(i)
 
 
-def _reach(tensor: Tensor) -> int:
+def reach_of(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last, of a tensor that has any."""
     strides = tensor.stride()
     numel: int = sum(map(mul, strides, tensor.shape)) - sum(strides) + 1
@@ -77,7 +77,7 @@ def in_memory(label: str, tensor: Tensor) -> None:
             f"{label}: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
             ".resolve_neg() first"
         )
-    expected = tensor.storage_offset() * tensor.itemsize + _reach(tensor)
+    expected = tensor.storage_offset() * tensor.itemsize + reach_of(tensor)
     if storage.nbytes() < expected:
         raise ValueError(
             f"{label}: expected a storage of {expected} bytes or more, got {storage.nbytes()}: its memory was freed; "
@@ -93,7 +93,8 @@ def all_in_memory(name: Name, tensors: Sequence[Tensor | None]) -> None:
         if tensor is not None
         and (
             tensor.untyped_storage().nbytes()
-            < (tensor.nbytes if tensor.is_contiguous() else _reach(tensor)) + tensor.storage_offset() * tensor.itemsize
+            < (tensor.nbytes if tensor.is_contiguous() else reach_of(tensor))
+            + tensor.storage_offset() * tensor.itemsize
             or type(tensor) not in _PLAIN
         )
     ]

@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
 from ._compiled import _C
+from .checks import reach_of
 
 _reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
 if _reader is not None and not _reader.is_available:
@@ -135,5 +136,4 @@ def has_memory(tensor: Tensor) -> bool:
     """Whether its storage holds all of its elements: `untyped_storage().resize_()` asks no tensor."""
     if not tensor.numel() or tensor.is_meta:
         return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return bool((tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes())
+    return bool(tensor.storage_offset() * tensor.itemsize + reach_of(tensor) <= tensor.untyped_storage().nbytes())
