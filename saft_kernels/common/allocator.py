@@ -1,38 +1,67 @@
-"""What glibc's malloc does with the memory of gradients that have been freed."""
+"""Memory of gradients that leaves the process when they are freed."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
+import mmap
+import sys
+from typing import Any
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-_MMAP_THRESHOLD = 1 << 20  # bytes. Smaller blocks find room among each other; each larger one costs its page faults
+import torch
+from torch import Tensor, UntypedStorage
 
-# each of these, set by the user, ends the adaptation that is undone here, and says what he wants in its place
-_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
-_TUNABLES = ("mmap_threshold", "mmap_max", "trim_threshold", "top_pad")
+_SMALLEST = 1 << 17  # bytes: the default limit from which malloc itself returns what is freed, block by block
+
+
+def free_gradient(parameter: Tensor) -> None:
+    """Sets `parameter.grad` to None, and has its memory go back to the system if nothing else holds it.
+
+    Under glibc, freed is not returned: the first free of a mapped block of up to 32 MiB moves all blocks of its size
+    to the heap for good. There, an aligned block does not fit where one of the same size was freed, once anything
+    small lies beside it: gradients that are freed one by one then take as much memory as all of them together.
+
+    On Linux, for CPU gradients of 128 KiB and more that torch has allocated; its price are page faults when the
+    addresses are used again.
+    """
+    gradient, parameter.grad = parameter.grad, None
+    if type(gradient) is not Tensor or gradient.device.type != "cpu" or gradient.layout != torch.strided:
+        return
+    storage = gradient.untyped_storage()
+    # memory that torch did not allocate is not resizable, and its owner may read it once more
+    if storage.nbytes() < _SMALLEST or not storage.resizable() or _owners(gradient, storage) != _sole_owner():
+        return
+    if torch.cuda.is_initialized() and gradient.is_pinned():  # a device has these pages
+        return
+    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if (libc := _libc()) is not None and end > first:
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+
+
+def return_holes() -> None:
+    """Has what earlier blocks left in glibc's heap go back to the system; some milliseconds."""
+    if (libc := _libc()) is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 @functools.cache
-def return_large_blocks() -> bool:
-    """Has freed CPU memory go back to the system, block by block, from 1 MiB on: once per process, under glibc.
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED") else None
 
-    By default the first free of a mapped block of up to 32 MiB moves all blocks of its size to the heap for good.
-    There, an aligned block does not fit where one of the same size was freed, once anything small lies beside it:
-    gradients that are freed one by one then take as much memory as all of them together.
 
-    Returns:
-        Whether it does; False under another malloc, or where the environment sets one of malloc's limits.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if any(name in os.environ for name in _VARIABLES) or any(f"glibc.malloc.{name}=" in tunables for name in _TUNABLES):
-        return False
-    try:
-        libc = ctypes.CDLL(None)
-        if not hasattr(libc, "gnu_get_libc_version") or not libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD):
-            return False
-        libc.malloc_trim(ctypes.c_size_t(0))  # holes that earlier blocks left in the heap
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no CDLL(None)
-        return False
-    return True
+def _owners(tensor: Tensor, storage: UntypedStorage) -> tuple[int, ...] | None:
+    """How many hold the object, the tensor and its storage; None where torch does not say."""
+    if not hasattr(torch._C, "_storage_Use_Count") or not hasattr(tensor, "_use_count"):
+        return None
+    # numpy arrays hold the object, DLPack capsules the tensor, views the storage
+    in_cpp = tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(tensor), sys.getrefcount(storage), *in_cpp
+
+
+@functools.cache
+def _sole_owner() -> tuple[int, ...]:
+    """The `_owners` of a tensor that only the caller holds, by a local name, with its storage by another."""
+    tensor = torch.empty(1, device="cpu")
+    storage = tensor.untyped_storage()
+    return _owners(tensor, storage) or ()

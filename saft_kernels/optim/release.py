@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..common.allocator import return_large_blocks
+from ..common.allocator import free_gradient, return_holes
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
 from .members import Member
@@ -46,6 +46,7 @@ class GradientBuffer:
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self.saw_nonzero = False  # in a gradient, selected or not, since zero gradients do not make a first step
         self._awaits_first_step = True
+        self._left_holes = False  # dense gradients may have, in the heap
         self.observers: list[Callable[[], None]] = []  # called when the selection may have changed
         weakref.finalize(self, _remove, self._hooks)
 
@@ -62,8 +63,6 @@ class GradientBuffer:
     def update(self, members: Sequence[Member], awaits_first_step: bool) -> None:
         """Follows the optimizer: its parameters, and what is selected of them. Keeps what stays the same."""
         self._awaits_first_step = awaits_first_step
-        if any(member.parameter.device.type == "cpu" for member in members):
-            return_large_blocks()  # before gradients are made, and dense ones count: they stay until the selection
         before, self._selected = self._selected, {}
         fresh: list[tuple[Member, Tensor]] = []
         for member in members:
@@ -76,6 +75,7 @@ class GradientBuffer:
             else:
                 fresh.append((member, index))
         self._allocate(fresh)
+        self._left_holes |= any(member.parameter.device.type == "cpu" for member, _ in fresh)
         self._gradients = {p: g for p, g in self._gradients.items() if self._selected.get(p) is g.selected}
         self._hook([member.parameter for member in members])
         for observer in self.observers:
@@ -113,8 +113,11 @@ class GradientBuffer:
         if self._awaits_first_step and not self.saw_nonzero:
             self.saw_nonzero = bool(gradient.any())
         values = selected.take(gradient) if selected.index.numel() else None
-        del gradient
-        parameter.grad = None
+        del gradient  # whose memory is returned only if nobody holds it
+        free_gradient(parameter)
+        if self._left_holes:
+            self._left_holes = False
+            return_holes()
         if values is not None:
             self.add(parameter, values)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..common.allocator import free_gradient
 from ..ops.dtypes import index_dtype, opmath_dtype
 from .budget import budget, largest_of_rows
 from .gradients import check_dense, nonfinite_error
@@ -128,7 +129,7 @@ def _on_gradient(parameters: Mapping[str, Tensor], take: Callable[[str, Tensor],
 
 
 def _free(name: str, parameter: Tensor) -> None:
-    parameter.grad = None
+    free_gradient(parameter)
 
 
 def _rng_state() -> Callable[[], None]:
@@ -166,7 +167,7 @@ def offer_one_pass(
     for name, parameter in candidates.items():
         if name not in seen:
             top.offer(name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-            parameter.grad = None
+            free_gradient(parameter)
 
 
 def _offer_as_it_comes(
@@ -182,12 +183,12 @@ def _offer_as_it_comes(
 
     def take(name: str, parameter: Tensor) -> None:
         if name not in candidates:
-            parameter.grad = None
+            free_gradient(parameter)
         elif name not in late and parameter.grad is not None:
             check_dense(name, parameter.grad)
             (again if name in seen else seen).add(name)
             top.offer(name, parameter.grad)
-            parameter.grad = None
+            free_gradient(parameter)
 
     with _on_gradient(named, take):
         for _ in passes:
@@ -218,7 +219,7 @@ def offer_blocks(
         while sums:
             top.offer(*sums.popitem())
         for parameter in block.values():
-            parameter.grad = None
+            free_gradient(parameter)
 
 
 def _split(candidates: Mapping[str, Tensor], blocks: int) -> Iterator[dict[str, Tensor]]:
@@ -239,7 +240,7 @@ def sum_on_host(
     sums: dict[str, Tensor] = {}
 
     def take(name: str, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
+        gradient = parameter.grad
         if name in candidates and gradient is not None:
             check_dense(name, gradient)
             gradient = gradient.detach().cpu()
@@ -247,6 +248,8 @@ def sum_on_host(
                 sums[name].add_(gradient)
             else:
                 sums[name] = gradient.to(opmath_dtype(gradient.dtype))
+        del gradient
+        free_gradient(parameter)
 
     with _on_gradient(named, take):
         for _ in passes(batches):
