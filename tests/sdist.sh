@@ -15,7 +15,9 @@ unset PYTHONPATH SAFT_BUILD_CUDA SAFT_REQUIRE_CPP SAFT_SANITIZE
 
 quietly() { "$@" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }; }
 # wheel folder [VARIABLE=value ...]: builds the sdist's wheel, with these variables
-wheel() { quietly env "${@:2}" "$python" -m pip wheel -v --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$1" dist/*.tar.gz; }
+wheel() {
+  quietly env "${@:2}" "$python" -m pip wheel -v --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$1" dist/*.tar.gz
+}
 # try_out environment backend wheel: installs the wheel into a new environment and runs it there
 try_out() {
   "$python" -m venv --without-pip "$1"
@@ -44,7 +46,7 @@ wheel plain CXX=/nowhere/c++
 grep -q 'NOTICE: the C++ module was not built: there is no /nowhere/c++' log
 try_out no-compiler reference plain/*.whl
 
-if command -v nvcc > /dev/null; then
+if command -v nvcc > /dev/null; then # one architecture shows it
   wheel cuda SAFT_BUILD_CUDA=1 SAFT_CUDA_ARCHS=80
   try_out nvcc cpu cuda/*.whl
   nvcc/bin/python -c 'from saft_kernels import _C; assert _C.has_cuda'
