@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["_C", "import_error"]
+
 try:
     import saft_kernels._C as _C  # `from .. import _C` would blame a circular import where there is no module
 except ImportError as error:
