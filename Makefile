@@ -49,8 +49,8 @@ gpu:  ## on a machine with an NVIDIA GPU: build in place, GPU tests, benches (RE
 sanitize: build  ## the cpu backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh $(BIN)/python
 
-sdist: build  ## what a user gets of a release: sdist, wheel, new environment, one step
-	bash tests/sdist.sh $(BIN)/python
+sdist: build  ## dist/: sdist and CPU wheel, each tried in a new environment, with and without compiler and nvcc
+	bash tests/sdist.sh $(BIN)/python dist
 
 clean:  ## removes what the other targets made
-	rm -rf $(VENV) build *.egg-info saft_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info saft_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

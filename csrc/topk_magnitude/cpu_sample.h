@@ -41,8 +41,8 @@ class Sample {
   // The best sample size: reading more of it costs as much as the narrower band, kSigmas to either side, saves.
   index_t sample_numel() const {
     const double share = double(k_) / double(numel_);
-    const double best = std::pow(kBandCost * kSigmas * double(numel_) * std::sqrt(share), 2.0 / 3.0);
-    return std::clamp(index_t(best), kMinSample, kMaxSample);
+    const double root = std::cbrt(kBandCost * kSigmas * double(numel_) * std::sqrt(share));
+    return std::clamp(index_t(root * root), kMinSample, kMaxSample);
   }
 
   Bracket<Key> bracket() const {

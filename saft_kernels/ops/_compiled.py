@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+__all__ = ["_C", "import_error"]
+
 try:
-    from .. import _C as _C
+    import saft_kernels._C as _C  # `from .. import _C` would blame a circular import where there is no module
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     import_error: ImportError | None = error
