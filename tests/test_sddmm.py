@@ -253,3 +253,25 @@ def test_weights_beyond_2_31_elements(backend: Backend) -> None:
     indices = (torch.arange(2**17 - 8, 2**17) * 2**15).repeat_interleave(8) + torch.arange(2**15 - 8, 2**15).repeat(8)
     values = backend.sddmm(wide_dy, wide_x, backend.to(indices))
     check(values, dy, x, torch.arange(64))
+
+
+@pytest.mark.parametrize("at", ["outputs", "inputs"])
+def test_memory_is_that_of_the_entries(at: str) -> None:
+    """Two billion channels take no table of them."""
+    resource = pytest.importorskip("resource")
+    many = torch.ones(3, 1).expand(3, 2**31 - 1)
+    dy, x = (many, torch.ones(3, 2)) if at == "outputs" else (torch.ones(3, 2), many)
+    width = x.shape[1]
+    indices = torch.tensor([0, width - 1, width, dy.shape[1] * width - 1]).unique()
+    sddmm(torch.ones(3, 2), torch.ones(3, 2), torch.tensor([0]), backend="cpu")  # what is loaded once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sddmm(dy, x, indices, backend="cpu").tolist() == [3.0] * len(indices)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 64 * 1024
+
+
+def test_sorted_and_tabled_channels_agree() -> None:
+    """Few entries of many channels, and the same beside so many others that all channels have a table."""
+    dy, x = factors(50, 3_000, 2_000)
+    all_of_them = some(3_000 * 2_000, 4_000)
+    few = all_of_them[::200].flip(0)  # in any order
+    assert_same_bits(sddmm(dy, x, few, backend="cpu"), sddmm(dy, x, all_of_them, backend="cpu")[::200].flip(0))

@@ -9,6 +9,7 @@
 // Threads    split by channels, then by entries; each value is computed by one thread.
 // Contract   compiled with -ffp-contract=off: the same bits on every instruction set and over thread counts.
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -23,58 +24,63 @@ namespace {
 // to 1.0 times as long, the dot products 1.1 to 1.3 times. All tokens at once: 1.2 to 1.3 times, and 0.9
 // times. Transposing blocks of 8 x 8 by shuffles made packing no faster: it waits for memory.
 constexpr index_t kTokenBlock = 256;
-constexpr index_t kChannelChunk = 64;  // channels packed per work item
-constexpr index_t kEntryChunk = 512;   // entries per work item
-constexpr int kEntriesAtOnce = 4;      // their sums fill half of AVX2's registers
+constexpr index_t kChannelChunk = 64;    // channels packed per work item
+constexpr index_t kEntryChunk = 512;     // entries per work item
+constexpr int kEntriesAtOnce = 4;        // their sums fill half of AVX2's registers
+constexpr index_t kSparseChannels = 64;  // channels per entry from which those that are used are sorted
 
 template <class opmath_t>
 constexpr int kLanes = 64 / int(sizeof(opmath_t));
 
 // ---- which channels are used, by which entry ----
 
-// The used channels of one factor in the order they were met, and how each entry names its own.
-struct UsedChannels {
-  std::vector<int32_t> slot;      // by channel; -1: not used
-  std::vector<int32_t> channels;  // by slot
-
-  explicit UsedChannels(index_t num_channels) : slot(size_t(num_channels), -1) {}
-  int32_t use(index_t channel) {
-    int32_t& s = slot[size_t(channel)];
-    if (s < 0) {
-      s = int32_t(channels.size());
-      channels.push_back(int32_t(channel));
-    }
-    return s;
-  }
+struct Entry {
+  int32_t dy, x;  // channels, then their slots
 };
 
-struct Entry {
-  int32_t dy, x;  // slots
+// The used channels of one factor, ascending: neighbours share the lines they are read from.
+struct UsedChannels {
+  std::vector<int32_t> channels;  // by slot
+
+  // Makes slots of the channels that entries name.
+  UsedChannels(index_t num_channels, std::vector<Entry>& entries, int32_t Entry::* channel) {
+    if (num_channels > kSparseChannels * index_t(entries.size())) {  // no table of all channels
+      channels.reserve(entries.size());
+      for (const Entry& entry : entries) channels.push_back(entry.*channel);
+      std::sort(channels.begin(), channels.end());
+      channels.erase(std::unique(channels.begin(), channels.end()), channels.end());
+      for (Entry& entry : entries) {
+        const auto found = std::lower_bound(channels.begin(), channels.end(), entry.*channel);
+        entry.*channel = int32_t(found - channels.begin());
+      }
+      return;
+    }
+    std::vector<int32_t> slot(size_t(num_channels), -1);
+    for (const Entry& entry : entries) slot[size_t(entry.*channel)] = 0;
+    for (index_t c = 0; c < num_channels; ++c) {
+      if (slot[size_t(c)] < 0) continue;
+      slot[size_t(c)] = int32_t(channels.size());
+      channels.push_back(int32_t(c));
+    }
+    for (Entry& entry : entries) entry.*channel = slot[size_t(entry.*channel)];
+  }
+
+  index_t count() const { return index_t(channels.size()); }
 };
 
 // False when it met an index out of range. Each is read once: what is used of it is what was checked.
 template <class index_type>
-bool find_entries(const SddmmParams& p, const index_type* indices, UsedChannels& dy, UsedChannels& x,
-                  Entry* entries) {
+bool find_entries(const SddmmParams& p, const index_type* indices, std::vector<Entry>& entries) {
   index_t output = 0, first_of_output = 0;
-  int32_t output_slot = -1;
-  // x is packed in ascending order of channels: neighbours share the lines they are read from
-  std::vector<uint8_t> used(size_t(p.num_inputs), 0);
   for (index_t j = 0; j < p.k; ++j) {
     const index_t flat = indices[j];
     if (uint64_t(flat) >= uint64_t(p.num_outputs) * uint64_t(p.num_inputs)) return false;
-    if (output_slot < 0 || flat < first_of_output || flat >= first_of_output + p.num_inputs) {
+    if (flat < first_of_output || flat >= first_of_output + p.num_inputs) {
       output = flat / p.num_inputs;
       first_of_output = output * p.num_inputs;
-      output_slot = dy.use(output);
     }
-    entries[j] = {output_slot, int32_t(flat - first_of_output)};
-    used[size_t(flat - first_of_output)] = 1;
+    entries[size_t(j)] = {int32_t(output), int32_t(flat - first_of_output)};
   }
-  for (index_t c = 0; c < p.num_inputs; ++c) {
-    if (used[size_t(c)] != 0) x.use(c);
-  }
-  for (index_t j = 0; j < p.k; ++j) entries[j].x = x.slot[size_t(entries[j].x)];
   return true;
 }
 
@@ -214,14 +220,13 @@ void add_dots(Isa isa, const Entry* entries, index_t begin, index_t end, const o
 
 template <class opmath_t, class scalar_t>
 bool run(const SddmmParams& p, int num_threads, Isa isa) {
-  UsedChannels used_dy(p.num_outputs), used_x(p.num_inputs);
   std::vector<Entry> entries(size_t(p.k));
   bool in_range = false;
-  dispatch_index(p.indices, p.index_bytes, [&](const auto* indices) {
-    in_range = find_entries(p, indices, used_dy, used_x, entries.data());
-  });
+  dispatch_index(p.indices, p.index_bytes,
+                 [&](const auto* indices) { in_range = find_entries(p, indices, entries); });
   if (!in_range) return false;
-  const index_t num_dy = index_t(used_dy.channels.size()), num_x = index_t(used_x.channels.size());
+  const UsedChannels used_dy(p.num_outputs, entries, &Entry::dy), used_x(p.num_inputs, entries, &Entry::x);
+  const index_t num_dy = used_dy.count(), num_x = used_x.count();
   // not a vector: nothing here needs to be zero
   const std::unique_ptr<opmath_t[]> packed(new opmath_t[size_t((num_dy + num_x) * kTokenBlock)]);
   opmath_t* const dy = packed.get();
