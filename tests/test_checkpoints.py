@@ -411,6 +411,74 @@ def test_timms_checkpoints(tmp_path: Path) -> None:
     assert type(found["metric"]) is np.float64
 
 
+def test_averages_of_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the weights they are said to be left alone; without the weights they are what is read."""
+    base, tuned = states()
+    torch.save({"state_dict": base, "state_dict_ema": tuned, "optimizer": {"state": {}}}, tmp_path / "both.pth.tar")
+    torch.save({"epoch": 1, "model_ema": tuned}, tmp_path / "ema.pth")
+    assert run("diff", tmp_path / "both.pth.tar", tmp_path / "ema.pth", "-o", tmp_path / "d") == 0
+    note = f"{tmp_path / 'both.pth.tar'}: other weights in it are left alone: 'state_dict_ema'\n"
+    assert capsys.readouterr().err == note
+    assert SparseDelta.load(tmp_path / "d") == SparseDelta.diff(base, tuned)
+    assert (
+        run(
+            "revert",
+            tmp_path / "ema.pth",
+            tmp_path / "d",
+            "-o",
+            tmp_path / "o.pth",
+            "--base",
+            tmp_path / "both.pth.tar",
+        )
+        == 0
+    )
+    same(torch.load(tmp_path / "o.pth")["model_ema"], base)
+    capsys.readouterr()
+    assert run("apply", tmp_path / "both.pth.tar", tmp_path / "d", "-o", tmp_path / "o.pth.tar") == 0
+    assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize("kind", ["meta", "nested", "sparse"])
+def test_tensors_that_have_no_plain_values(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = {
+        "meta": torch.empty(3, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "sparse": torch.eye(3).to_sparse(),
+    }[kind]
+    torch.save({"a": torch.ones(2), "x": odd}, tmp_path / "odd.pt")
+    assert run("diff", tmp_path / "odd.pt", tmp_path / "odd.pt", "-o", tmp_path / "d") == 1
+    err = capsys.readouterr().err
+    assert "odd.pt: expected" in err
+    assert "got 'x'" in err
+    with pytest.raises(TypeError, match=r"`base`\['x'\]: expected a strided tensor in memory"):
+        SparseDelta.diff({"x": odd}, {"x": odd})
+
+
+def test_a_new_folder_in_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = states()
+    model = sharded(tmp_path / "model", base, 2)
+    SparseDelta.diff(base, tuned).save(tmp_path / "d")
+    assert run("apply", model, tmp_path / "d", "-o", model / "tuned") == 0
+    assert capsys.readouterr().err.endswith(": left out of the copy: 'optimizer.pt', 'training_args.bin'\n")
+    same(loaded(model / "tuned"), tuned)
+
+
+@pytest.mark.parametrize("name", ["untied.pt", "untied.safetensors"])
+def test_one_head_of_a_tied_pair(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base has it once; the tuned model's other name kept its values."""
+    weight = torch.zeros(4, 3)
+    torch.save({"embed": weight, "head": weight}, tmp_path / "tied.pt")
+    write = torch.save if name.endswith(".pt") else safetensors.torch.save_file
+    write({"embed": weight.clone(), "head": weight + 1}, tmp_path / name)
+    assert run("diff", tmp_path / "tied.pt", tmp_path / name, "-o", tmp_path / "d") == 0
+    assert run("apply", tmp_path / "tied.pt", tmp_path / "d", "-o", tmp_path / "o.pt") == 1
+    assert "expected 'embed' and 'head' apart, as in the tuned model" in capsys.readouterr().err
+    assert not (tmp_path / "o.pt").exists()
+    back = tmp_path / f"back{Path(name).suffix}"
+    assert run("revert", tmp_path / name, tmp_path / "d", "-o", back, "--base", tmp_path / "tied.pt") == 0
+    same(loaded(back), {"embed": weight, "head": weight})
+
+
 class Runs:
     """Code that a pickle would run."""
 

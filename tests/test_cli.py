@@ -171,6 +171,7 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"epoch": 1}, files / "none.pt")
     torch.save({"model": torch.nn.Linear(1, 1)}, files / "pickled.pt")
     (files / "text.safetensors").write_text("no tensors")
+    (files / "delta.safetensors").write_bytes((files / "d.delta").read_bytes())
     (files / "short.delta").write_bytes((files / "d.delta").read_bytes()[:-3])
     capsys.readouterr()
     for command, message in [
@@ -179,7 +180,7 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("apply base.safetensors d.delta -o out.pt", "expected a name that ends in .safetensors"),
         ("apply flat.bin d.delta -o out.safetensors", "the format of"),
         ("apply base.safetensors d.delta -o nowhere/out.safetensors", "expected an existing folder"),
-        ("apply base.safetensors nowhere.delta -o out.safetensors", "nowhere.delta"),
+        ("apply base.safetensors nowhere.delta -o out.safetensors", "nowhere.delta: No such file or directory"),
         ("apply base.safetensors d.delta -o out.safetensors --alpha nan", "`alpha`: expected a finite number"),
         ("revert tuned.safetensors d.delta -o out.safetensors", "pass --base"),
         ("revert tuned.safetensors d.delta -o out.safetensors --base other.safetensors", "`base`: expected the base"),
@@ -188,8 +189,15 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("diff base.safetensors none.pt -o e.delta", "got a dictionary of 'epoch'"),
         ("diff base.safetensors pickled.pt -o e.delta", "save a state dict of tensors"),
         ("diff base.safetensors text.safetensors -o e.delta", "expected a .safetensors file"),
-        ("diff base.safetensors nowhere.pt -o e.delta", "nowhere.pt"),
+        ("diff base.safetensors nowhere.pt -o e.delta", "nowhere.pt: expected a checkpoint, got no file and no folder"),
+        ("diff base.safetensors ./nowhere -o e.delta", "nowhere: expected a checkpoint, got no file and no folder"),
         ("diff base.safetensors d.delta -o e.delta", "got '.delta'"),
+        (
+            "diff delta.safetensors tuned.safetensors -o e.delta",
+            "delta.safetensors: expected a checkpoint, got a SparseD",
+        ),
+        ("apply delta.safetensors d.delta -o out.safetensors", "`saft-kernels apply` makes a checkpoint of the base"),
+        ("apply base.safetensors d.delta -o out.safetensors --alpha 1e39", "within fp32's range, got 1e+39"),
         ("diff base.safetensors tuned.safetensors -o nowhere/e.delta", "expected an existing folder"),
         ("diff base.safetensors tuned.safetensors -o e.pt", "got '.pt'; name it e.safetensors"),
         ("diff base.safetensors tuned.safetensors -o e.delta --exclude x*", "got 'x*', which matches none of 8; they"),
@@ -359,6 +367,30 @@ def test_signals(
     assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
+def test_ctrl_c_while_the_arguments_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_parser", interrupted)
+    assert main.main(["info"]) == 130
+    assert capsys.readouterr().err == "saft-kernels: interrupted\n"
+
+
+def test_closed_streams(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a shell's `>&- 2>&-`."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    try:
+        assert run(files, "diff base.safetensors tuned.safetensors -o d.delta") == 0
+        assert run(files, "summary d.delta") == 0
+        assert run(files, "summary nowhere.delta") == 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.close()
+
+
 def test_a_bug_shows_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*_: Any, **__: Any) -> None:
         raise KeyError("a bug")
@@ -418,7 +450,10 @@ def test_summary(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["visual.blocks.2.norm.bias", "1", "6", "16.667%", "25.00%"],
         ["total", "4", "187", "2.139%", "100%"],
     ]
-    assert lines[-1].endswith("bytes per value; original values included")
+    assert re.fullmatch(r"delta of [\d,]+ bytes, [\d.]+ per value; original values included", lines[-1])
+    assert run(files, "diff base.safetensors base.safetensors -o none.delta") == 0
+    assert run(files, "summary none.delta") == 0
+    assert re.fullmatch(r"delta of \d+ bytes; original values included", capsys.readouterr().out.splitlines()[-1])
     assert run(files, "summary d.delta --depth 2") == 0
     assert "visual.blocks         2" in capsys.readouterr().out
 
@@ -511,13 +546,14 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
 
 
-@pytest.mark.parametrize("state", ["stacks", "flat", "single", "many"])
+@pytest.mark.parametrize("state", ["stacks", "flat", "single", "many", "long"])
 def test_png(state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A picture for models with blocks, without, of one tensor, and of very many."""
     shapes = {
         "stacks": [f"text.blocks.{i}.{kind}.weight" for i in range(12) for kind in ("attn", "mlp", "norm")] + ["head"],
         "flat": ["conv.weight", "fc.weight"],
         "single": ["w"],
+        "long": ["encoder." * 40 + "weight"],
         "many": [f"stage{i}.{j}.{kind}" for i in range(9) for j in range(3) for kind in "abcdefghijklmnopqrstuv"]
         + [f"w{i}" for i in range(60)],
     }

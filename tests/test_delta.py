@@ -7,7 +7,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ def test_tied_weights_are_stored_once_and_written_under_every_name(tmp_path: Pat
         delta.revert_(model)
     # tied before, not after: two tensors
     untied = {name: value.clone() for name, value in tuned.state_dict().items()}
-    assert SparseDelta.diff(base, untied).tied == {}
+    both = SparseDelta.diff(base, untied)
+    assert both.tied == {}
+    both.apply_(copy.deepcopy(base))  # they have changed alike
     # tied after, not before: what the two were differs
     untied["head.weight"][4, 0] += 1
     mixed = SparseDelta.diff(untied, tuned)
@@ -617,12 +620,51 @@ def test_integers_and_every_dtype_interpolate() -> None:
     assert_same_state(model, base)
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "half", None])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e39, -1e300, "half", None])
 def test_alpha(alpha: Any) -> None:
     delta = SparseDelta.diff(small(), changed(small()))
     with pytest.raises(ValueError, match="`alpha`: expected a finite number") as error:
         delta.interpolate_(small(), alpha)
     assert_message(error, ["1 the tuned model"])
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_what_was_untied_does_not_fit_what_is_tied(also: bool, tmp_path: Path) -> None:
+    """One tensor by two names, of which the tuned model has two: it cannot be both."""
+    weight = torch.zeros(2, 3)
+    base = {"embed": weight, "head": weight}
+    tuned = {"embed": weight + also, "head": weight + 2}
+    SparseDelta.diff(base, tuned).save(tmp_path / "d")
+    delta = SparseDelta.load(tmp_path / "d")
+    with pytest.raises(ValueError, match="`model`: expected 'embed' and 'head' apart") as error:
+        delta.apply_(base)
+    assert_message(error, ["got one tensor by both names; untie them first"])
+    assert not bool(weight.any())
+    model = copied(tuned)
+    delta.take_originals(base)
+    delta.revert_(model)
+    assert_same_state(model, base)
+    delta.revert_(base)
+    delta.apply_(model)
+    assert_same_state(model, tuned)
+
+
+def test_a_pair_is_let_go_before_the_next_is_read() -> None:
+    """The peak is one tensor of each model, not two."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name in "abc":
+            assert all(tensor() is None for tensor in seen)
+            old, new = torch.zeros(3), torch.ones(3)
+            seen.extend((weakref.ref(old), weakref.ref(new)))
+            pair = name, old, new
+            del old, new
+            yield pair
+            del pair
+
+    changes = difference.difference(pairs(), "abc", tied={}, untied=(), whole=False, numel=9)
+    assert changes.mask.k == 9
 
 
 # ---- compose ----

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import random
 import resource
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import safetensors
@@ -286,6 +290,13 @@ def test_outputs_that_are_no_files(tmp_path: Path) -> None:
         assert str(error.value).startswith(f"{tmp_path / name}: ")
         assert ".saft-tmp" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    read, write = os.pipe()  # as /dev/stdout is, in a shell's pipe
+    with (
+        open(read),
+        open(write),
+        pytest.raises(OSError, match="expected a regular file, got a link to itself, a device"),
+    ):
+        put(Path(f"/dev/fd/{write}"), b"new")
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -423,3 +434,47 @@ def test_a_temporary_file_that_is_taken_for_abandoned_is_made_again(
     put(tmp_path / "f", b"new")
     assert len(removed) == 1
     assert (tmp_path / "f").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_an_interrupt_at_any_line_leaves_nothing(what: str, tmp_path: Path) -> None:
+    """Ctrl-C before each line in turn: the output is there whole or not at all, and nothing else is."""
+    target, lines = tmp_path / "f", 0
+
+    def stop(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename not in (files.__file__, contextlib.__file__):
+            return None
+        if event == "line":
+            lines -= 1
+            if lines == 0:
+                raise KeyboardInterrupt
+        return stop
+
+    def work() -> None:
+        if what == "file":
+            put(target, b"new")
+            return
+        with files.new_folder(target) as folder:
+            (folder / "f").write_bytes(b"new")
+
+    for start in range(1, 500):
+        lines = start
+        interrupted = False
+        before = sys.gettrace()
+        sys.settrace(stop)
+        try:
+            work()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        left = {entry.name for entry in tmp_path.iterdir()}
+        assert left <= {"f"}
+        if left:
+            assert (target if what == "file" else target / "f").read_bytes() == b"new"
+            shutil.rmtree(target) if what == "folder" else target.unlink()
+        if not interrupted:
+            break
+    assert start > 40
+    assert not interrupted

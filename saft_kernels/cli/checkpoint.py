@@ -49,6 +49,7 @@ class Checkpoint:
             name: self._files[part].tensors[given] for name, (part, given) in self._where.items()
         }
         self.others = [name for file in self._files for name in file.others]
+        self.copies = [name for file in self._files for name in file.copies]
 
     def _by_name(self, wanted: Mapping[str, str] | None) -> dict[str, tuple[int, str]]:
         """Plain name -> number of the file, and the name there."""
@@ -127,7 +128,7 @@ class Checkpoint:
 
     def _copy_others(self, folder: Path) -> list[str]:
         """Configuration, tokenizer and the index; not what would be the model before in another format."""
-        own = {file.path.name for file in self._files}
+        own = {folder.name, *(file.path.name for file in self._files)}
         left_out = []
         for path in sorted(folder_of(self.path).iterdir()):
             if path.name in own:
@@ -169,6 +170,8 @@ def _open(path: Path) -> TensorFile:
 
 def _locate(path: Path) -> tuple[Path | None, list[Path], dict[str, str] | None]:
     """The index, the files, and the file's name per tensor, where there is an index."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a checkpoint, got no file and no folder; check the name")
     if path.is_dir():
         path = _in_folder(path)
     if path.name.endswith(_INDEX):

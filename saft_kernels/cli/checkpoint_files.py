@@ -19,10 +19,12 @@ from torch import Tensor
 from .. import ops
 from ..common import tensor_files
 from ..common.names import short
+from ..delta.file import FORMAT as DELTA_FORMAT
+from ..mask import FORMAT as MASK_FORMAT
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # timm's are called .pth.tar
 # where training scripts put the model's state dict
-_NESTS = ("state_dict", "model", "model_state_dict", "module")
+_NESTS = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema", "model_ema")
 # what trainers save beside it, and torch.load(weights_only=True) does not know: data, of which nothing is run
 _DATA_TYPES: list[Any] = [
     *(argparse.Namespace, np.dtype, *(type(np.dtype(code)) for code in "?bhilBHILefd")),
@@ -51,6 +53,8 @@ class TensorFile:
         self.tensors: dict[str, Tensor] = {}
         self.others: list[str] = []
         """What is no tensor, or none of a dtype that torch has."""
+        self.copies: list[str] = []
+        """State dicts beside this one, of the same names: an average of the weights, say."""
         self._file = open(path, "rb")  # noqa: SIM115
         self._before = os.fstat(self._file.fileno())
         self.nbytes = self._before.st_size
@@ -91,7 +95,7 @@ class TensorFile:
         # torch says first how to run the file's code, and then what is wrong with it
         text = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error).strip() or type(error).__name__
         lines = text.splitlines()
-        line = next((line for line in lines if "GLOBAL" in line), lines[0])
+        line = next((line for line in lines if "GLOBAL" in line), lines[0]).partition(" Please use")[0]
         return ValueError(f"{self.path}: expected {expected} ({line.strip()[:160]}); {remedy}")
 
 
@@ -103,6 +107,12 @@ class SafetensorsFile(TensorFile):
             self._header = tensor_files.read_header(self._file)
         except ValueError as error:
             raise self._error("a .safetensors file, got another or a damaged one", error, "get it anew") from error
+        form = self._header.metadata.get("format", "")
+        if form in (DELTA_FORMAT, MASK_FORMAT):
+            raise ValueError(
+                f"{self.path}: expected a checkpoint, got a {form.rpartition('.')[2]}; "
+                "`saft-kernels apply` makes a checkpoint of the base and a delta"
+            )
         for name, entry in self._header.entries.items():
             if entry.dtype in tensor_files.DTYPES:
                 self.tensors[name] = torch.empty(entry.shape, dtype=tensor_files.DTYPES[entry.dtype], device="meta")
@@ -159,9 +169,18 @@ class TorchFile(TensorFile):
                 "save model.state_dict()"
             )
         self._state = state
+        self.copies = [
+            key
+            for key, value in content.items()
+            if isinstance(value, Mapping) and value is not state and value and value.keys() == state.keys()
+        ]
         check_sizes(self.path, state)
         for name, tensor in state.items():
             if isinstance(tensor, Tensor):
+                if tensor.is_meta and self._offsets is None:
+                    raise ValueError(
+                        f"{self.path}: expected values, got {name!r} on the meta device; save a model that has them"
+                    )
                 self.tensors[name] = tensor.detach().to("meta")
             else:
                 self.others.append(name)
@@ -267,8 +286,9 @@ def check_sizes(path: Path, state: Mapping[str, Any]) -> None:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{path}: expected strided tensors, got {name!r} of {tensor.layout}; save it dense")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            got = "nested" if tensor.is_nested else tensor.dtype if tensor.is_quantized else tensor.layout
+            raise ValueError(f"{path}: expected strided tensors, got {name!r}, which is {got}; save it dense")
         if (tensor.numel() - _reach(tensor)) * tensor.itemsize > _MAX_EXPANDED:
             raise ValueError(
                 f"{path}: expected memory for every element, got {name!r} of {tensor.numel():,} elements of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from .. import ops
 from ..common import files, tensor_files
-from ..common.names import listing, plain_names, same_keys
+from ..common.names import listing, plain_names
 from ..delta import file as delta_file
-from ..delta.changes import Changes, rest_checksum, same_bits
-from ..delta.difference import comparable, difference
+from ..delta.changes import Changes, check_alpha, rest_checksum, same_bits
+from ..delta.difference import comparable, difference, ties
 from ..delta.sparse_delta import SparseDelta
-from ..delta.targets import Copies, Targets, check_state, check_verify, matched, other_base, take_originals
+from ..delta.targets import Copies, Targets, check_apart, check_state, check_verify, matched, other_base, take_originals
 from ..mask import FORMAT as MASK_FORMAT
 from ..mask import SparseMask
 from .checkpoint import Checkpoint, check_format, folder_of
@@ -46,9 +45,8 @@ def diff(args: argparse.Namespace) -> None:
         )
     with _opened(args.base) as base, _opened(args.tuned) as tuned:
         names = comparable(base.tensors, tuned.tensors, args.exclude)
-        tied = same_keys(
-            {name: (base.memory(name), tuned.memory(name)) for name in names if base.tensors[name].numel()}
-        )
+        keys = ({name: side.memory(name) for name in names if side.tensors[name].numel()} for side in (base, tuned))
+        tied, untied = ties(*keys)
         own = [name for name in names if name not in tied]
         total = sum(base.tensors[name].nbytes for name in own)
         with Progress("comparing", total) as progress:
@@ -56,6 +54,7 @@ def diff(args: argparse.Namespace) -> None:
                 _pairs(base, tuned, own, progress),
                 own,
                 tied=tied,
+                untied=untied,
                 whole=args.whole,
                 numel=sum(base.tensors[name].numel() for name in own),
             )
@@ -96,7 +95,9 @@ def summary(args: argparse.Namespace) -> None:
     print_table(title, ["tensor", "selected", "numel", "density", "share"], table, total=True)
     if isinstance(loaded, SparseDelta):
         kept = "included" if loaded.originals is not None else "not included"
-        print(f"delta, {args.file.stat().st_size / max(loaded.k, 1):.2f} bytes per value; original values {kept}")
+        size = args.file.stat().st_size
+        each = f", {size / loaded.k:.2f} per value" if loaded.k else ""
+        print(f"delta of {size:,} bytes{each}; original values {kept}")
     if args.png is not None:
         save_figure(args.png, title, rows, loaded.numel)
         print(f"{args.png}: written")
@@ -167,7 +168,13 @@ def _opened(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(path)
     if checkpoint.others:
         print(f"{path}: left out, no tensors: {listing(checkpoint.others)}", file=sys.stderr)
+    _say_copies(checkpoint)
     return checkpoint
+
+
+def _say_copies(checkpoint: Checkpoint) -> None:
+    if checkpoint.copies:
+        print(f"{checkpoint.path}: other weights in it are left alone: {listing(checkpoint.copies)}", file=sys.stderr)
 
 
 def _pairs(
@@ -183,8 +190,7 @@ def _move(args: argparse.Namespace, alpha: float, *, originals_needed: bool = Fa
     """Writes MODEL with the changed elements at `alpha`, after the checks that `SparseDelta.apply_` makes."""
     _check_output(args.output, args.delta, *([args.base] if args.base is not None else []))
     check_format(args.output, args.model)
-    if not math.isfinite(alpha):
-        raise ValueError(f"`alpha`: expected a finite number, got {alpha}; 0 is the base, 1 the tuned model")
+    check_alpha(alpha)
     _check_file(args.delta, "a delta")
     changes = SparseDelta.load(args.delta).changes
     verify = args.verify or ("whole" if changes.rest else "selected")
@@ -196,7 +202,10 @@ def _move(args: argparse.Namespace, alpha: float, *, originals_needed: bool = Fa
     if originals_needed and changes.originals is None:
         raise _without_originals(args.delta)
     with Checkpoint(args.model) as model:
+        _say_copies(model)
         pairs = matched("model", model.tensors, changes)
+        if alpha:
+            check_apart([(name, model.memory(alias)) for name, alias in pairs], changes)
         if verify != "none":
             targets, odd = _elements("model", model, changes, whole=verify == "whole")
             if odd:

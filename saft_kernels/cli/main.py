@@ -14,62 +14,65 @@ from pathlib import Path
 from ..delta.targets import VERIFY
 from . import commands
 
-_DESCRIPTION = """\
+_FILES = """\
+files:
+  A checkpoint is a .safetensors, .pt, .pth, .bin, .ckpt or .tar file, read without running its code; or a folder (or an
+  index in it, *.index.json) as Hugging Face's libraries save models, in one file or in shards. The state dict may be
+  nested under state_dict, model, model_state_dict or module, and its names may start with "module.".
+  A delta is the .safetensors file that `diff` writes: the changed elements, their new values, and checksums by which
+  the base is recognised. Of a mask, SparseMask.save writes the file.
+  Outputs replace existing files, once they are whole; nothing is left of one that failed. No input is written over,
+  but MODEL, where you name it as the output, too.
+"""
+_DESCRIPTION = f"""\
 Fine-tunes as small files: what changed, its new values, and a check that they meet the right model.
-Without a command: `info`."""
 
-_EXAMPLES = """\
-examples:
   saft-kernels diff pretrained.safetensors logs/run/checkpoints/epoch_5.pt -o task.safetensors
   saft-kernels apply pretrained.safetensors task.safetensors -o tuned.safetensors
-  saft-kernels apply pretrained.safetensors task.safetensors -o half.safetensors --alpha 0.5
-  saft-kernels apply llama-7b/ task.safetensors -o llama-7b-task/
-  saft-kernels revert tuned.safetensors task.safetensors -o pretrained.safetensors --base other_copy.pt
-  saft-kernels summary task.safetensors --depth 3 --png where.png
-  saft-kernels compare mask_a.safetensors mask_b.safetensors
 
-Checkpoints are .safetensors, .pt, .pth, .bin, .ckpt or .tar files (read without running their code), or a folder with
-one such file, or with shards and their index. The state dict may be nested under state_dict, model, model_state_dict or
-module, and its names may start with "module.". The output has the format and nesting of MODEL; for a folder it is a new
-folder. Existing files are replaced, once the new one is whole. Exit status: 0, 1 for an error, 2 for wrong usage, 130
-when interrupted, 143 when terminated."""
+Without a command: `info`. `saft-kernels COMMAND --help` has more examples.
+
+{_FILES}"""
+_STATUS = "Exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted, 143 when terminated."
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="saft-kernels",
         description=_DESCRIPTION,
-        epilog=_EXAMPLES,
+        epilog=_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=commands.info)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
+        name: str, run: Callable[[argparse.Namespace], None], help: str, examples: Sequence[str], files: str = ""
     ) -> argparse.ArgumentParser:
+        lines = "".join(f"  saft-kernels {name}{example}\n" for example in examples)
         sub = subparsers.add_parser(
             name,
             help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=f"example:\n  saft-kernels {example}",
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=f"examples:\n{lines}\n{files}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
         return sub
 
-    command(
-        "info",
-        commands.info,
-        "versions and backends of this machine, to paste into a bug report",
-        "info\n\nSet SAFT_BACKEND to one of the backends to force it.",
-    )
+    sub = command("info", commands.info, "versions and backends of this machine, to paste into a bug report", [""])
+    sub.epilog = f"{sub.epilog}Set SAFT_BACKEND to one of the backends to force it."
 
     sub = command(
         "diff",
         commands.diff,
         "write what changed between two checkpoints as a delta",
-        "diff pretrained.pt epoch_5.pt -o task.safetensors",
+        [
+            " pretrained.pt epoch_5.pt -o task.safetensors",
+            " llama-7b/ llama-7b-tuned/ -o task.safetensors --whole",
+            " a.pt b.pt -o task.safetensors --exclude '*.num_batches_tracked' --exclude 'head.*'",
+        ],
+        _FILES,
     )
     sub.add_argument("base", metavar="BASE", type=Path, help="checkpoint before fine-tuning")
     sub.add_argument("tuned", metavar="TUNED", type=Path, help="checkpoint after it")
@@ -88,63 +91,84 @@ def _parser() -> argparse.ArgumentParser:
         "apply",
         commands.apply,
         "write the tuned checkpoint, from the base and a delta",
-        "apply pretrained.pt task.safetensors -o tuned.pt",
+        [
+            " pretrained.pt task.safetensors -o tuned.pt",
+            " llama-7b/ task.safetensors -o llama-7b-task/",
+            " pretrained.pt task.safetensors -o half.pt --alpha 0.5",
+        ],
+        _FILES,
     )
-    sub.add_argument("model", metavar="MODEL", type=Path, help="checkpoint that the delta was made from")
-    sub.add_argument("delta", metavar="DELTA", type=Path)
-    _output(sub, "the tuned checkpoint")
+    _move(
+        sub,
+        model="checkpoint that the delta was made from",
+        output="the tuned checkpoint",
+        base="where the old values are, if MODEL is not the base",
+    )
     sub.add_argument(
         "--alpha", type=float, default=1.0, metavar="A", help="base + A * (tuned - base), as in WiSE-FT (default: 1)"
     )
-    sub.add_argument("--base", type=Path, help="where the old values are, if MODEL is not the base")
-    _verify(sub)
 
     sub = command(
         "revert",
         commands.revert,
         "write the base checkpoint, from the tuned one and a delta",
-        "revert tuned.pt task.safetensors -o pretrained.pt",
+        [
+            " tuned.pt task.safetensors -o pretrained.pt --base other_copy.safetensors",
+            " tuned.pt with_originals.safetensors -o pretrained.pt",
+        ],
+        _FILES,
     )
-    sub.add_argument("model", metavar="MODEL", type=Path, help="checkpoint that carries the delta")
-    sub.add_argument("delta", metavar="DELTA", type=Path)
-    _output(sub, "the base checkpoint")
-    sub.add_argument("--base", type=Path, help="where the old values are, if the delta does not include them")
-    _verify(sub)
+    _move(
+        sub,
+        model="checkpoint that carries the delta",
+        output="the base checkpoint",
+        base="where the old values are, if the delta does not include them",
+    )
 
     sub = command(
         "summary",
         commands.summary,
         "show where the elements of a mask or delta are",
-        "summary task.safetensors --depth 4 --png where.png",
+        [" task.safetensors --depth 4", " mask.safetensors --png where.png"],
     )
-    sub.add_argument("file", metavar="MASK_OR_DELTA", type=Path)
-    sub.add_argument("--depth", type=_positive, metavar="N", help="add up tensors by the first N parts of their names")
+    sub.add_argument(
+        "file", metavar="MASK_OR_DELTA", type=Path, help="a .safetensors file of ours, or a torch.saved dict of masks"
+    )
+    _depth(sub)
     sub.add_argument("--png", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
 
     sub = command(
         "compare",
         commands.compare,
         "show how two masks or deltas overlap: intersection over union",
-        "compare a.safetensors b.safetensors --depth 3",
+        [" a.safetensors b.safetensors --depth 3"],
     )
-    sub.add_argument("a", metavar="A", type=Path)
-    sub.add_argument("b", metavar="B", type=Path)
-    sub.add_argument("--depth", type=_positive, metavar="N", help="add up tensors by the first N parts of their names")
+    for name in ("a", "b"):
+        sub.add_argument(name, metavar=name.upper(), type=Path, help="mask or delta, as for `summary`")
+    _depth(sub)
     return parser
 
 
-def _output(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help=help)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, and write nothing")
-
-
-def _verify(parser: argparse.ArgumentParser) -> None:
+def _move(parser: argparse.ArgumentParser, *, model: str, output: str, base: str) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help=model)
+    parser.add_argument("delta", metavar="DELTA", type=Path, help="what `diff` or SparseDelta.save wrote")
+    _output(parser, f"{output}, of MODEL's format and nesting; a new folder, if MODEL is one")
+    parser.add_argument("--base", type=Path, help=base)
     parser.add_argument(
         "--verify",
         choices=VERIFY,
         help="what of MODEL is checked before: the elements that the delta changes, all, or nothing but names and "
         "shapes (default: whole, if the delta has the checksums of `diff --whole`, else selected)",
     )
+
+
+def _output(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("-o", "--output", metavar="OUTPUT", type=Path, required=True, help=help)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and write nothing")
+
+
+def _depth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--depth", type=_positive, metavar="N", help="add up tensors by the first N parts of names")
 
 
 def _positive(text: str) -> int:
@@ -178,9 +202,12 @@ def _unwinding_on_signals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or after one line on stderr 1, or 128 + a signal's number; argparse exits with 2."""
-    args = _parser().parse_args(argv)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as by `>&-`
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     try:
         with _unwinding_on_signals():
+            args = _parser().parse_args(argv)
             args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:  # `saft-kernels summary ... | head`
@@ -191,7 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _said(f"stopped by {signal.Signals(stopped.args[0]).name}", 128 + stopped.args[0])
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
         # what is none of these is a bug: it shows its traceback
-        return _said(" ".join(str(error).split()) or type(error).__name__, 1)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return _said(" ".join(text.split()) or type(error).__name__, 1)
     return 0
 
 

@@ -153,7 +153,8 @@ def save_figure(path: str | os.PathLike[str], title: str, rows: Sequence[Row], n
     bars = max(0.24 * len(parts), 1.2)
     sizes = [max(0.21 * len(stack.depths), 0.6) for stack in shown]
     names_below = 0.55 + 0.068 * max((len(kind) for stack in shown for kind in stack.kinds), default=0)
-    top, left, label_width = 0.95, 6.6, 0.3 + 0.07 * max(len(row.name) for row in parts)
+    top, label_width = 0.95, 0.3 + 0.07 * max(len(row.name) for row in parts)
+    left = max(6.6, label_width + 3)
     width = left + (5.6 if shown else 0)
     height = max(top + bars + 0.9, top + sum(sizes) + names_below * len(sizes))
     figure = Figure(figsize=(width, height), dpi=150)

@@ -18,6 +18,7 @@ _SUFFIX = ".saft-tmp"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or write elsewhere"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "write to a folder that is yours"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "somebody else has just made it: name another"),
 }
 
 
@@ -63,7 +64,8 @@ def output(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(os.path.realpath(path))
     try:
-        mode = target.lstat().st_mode
+        # of `path`: in /proc and /dev/fd there are links to what has no name
+        mode = os.stat(path).st_mode if os.path.exists(path) else target.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = stat.S_IFREG
     if stat.S_ISDIR(mode):
@@ -115,11 +117,10 @@ def _temporary(path: str | os.PathLike[str], target: Path, *, folder: bool = Fal
     Errors about it, or about no file, name `path`.
     """
     _remove_abandoned(target)
-    temporary, descriptor = Path(), -1
+    temporary, descriptor = _temporary_name(target), -1
     try:
-        while descriptor < 0:
-            temporary = target.with_name(f"{_prefix(target)}{os.urandom(8).hex()}{_SUFFIX}")
-            descriptor = _create(temporary, folder)
+        while (descriptor := _create(temporary, folder)) < 0:
+            temporary = _temporary_name(target)
         yield temporary, descriptor
     except (OSError, RuntimeError) as error:
         # torch.save hides an OSError behind a RuntimeError about positions in its archive
@@ -131,9 +132,14 @@ def _temporary(path: str | os.PathLike[str], target: Path, *, folder: bool = Fal
         named.errno = reason.errno
         raise named from error
     finally:
+        # also where a signal has come between its making and the descriptor
+        _remove(temporary, folder)
         if descriptor >= 0:
-            _remove(temporary, folder)
             os.close(descriptor)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f"{_prefix(target)}{os.urandom(8).hex()}{_SUFFIX}")
 
 
 def _create(temporary: Path, folder: bool) -> int:
@@ -187,7 +193,8 @@ def _remove(path: Path, folder: bool) -> None:
     if folder:
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _take_mode(descriptor: int, old: os.stat_result) -> None:

@@ -49,8 +49,9 @@ def named_tensors(argument: str, model: Model) -> dict[str, Tensor]:
                 f"`{argument}`[{name!r}]: expected a tensor, got {type(tensor).__name__}; pass the state dict alone, "
                 "without what is no tensor"
             )
-        if hasattr(tensor, "full_tensor") or tensor.is_meta or tensor.layout != torch.strided:
+        if hasattr(tensor, "full_tensor") or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
             got = "a DTensor" if hasattr(tensor, "full_tensor") else f"one on {tensor.device} of {tensor.layout}"
+            got = "a nested one" if tensor.is_nested else got
             raise TypeError(
                 f"`{argument}`[{name!r}]: expected a strided tensor in memory, got {got}; gather the full state dict "
                 "first"
@@ -64,24 +65,14 @@ def named_tensors(argument: str, model: Model) -> dict[str, Tensor]:
     return found
 
 
-def tied_names(tensors: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are an earlier one in every mapping: name -> that one's name."""
-    return same_keys(
-        {
-            name: tuple(_memory(named[name]) for named in (tensors, *others))
-            for name, tensor in tensors.items()
-            if tensor.numel()
-        }
-    )
-
-
 def same_keys(keys: Mapping[str, Hashable]) -> dict[str, str]:
     """Names whose key an earlier one has: name -> that one."""
     first: dict[Hashable, str] = {}
     return {name: owner for name, key in keys.items() if (owner := first.setdefault(key, name)) != name}
 
 
-def _memory(tensor: Tensor) -> Hashable:
+def memory(tensor: Tensor) -> Hashable:
+    """Equal for tensors that are one."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 

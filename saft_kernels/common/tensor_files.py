@@ -1,7 +1,8 @@
 """Safetensors files (github.com/huggingface/safetensors), read into memory that the tensors own.
 
 The safetensors package maps the files it reads: values would follow a file that is written over, and one that becomes
-shorter ends the process. It writes through a temporary file of its own, its metadata in another order every time.
+shorter ends the process; of bytes in memory it gives no metadata. It writes through a temporary file of its own, its
+metadata in another order every time.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping
 
 import torch
@@ -82,6 +83,12 @@ class Changes:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def alike(self, name: str, other: str) -> bool:
+        """Whether two tensors have changed in the same elements, to the same values."""
+        if name == other:
+            return True
+        return torch.equal(self.mask[name], self.mask[other]) and same_bits(self.values[name], self.values[other])
+
     def known_originals(self, what: str) -> dict[str, Tensor]:
         """The originals. Raises ValueError, saying `what` needs them, where they are not known."""
         if self.originals is None:
@@ -122,6 +129,14 @@ class Changes:
                     low = max(low, float((alpha - error)[known].max()))
                     high = min(high, float((alpha + error)[known].min()))
         return _alphas_within(low, high) if -math.inf < low <= high < math.inf else []
+
+
+def check_alpha(alpha: object) -> None:
+    """Raises ValueError for what is no number, or none that fp32 has."""
+    if not isinstance(alpha, numbers.Real) or not abs(float(alpha)) <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"`alpha`: expected a finite number, within fp32's range, got {alpha!r}; 0 is the base, 1 the tuned model"
+        )
 
 
 def _alphas_within(low: float, high: float) -> list[float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..common.names import check_same_kind, listing, short
+from ..common.names import check_same_kind, listing, same_keys, short
 from ..mask import SparseMask
 from ..ops.dtypes import as_bits
 from .changes import DTYPES, Changes, rest_checksum
@@ -45,6 +45,15 @@ def comparable(before: Mapping[str, Tensor], after: Mapping[str, Tensor], exclud
     return names
 
 
+def ties(before: Mapping[str, Hashable], after: Mapping[str, Hashable]) -> tuple[dict[str, str], set[str]]:
+    """From what is equal for names of one tensor: names that are an earlier one in both, name -> that one's name; and
+    names that share a tensor in `before` alone.
+    """
+    tied = same_keys({name: (key, after[name]) for name, key in before.items()})
+    untied = same_keys({name: key for name, key in before.items() if name not in tied})
+    return tied, {*untied, *untied.values()}
+
+
 def _differing(old: Tensor, new: Tensor) -> Tensor:
     """Flat positions of the elements that differ; block by block, whatever the strides."""
     if old.numel() <= _BLOCK:
@@ -63,6 +72,7 @@ def difference(
     names: Sequence[str],
     *,
     tied: Mapping[str, str],
+    untied: Collection[str],
     whole: bool,
     numel: int,
 ) -> Changes:
@@ -72,6 +82,8 @@ def difference(
         pairs: Name, tensor before and tensor after, alike in shape and dtype; each pair is let go before the next.
         names: Of the tensors in `pairs`, in the order that they shall have.
         tied: Further names of these tensors, name -> name in `names`.
+        untied: Names that share a tensor before, and not after: they have an entry without a change, too, so that
+            whoever writes one of them sees the other.
         whole: Take checksums of all other elements, and an entry for tensors without a change.
         numel: Elements of the model.
 
@@ -86,11 +98,12 @@ def difference(
             )
         new = new.to(old.device)
         index = _differing(as_bits(old), as_bits(new))
-        if index.numel() or whole:
+        if index.numel() or whole or name in untied:
             indices[name], shapes[name] = index, tuple(old.shape)
             ((originals[name],), (values[name],)) = ops.gather([old], [index]), ops.gather([new], [index])
         if whole:
             rest[name] = rest_checksum(old, index)
+        del old, new  # before the next two are read
     return Changes(
         SparseMask({name: indices[name] for name in names if name in indices}, shapes),
         values,

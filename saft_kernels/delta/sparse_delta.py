@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..common.names import Model, listing, named_tensors, tied_names
+from ..common.names import Model, listing, memory, named_tensors
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
 from . import file, shira
-from .changes import Changes
+from .changes import Changes, check_alpha
 from .compose import Conflicts, Policy, compose
-from .difference import comparable, difference
+from .difference import comparable, difference, ties
 from .originals import Originals, optimizer_parameters
-from .targets import Copies, Targets, Verify, check_state, check_verify, other_base, take_originals
+from .targets import Copies, Targets, Verify, check_apart, check_state, check_verify, other_base, take_originals
 
 __all__ = ["Composed", "SparseDelta"]
 
@@ -158,7 +156,8 @@ class SparseDelta:
         before, after = named_tensors("base", base), named_tensors("tuned", tuned)
         names = comparable(before, after, exclude)
         before, after = ({name: tensors[name] for name in names} for tensors in (before, after))
-        return cls._of(_difference(before, after, tied_names(after, before), whole, progress))
+        keys = ({name: memory(named[name]) for name in names if named[name].numel()} for named in (before, after))
+        return cls._of(_difference(before, after, *ties(*keys), whole, progress))
 
     @classmethod
     def from_optimizer(
@@ -186,7 +185,7 @@ class SparseDelta:
                 )
             before = {name: before[name] for name in parameters}
             comparable(before, parameters, ())
-            return cls._of(_difference(before, parameters, {}, False, False))
+            return cls._of(_difference(before, parameters, {}, (), False, False))
         indices, originals, values = base.changes(optimizer, parameters)
         mask = SparseMask(indices, {name: parameters[name].shape for name in indices})
         return cls(mask, values, originals, numel=sum(p.numel() for p in parameters.values()))
@@ -278,14 +277,13 @@ class SparseDelta:
 
         Args:
             model: As for `apply_`.
-            alpha: 0 is the base, 1 the tuned model; any finite number.
+            alpha: 0 is the base, 1 the tuned model; any number of fp32's range.
             verify: As for `apply_`.
 
         Raises:
             ValueError: As for `apply_`; the originals are not known, and `model` is not the base.
         """
-        if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
-            raise ValueError(f"`alpha`: expected a finite number, got {alpha!r}; 0 is the base, 1 the tuned model")
+        check_alpha(alpha)
         self._move(model, float(alpha), verify)
 
     def take_originals(self, base: Model) -> None:
@@ -300,6 +298,8 @@ class SparseDelta:
             raise other_base("model", odd)
         if verify != "none":
             check_state(changes, targets, self._alphas)
+        if alpha:
+            check_apart(zip(targets.names, map(memory, targets.tensors), strict=True), changes)
         values = changes.at(alpha)
         # all is checked: from here on it is written
         targets.scatter_(values, {0.0: "originals", 1.0: "values"}.get(alpha))
@@ -318,11 +318,17 @@ class Composed(NamedTuple):
 
 
 def _difference(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], tied: Mapping[str, str], whole: bool, progress: bool
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+    untied: Collection[str],
+    whole: bool,
+    progress: bool,
 ) -> Changes:
     own = [name for name in before if name not in tied]
     pairs = ((name, before[name], after[name]) for name in _bar(own, "comparing", progress))
-    return difference(pairs, own, tied=tied, whole=whole, numel=sum(before[name].numel() for name in own))
+    numel = sum(before[name].numel() for name in own)
+    return difference(pairs, own, tied=tied, untied=untied, whole=whole, numel=numel)
 
 
 def _bar(items: Sequence[str], description: str, enabled: bool) -> Iterable[str]:

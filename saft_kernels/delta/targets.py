@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -64,6 +64,23 @@ def matched(argument: str, tensors: Named, changes: Changes) -> list[tuple[str, 
                 f"strides {tensor.stride()}; clone it first"
             )
     return pairs
+
+
+def check_apart(pairs: Iterable[tuple[str, Hashable]], changes: Changes) -> None:
+    """Raises ValueError where one tensor is to become two.
+
+    Args:
+        pairs: Names of the changes, each with what is equal for names of one tensor of the model that is written.
+        changes: Say what the tensors become.
+    """
+    first: dict[Hashable, str] = {}
+    for name, key in pairs:
+        other = first.setdefault(key, name)
+        if not changes.alike(other, name):
+            raise ValueError(
+                f"`model`: expected {other!r} and {name!r} apart, as in the tuned model, which differs in them, got "
+                "one tensor by both names; untie them first: clone one"
+            )
 
 
 class Targets:
