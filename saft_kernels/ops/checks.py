@@ -70,7 +70,7 @@ def in_memory(label: str, tensor: Tensor) -> None:
     storage = tensor.untyped_storage()
     if storage.device != tensor.device or not (type(tensor) in _PLAIN or tensor.data_ptr()):
         raise TypeError(
-            f"{label}: expected a tensor with memory, got a {type(tensor).__name__}; pass the values it wraps"
+            f"{label}: expected a tensor with memory, got a {type(tensor).__name__}; pass whole plain tensors"
         )
     if tensor.is_neg() or tensor.is_conj():
         raise TypeError(

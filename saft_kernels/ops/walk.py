@@ -48,7 +48,7 @@ class PointerColumn:
         for tensor, pointer in zip(tensors, pointers, strict=True):
             if not pointer and tensor.numel():
                 raise TypeError(
-                    f"expected tensors with memory, got a {type(tensor).__name__}; pass the values it wraps"
+                    f"expected tensors with memory, got a {type(tensor).__name__}; pass whole plain tensors"
                 )
         forms: list[tuple[object, ...]] = [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
         if self._is_fixed:
