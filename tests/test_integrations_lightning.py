@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import warnings
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
 import lightning.pytorch as pl
+from lightning.fabric import Fabric
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 import saft_kernels
 from saft_kernels import SparseAdamW
+from saft_kernels.integrations import select_into
 from saft_kernels.integrations.lightning import SelectionCallback
 
 DENSITY = 0.05
@@ -150,6 +154,35 @@ def test_example(folder: Path) -> None:  # noqa: F811
     ran = run_example("lightning_module")
     assert ran["selection"].mask.k == round(0.05 * 1348)
     assert loss_of(ran["model"]) < 0.8 * loss_of(a_module())
+
+
+@pytest.mark.parametrize("wrap", [LightningOptimizer, Fabric(accelerator="cpu").setup_optimizers])
+def test_a_wrapper_reads_as_its_optimizer(wrap: Any) -> None:
+    """What `self.optimizers()` and Fabric return is an instance of SparseAdamW without a state of its own."""
+    torch.manual_seed(0)
+    model, batch = nn.Linear(8, 4), torch.randn(16, 8)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().sum()
+
+    optimizer = SparseAdamW(model.parameters(), lr=0.02, density=0.25)
+    wrapped = wrap(optimizer)
+    assert isinstance(wrapped, SparseAdamW)
+    assert not optimizer._is_state_shared
+    assert wrapped.members() == optimizer.members()
+    assert optimizer._is_state_shared
+    assert wrapped.mask is None
+
+    base, originals = copy.deepcopy(model), saft_kernels.Originals(wrapped)
+    mask = select_into(wrapped, model, [batch], loss_fn, progress=False)
+    assert wrapped.mask.k == mask.k == originals.k == 9
+    loss_fn(model, batch).backward()
+    norm = nn.utils.get_total_norm([optimizer.selected_grad(p) for p in model.parameters()])
+    assert torch.equal(wrapped.clip_grad_norm_(1.0), norm)
+    wrapped.optimizer.step()
+    assert wrapped.state is optimizer.state
+    delta = saft_kernels.SparseDelta.from_optimizer(wrapped, originals, model=model)
+    assert delta == saft_kernels.SparseDelta.diff(base, model)
 
 
 def examples(count: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -163,13 +163,12 @@ def use_mask(optimizer: Optimizer, model: nn.Module, mask: SparseMask) -> None:
 def unwrapped(optimizer: Optimizer) -> SparseAdamW:
     """The SparseAdamW in the wrappers of accelerate and Lightning."""
     inner: Any = optimizer
-    while not isinstance(inner, SparseAdamW):
-        if not hasattr(inner, "optimizer"):
-            raise TypeError(
-                f"`optimizer`: expected a SparseAdamW, got {type(inner).__name__}; build it with "
-                "saft_kernels.SparseAdamW"
-            )
+    while hasattr(inner, "optimizer"):  # Lightning's wrappers are instances of SparseAdamW too
         inner = inner.optimizer
+    if not isinstance(inner, SparseAdamW):
+        raise TypeError(
+            f"`optimizer`: expected a SparseAdamW, got {type(inner).__name__}; build it with saft_kernels.SparseAdamW"
+        )
     return inner
 
 

@@ -100,8 +100,6 @@ class SparseAdamW(Optimizer):
 
     # whether anyone else may hold what is in `state`, and move its memory
     _is_state_shared = True
-    # called when it has selected, before it updates; not pickled
-    _selection_hooks: tuple[Callable[[Sequence[Member]], None], ...] = ()
 
     def __init__(
         self,
@@ -158,6 +156,7 @@ class SparseAdamW(Optimizer):
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
+        self._selection_hooks: list[Callable[[Sequence[Member]], None]] = []  # not pickled
         super().__init__(params, defaults)
         # With it on, Lightning refuses clipping and accelerate misses skipped steps: only on request.
         self._step_supports_amp_scaling = bool(fused)
@@ -178,8 +177,9 @@ class SparseAdamW(Optimizer):
         Whoever has read it may move what is in it (`.data = other`, `share_memory_()`), now or later, and torch tells
         nobody: from then on every step compares the address and form of all state tensors, some 0.1 us for each.
         """
+        states = _state_of(self)
         self._is_state_shared = True
-        return self._states
+        return states
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
@@ -189,7 +189,7 @@ class SparseAdamW(Optimizer):
     @property
     def _states(self) -> defaultdict[Tensor, Any]:
         """`state`, which stays among the optimizer."""
-        return self.__dict__["state"]  # type: ignore[no-any-return]
+        return _state_of(self)
 
     def __repr__(self) -> str:
         """As torch's, with the budgets in force: a group without its own has the optimizer's."""
@@ -248,7 +248,7 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
         """
-        self._is_state_shared = True  # their indices are the state's
+        _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
     def _checked_members(self) -> list[Member]:
@@ -276,7 +276,7 @@ class SparseAdamW(Optimizer):
 
     def register_selection_hook(self, hook: Callable[[Sequence[Member]], None]) -> None:
         """Calls `hook(optimizer.members())` when something has been selected, before anything is updated."""
-        self._selection_hooks = (*self._selection_hooks, hook)
+        self._selection_hooks.append(hook)
 
     @property
     def mask(self) -> SparseMask | None:
@@ -628,7 +628,7 @@ class SparseAdamW(Optimizer):
         self._prepared = None
         self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
-            self._agreement, self._compared = Agreement(), []
+            self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
         for group in self.param_groups:
             for name, default in (
@@ -647,3 +647,11 @@ class SparseAdamW(Optimizer):
         if sums:
             self._selection.sums, self._selection.num_sums = sums, num_sums
         self._update_released()
+
+
+def _state_of(optimizer: SparseAdamW) -> defaultdict[Tensor, Any]:
+    """Its own state. A wrapper that imitates this class, as Lightning's do, has none: it then asks what it wraps."""
+    try:
+        return optimizer.__dict__["state"]  # type: ignore[no-any-return]
+    except KeyError:
+        raise AttributeError("state") from None
