@@ -300,5 +300,5 @@ def _progress(batches: Iterable[Any], enabled: bool) -> Iterable[Any]:
         if not bar.disable:
             return bar  # type: ignore[no-any-return]
     count = operator.length_hint(batches, -1)
-    say(f"select(): reads {'batches' if count < 0 else f'{count} batches'}", show=True)
+    say(f"select(): reads {'' if count < 0 else f'{count} '}batch{'' if count == 1 else 'es'}", show=True)
     return batches
