@@ -549,7 +549,7 @@ def test_bad_output_fails_before_any_work(tiny_clip, photos, tmp_path, capsys, m
 
 def _one_line(capsys, *expected: str) -> None:
     captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
+    lines = [line for line in captured.err.strip().splitlines() if not line.startswith("select(): ")]
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
     for text in expected:
