@@ -36,7 +36,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from finetune_report import Run, count_by_part, print_tables, progress, replacing, save_figure, say, summarise
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -57,8 +57,9 @@ MAX_LOGIT_SCALE = math.log(100)  # as open_clip's training
 TEST_BATCH_SIZE = 128
 TEST_PROMPTS = 256  # at once; training needs the gradient of all prompts
 AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 
 EPILOG = """\
 --data DIR holds one folder per set of images, with one sub-folder per class, named as the class ("_" for a space):
@@ -208,9 +209,19 @@ class ImageSet(Dataset[tuple[Any, Any]]):
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
-                return self.transform(image.convert("RGB")), label
-        except UNREADABLE as error:  # it was readable at the start
+                return self.transform(as_rgb(image)), label
+        except Exception as error:  # each format's decoder raises its own. It was readable at the start
             raise InputError(f"{path}: expected a readable image, got {error}; replace or remove the file") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Upright, as cameras mean it, and with 16 bits scaled to 8, which `convert` would clip to white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def check_images(files: Sequence[Path]) -> None:
@@ -220,8 +231,8 @@ def check_images(files: Sequence[Path]) -> None:
         try:
             with Image.open(path) as image:
                 image.draft("RGB", (1, 1))
-                image.load()
-        except UNREADABLE as error:
+                as_rgb(image)
+        except Exception as error:
             return f"{path}: expected a readable image, got {error}"
         return None
 
@@ -243,22 +254,32 @@ def is_data(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def scan(folder: Path) -> dict[str, list[Path]]:
-    """Image files by class: one sub-folder per class, images anywhere below it, but nothing hidden."""
+def scan(folder: Path, passed_over: Counter[str]) -> dict[str, list[Path]]:
+    """Image files by class: one sub-folder per class, images anywhere below it, but nothing hidden.
+
+    What else is there is counted by kind in ``passed_over``.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with one sub-folder per class, found none; see --help")
-    classes = {
-        entry.name: sorted(f for f in entry.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and is_data(f, entry))
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
+    classes: dict[str, list[Path]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            files = sorted(file for file in entry.rglob("*") if is_data(file, entry))
+            classes[entry.name] = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            others = Counter(f.suffix.lower() or f.name for f in files if f.suffix.lower() not in IMAGE_SUFFIXES)
+            if not classes[entry.name]:
+                kinds = " ".join(sorted(IMAGE_SUFFIXES))
+                got = _counts(others) or "none"
+                raise InputError(f"{entry}: expected images ({kinds}), got {got}; add some or remove the folder")
+            passed_over.update(others)
     if not classes:
-        raise InputError(f"{folder}: expected one sub-folder per class, got none; see --help for the layout")
-    for name, files in classes.items():
-        if not files:
-            kinds = " ".join(sorted(IMAGE_SUFFIXES))
-            raise InputError(f"{folder / name}: expected images ({kinds}), got none; add some or remove the folder")
+        raise InputError(f"{folder}: expected one sub-folder per class, got none; remove it, or see --help")
     return classes
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    """Such as "3 .heic, 1 .txt"."""
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()))
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,7 @@ class ImageFolders:
     classes: list[str]
     train: list[tuple[Path, int]]
     tests: dict[str, list[tuple[Path, int]]]
+    passed_over: dict[str, int]  # files that are no images, by suffix
 
     def training_images(self) -> dict[str, int]:
         """How many each class has."""
@@ -288,18 +310,21 @@ def read_folders(data: Path) -> ImageFolders:
     """Lists the images under ``data`` and checks that the test sets have classes of the training set."""
     if not data.is_dir():
         raise InputError(f"--data {data}: expected a folder with train/ and val/, found no such folder")
-    train = scan(data / "train")
+    passed_over: Counter[str] = Counter()
+    train = scan(data / "train", passed_over)
     classes = list(train)
+    if len(classes) < 2:
+        raise InputError(f"{data / 'train'}: expected two classes or more, got {classes[0]!r} alone; add another")
     tests = {}
     others = [d.name for d in data.iterdir() if d.is_dir() and not d.name.startswith(".")]
     for name in ["val", *sorted(set(others) - {"train", "val"})]:
-        found = scan(data / name)
+        found = scan(data / name, passed_over)
         for unknown in found.keys() - train.keys():
             near = difflib.get_close_matches(unknown, classes, n=1)
             hint = f"rename it to {near[0]!r}" if near else "remove it, or add training images"
             raise InputError(f"{data / name / unknown}: expected a class of {data / 'train'}, got {unknown!r}; {hint}")
         tests[name] = [(file, classes.index(c)) for c, files in found.items() for file in files]
-    return ImageFolders(classes, [(f, i) for i, c in enumerate(classes) for f in train[c]], tests)
+    return ImageFolders(classes, [(f, i) for i, c in enumerate(classes) for f in train[c]], tests, passed_over)
 
 
 # ---- model ----
@@ -454,7 +479,7 @@ def select_mask(task: Task, files: Sequence[tuple[Path, int]]) -> saft_kernels.S
     # a constant factor leaves the ranking as it is, and lifts gradients into fp16's range
     factor = (2**10 if task.args.precision == "amp_fp16" else 1) / task.args.batch_size
     batches = task.loader(files, task.args.batch_size)
-    return saft_kernels.select(task.model, batches, loss_fn, density=task.args.density, progress=sys.stderr.isatty())
+    return saft_kernels.select(task.model, batches, loss_fn, density=task.args.density)
 
 
 def warmup_cosine(total: int, warmup: int) -> Callable[[int], float]:
@@ -497,7 +522,6 @@ class FineTuning:
         try:
             if resumed:
                 return saft_kernels.SparseMask.load(self.mask_file)
-            say(f"selecting, seed {self.seed}: {len(files)} images")
             mask = select_mask(self.task, files)
         except (OSError, ValueError) as error:
             raise InputError(str(error)) from error
@@ -697,6 +721,8 @@ def load_task(args: argparse.Namespace, recipe: Any) -> Task:
         args.workers = 0 if demo else 2
     check_model(args)
     folders = read_folders(args.data)
+    if folders.passed_over:
+        print(f"not read as images: {_counts(folders.passed_over)}", flush=True)
     few = [f"{name!r} ({n})" for name, n in folders.training_images().items() if n < args.shots]
     if few:
         more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""
@@ -761,11 +787,13 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
     task = load_task(args, recipe)
     console.print(
         f"{args.model}: {task.numel:,} parameters; {len(task.folders.classes)} classes, "
-        f"{len(task.folders.few_shot(args.shots, args.seed[0]))} training images, {len(task.folders.tests)} test sets"
+        f"{len(task.folders.few_shot(args.shots, args.seed[0]))} training images, {len(task.folders.tests)} test sets",
+        soft_wrap=True,
     )
     runs = [Run("zero-shot", None, task.evaluate())]
-    if not args.resume:
+    if not args.resume:  # else more than this is there already
         prepare_output(args)
+        save_results(args.output / "results.json", task, runs, summarise(runs))
     for method in args.method:
         for seed in args.seed:
             runs.append(FineTuning(task, method, seed).run())
@@ -773,7 +801,9 @@ def run(args: argparse.Namespace, recipe: Any, console: Console) -> None:
             save_results(args.output / "results.json", task, runs, rows)
     save_figure(args.output / "results.png", rows, runs)
     print_tables(rows, list(task.folders.tests), console)
-    console.print(f"written to {args.output}: results.json, results.png, the mask and the fine-tuned values")
+    console.print(
+        f"written to {args.output}: results.json, results.png, the mask and the fine-tuned values", soft_wrap=True
+    )
 
 
 def main(argv: Sequence[str] | None = None, recipe: Any = None) -> int:

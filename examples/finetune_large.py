@@ -243,18 +243,9 @@ def train(
     model = build(plan.checkpointing, True)
     start = time.perf_counter()
     few = batches[: 1 if plan.streaming is True else args.selection_batches]
-    say(f"selecting from {len(few)} batches")
-    mask = saft_kernels.select(
-        model,
-        few,
-        loss_fn,
-        density=args.density,
-        streaming=plan.streaming,
-        blocks=plan.blocks,
-        progress=sys.stderr.isatty(),
-    )
+    mask = saft_kernels.select(model, few, loss_fn, density=args.density, streaming=plan.streaming, blocks=plan.blocks)
     took = {"selection": (plan.selection, peak.bytes(), time.perf_counter() - start)}
-    say(f"selected {mask.k:,} of {mask.numel:,} elements; training for {len(batches)} steps")
+    say(f"training for {len(batches)} steps")
 
     peak.restart()
     optimizer = saft_kernels.SparseAdamW(

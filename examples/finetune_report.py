@@ -167,11 +167,11 @@ def save_figure(file: Path, rows: Sequence[Mapping[str, Any]], runs: Sequence[Ru
     from matplotlib import pyplot as plt
 
     tests = list(runs[0].accuracy)
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.34 * (len(tests) + 1)))
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.34 * (len(tests) + 1)), layout="constrained")
     _plot_accuracy(axis, rows, tests)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(rows))
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    figure.tight_layout()
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
@@ -189,7 +189,8 @@ def _plot_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]], tests: Sequence
         style = {"fmt": "o", "ms": 6, "lw": 1.5, "color": COLOURS[row["method"]], "clip_on": False}
         axis.errorbar(means, at, xerr=ends, label=row["method"], **style)
     left, right = axis.get_xlim()
-    axis.set_xlim(max(0, left), min(100, right))
+    room = max(0, 10 - (right - left)) / 2  # tenths of a point would look like much
+    axis.set_xlim(max(0, left - room), min(100, right + room))
     axis.set_yticks(range(len(names)), labels[: len(names)])
     for label in axis.get_yticklabels()[:2]:
         label.set_fontweight("bold")
@@ -199,4 +200,3 @@ def _plot_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]], tests: Sequence
     axis.set_axisbelow(True)
     axis.set_xlabel("accuracy (%)")
     axis.set_title("Accuracy in and out of distribution", loc="left", fontsize=11)
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(rows))

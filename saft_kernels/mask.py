@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import files, tensor_files
+from .common.log import say
 from .common.memory import out_of_memory_says
 from .common.names import listing, plain_names, short
 from .ops.dtypes import INDEX_DTYPES, index_dtype
@@ -58,6 +59,18 @@ class MaskSummary:
         lines.append(f"{'total':{width}}  {total:>10,}  {numel:>15,}  {total / max(numel, 1):>9.3%}  {1:>7.0%}")
         return "\n".join(lines)
 
+    @property
+    def headline(self) -> str:
+        """How many elements are selected of how many, and the three tensors that have most of them, in one line."""
+        k, numel = sum(row.k for row in self.rows), sum(row.numel for row in self.rows)
+        rows = sorted((row for row in self.rows if row.k), key=lambda row: -row.k)
+        most = ", ".join(f"{row.name} ({100 * row.k / k:.3g} %)" for row in rows[:3])
+        share = f"{100 * k / max(numel, 1):.4g} %"
+        return (
+            f"selected {k:,} of {numel:,} elements ({share}), in {len(rows)} of {len(self.rows)} tensors"
+            f"{'; most in ' if most else ''}{most}"
+        )
+
 
 class SparseMask(Mapping[str, Tensor]):
     """Which elements of which tensors are trained.
@@ -65,6 +78,8 @@ class SparseMask(Mapping[str, Tensor]):
     A mapping of tensor name to its flat (row-major) indices: ascending, int32 where the tensor has fewer than 2^31
     elements, else int64, on the CPU. Tensors without selected elements are in it, with no indices.
     """
+
+    _is_logged = False  # `log_mask` has said what is in it
 
     def __init__(self, indices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
         if indices.keys() != shapes.keys():
@@ -263,6 +278,11 @@ class SparseMask(Mapping[str, Tensor]):
                 f"{os.fspath(path)}: expected a mask saved by SparseMask.save, got another file or a damaged one "
                 f"({error}); save the mask again"
             ) from error
+
+
+def log_mask(what: str, mask: SparseMask, *, show: bool = False) -> None:
+    """Says what a mask selects, as `say` does: once, by the first that has it."""
+    mask._is_logged = mask._is_logged or say(f"{what}: {mask.summary().headline}", show=show)
 
 
 def _zeros(numel: int) -> npt.NDArray[np.bool_]:

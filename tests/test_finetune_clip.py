@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -307,6 +309,33 @@ def test_a_hidden_folder_does_not_hide_what_is_above(tiny_clip, photos, tmp_path
     assert finetune_clip.read_folders(photos).training_images() == dict.fromkeys(CLASSES, 4)
 
 
+def test_what_is_passed_over_is_said(tiny_clip, photos, tmp_path, capsys):
+    """A phone's .heic files are not left out in silence."""
+    for name in ("1.heic", "2.HEIC", "notes.txt"):
+        (photos / "train" / "fig" / name).write_bytes(b"x")
+    assert _run(photos, tmp_path / "out", *tiny_clip, "--method", "saft", "--epochs", "1") == 0
+    assert "not read as images: 2 .heic, 1 .txt\n" in capsys.readouterr().out
+
+
+def test_images_are_what_one_sees(tmp_path, recwarn):
+    """Turned as the camera says, 16 bits not clipped to white, transparency without a warning."""
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (8, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(ramp).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint16) * 256).save(tmp_path / "16.png")
+    Image.fromarray(ramp).quantize(256).save(tmp_path / "palette.png", transparency=b"\0\x80")
+    Image.fromarray(np.stack([255 - ramp] * 3 + [0 * ramp], -1), "CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    for name in ("turned.png", "16.png", "palette.png", "cmyk.jpg"):
+        seen = finetune_clip.as_rgb(Image.open(tmp_path / name))
+        assert seen.mode == "RGB"
+        expected = ramp.T if name == "turned.png" else ramp
+        assert np.abs(np.asarray(seen).astype(int) - expected[..., None]).max() <= (4 if name == "cmyk.jpg" else 0), (
+            name
+        )
+    assert not recwarn.list
+
+
 def test_more_shots_than_images_are_said(tiny_clip, photos, tmp_path, capsys):
     (photos / "train" / "fig" / "0.png").unlink()
     arguments = [*tiny_clip, "--method", "saft", "--epochs", "1"]
@@ -374,6 +403,7 @@ def test_results_are_written_run_by_run(tiny_clip, photos, tmp_path, monkeypatch
     output, run_one = tmp_path / "out", finetune_clip.FineTuning.run
 
     def run(self):
+        assert _results(output)["runs"][0]["method"] == "zero-shot"
         if self.method == "full":
             raise KeyboardInterrupt
         return run_one(self)
@@ -396,13 +426,15 @@ def test_results_are_written_run_by_run(tiny_clip, photos, tmp_path, monkeypatch
 def test_a_log_file_gets_a_line_per_phase_and_epoch(tiny_clip, photos, tmp_path, capsys):
     assert _run(photos, tmp_path / "out", *tiny_clip, "--shots", "4", "--seed", "3") == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
-    assert "\r" not in captured.out
+    assert [line.partition(" of ")[0] for line in captured.err.splitlines()] == [
+        "select(): reads 3 batches",
+        f"select(): selected {_results(tmp_path / 'out')['runs'][1]['trained_parameters']}",
+    ]
+    assert "\r" not in captured.out + captured.err
     lines = iter(captured.out.splitlines())
     for expected in (
         "checking images: 32 images",
         "evaluating: 20 images",
-        "selecting, seed 3: 12 images",
         "saft, seed 3: 6 steps",
         "saft, seed 3: epoch 1/2, loss ",
         "saft, seed 3: epoch 2/2, loss ",
@@ -435,6 +467,17 @@ def test_a_terminal_gets_bars_and_no_lines(tiny_clip, photos, tmp_path, capsys, 
     assert "evaluating" in captured.err
     assert "epoch 1/1" not in captured.out
     assert "evaluating" not in captured.out
+
+
+def test_the_figure_does_not_blow_up_tenths_of_a_point():
+    from matplotlib import pyplot as plt
+
+    rows = [{"method": m} | {"val": {"mean": a, "std": 0.0}} for m, a in (("saft", 50), ("full", 50.1))]
+    figure, axis = plt.subplots()
+    finetune_report._plot_accuracy(axis, rows, ["val"])
+    left, right = axis.get_xlim()
+    assert 9.9 < right - left < 11
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("spread", [0.0, 8.0])
@@ -506,7 +549,7 @@ def test_bad_output_fails_before_any_work(tiny_clip, photos, tmp_path, capsys, m
 
 def _one_line(capsys, *expected: str) -> None:
     captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
+    lines = [line for line in captured.err.strip().splitlines() if not line.startswith("select(): ")]
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
     for text in expected:
@@ -555,6 +598,15 @@ def test_bad_folder(tiny_clip, photos, tmp_path, capsys, damage, where, said, wo
     assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 2
     _one_line(capsys, str(photos / where) if where != "." else str(photos), said)
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_one_class_alone(tiny_clip, photos, tmp_path, capsys):
+    """There is nothing to tell it from; said before the model is built."""
+    for name in CLASSES[1:]:
+        for split in ("train", "val", "sketches"):
+            shutil.rmtree(photos / split / name, ignore_errors=True)
+    assert _run(photos, tmp_path / "out", *tiny_clip) == 2
+    _one_line(capsys, str(photos / "train"), "expected two classes or more, got 'apple' alone")
 
 
 @pytest.mark.parametrize(
@@ -643,7 +695,7 @@ def test_gradient_that_is_not_finite(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(finetune_clip.Task, "loss", lambda *batch: loss(*batch) * torch.nan)
     assert demo(tmp_path / "out", "--method", "saft") == 2
     _one_line(capsys, "finite")
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["results.json"]  # of zero-shot
 
 
 # ---- pieces ----

@@ -16,7 +16,7 @@ from training import Batch, TwoTowers, batches, leave_process_group, loss_fn, tw
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.integrations import select_into
-from saft_kernels.integrations.select_into import use_mask
+from saft_kernels.integrations.select_into import name_parameters
 
 
 def no_decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -191,16 +191,18 @@ def test_select_into_errors_change_nothing() -> None:
     assert_message(type_error, ["`optimizer`"])
 
 
-def test_use_mask_by_the_models_names() -> None:
+def test_names_of_the_model() -> None:
     model = two_towers()
     mask = saft_kernels.select(model, batches(2), loss_fn, k=30, progress=False)
     optimizer = SparseAdamW(no_decay_groups(model), lr=0.01)
-    use_mask(optimizer, nn.DataParallel(model), mask)
+    name_parameters(optimizer, nn.DataParallel(model))
+    optimizer.use_mask(mask)
+    assert {name.removeprefix("module.") for name in optimizer.mask} == set(mask)
     before = weights(model)
     train(model, optimizer)
     assert_only_selected_changed(before, weights(model), mask, mask.density)
     with pytest.raises(ValueError, match="got a mask for another one"):
-        use_mask(SparseAdamW(no_decay_groups(model)), model, SparseMask.from_dense({"w": torch.ones(2)}))
+        optimizer.use_mask(SparseMask.from_dense({"w": torch.ones(2)}))
 
 
 # ---- several ranks ----

@@ -193,6 +193,9 @@ def test_mask_file(data: str, tmp_path: Path) -> None:
     before = weights(model)
     assert selected(saved, model) == SparseMask({n: mask[n] for n in selected(saved, model)}, dict(mask.shapes))
     assert_only_selected_changed(before, saved["state_dict"], mask, mask.density)
+    log = (tmp_path / "masked" / "out.log").read_text()
+    assert log.count(f"SparseAdamW: selected {mask.k} of") == 1
+    assert f"density: {mask.density}, k: {mask.k}" in log
     # what timm's users call is as it was
     assert timm.optim.create_optimizer_v2.__module__.startswith("timm.")
 
@@ -204,6 +207,9 @@ def test_selection_steps(data: str, tmp_path: Path) -> None:
     first = torch.load(tmp_path / "selected" / "checkpoints" / "epoch_1.pt", weights_only=True)
     steps = {float(state["step"]) for state in first["optimizer"]["state"].values() if state["exp_avg"].numel()}
     assert steps == {1.0}
+    log = (tmp_path / "selected" / "out.log").read_text()
+    assert log.count("SparseAdamW: selected 50 of") == 1
+    assert "param." not in log  # the model's names
     mask = selected(first, new_model("fp32"))
     assert mask.k == 50
 

@@ -444,6 +444,14 @@ def test_repr_has_the_budget_in_force() -> None:
     default = repr(SparseAdamW([a]))
     assert "    density: 0.001\n" in default
     assert "    k: None\n" in default
-    assert "    k: 7\n" in repr(SparseAdamW([a], k=7))
+    of_k, mask = repr(SparseAdamW([a], k=7)), SparseMask({"a": torch.arange(3)}, {"a": a.shape})
+    assert "    density: 0.07\n" in of_k
+    assert "    k: 7\n" in of_k
+    masked = SparseAdamW([("a", a)], mask=mask)
+    assert "    density: 0.03\n" in repr(masked)
+    # what open_clip logs
+    for optimizer, density, k in ((SparseAdamW([a]), 1e-3, None), (SparseAdamW([a], k=7), None, 7), (masked, 0.03, 3)):
+        assert (optimizer.defaults["density"], optimizer.defaults["k"]) == (density, k)
+        assert optimizer.param_groups[0]["density"] is optimizer.param_groups[0]["k"] is None
     groups = repr(SparseAdamW([{"params": [a]}, {"params": [b], "density": 1.0}], density=0.5))
     assert groups.index("density: 0.5") < groups.index("density: 1.0")

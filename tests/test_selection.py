@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import Backend, assert_message, assert_same_bits, flushed_denormal
 from torch import Tensor, nn
 from training import Batch, batches, largest, loss_fn, two_towers
 
-from saft_kernels import SparseMask, select
+from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.ops import reference
 from saft_kernels.selection import budget
 
@@ -369,18 +370,57 @@ def test_it_works_under_no_grad_and_keeps_the_mode() -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    model = two_towers()
-    select(model, batches(2), loss_fn, k=20, progress=progress)
+# ---- what a person sees ----
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress(
+    is_terminal: bool, has_tqdm: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar on a terminal alone; elsewhere, or without tqdm, a line that says what begins; then what was selected."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    mask = select(two_towers(), iter(batches(2)), loss_fn, k=20)
     captured = capsys.readouterr()
-    assert ("selecting" in captured.err) is progress
     assert captured.out == ""
+    assert ("selecting: " in captured.err) is ("\r" in captured.err) is (is_terminal and has_tqdm)
+    lines = captured.err.rpartition("\r")[2].splitlines()
+    assert lines[:-1] == ([] if is_terminal and has_tqdm else ["select(): reads 2 batches"])
+    assert lines[-1] == f"select(): {mask.summary().headline}"
 
 
-def test_progress_bar_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    assert select(two_towers(), batches(1), loss_fn, k=20, progress=True).k == 20
+@pytest.mark.parametrize("streaming", [False, True, "host", "blocks"])
+def test_silence(streaming: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    select(two_towers(), batches(1), loss_fn, k=20, streaming=streaming, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("score", ["mean_grad", "weight"])
+def test_what_was_selected_is_logged_once(
+    score: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By select(), and not again by the optimizer that takes the mask; a mask of a file is said by that optimizer."""
+    model = two_towers()
+    data = (batches(1), loss_fn) if score == "mean_grad" else (None, None)
+    with caplog.at_level("INFO", logger="saft_kernels"):
+        mask = select(model, *data, score=score, k=20, progress=False)
+        for _ in range(2):
+            SparseAdamW(model.named_parameters(), mask=mask)
+        assert [r.getMessage() for r in caplog.records] == [f"select(): {mask.summary().headline}"]
+        mask.save(tmp_path / "mask.safetensors")
+        SparseAdamW(model.named_parameters(), mask=SparseMask.load(tmp_path / "mask.safetensors"))
+    assert [r.getMessage() for r in caplog.records][1:] == [f"SparseAdamW: {mask.summary().headline}"]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_was_silent_is_said_by_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    model = two_towers()
+    mask = select(model, batches(1), loss_fn, k=20, progress=False)
+    with caplog.at_level("INFO", logger="saft_kernels"):
+        SparseAdamW(model.named_parameters(), mask=mask)
+    assert len(caplog.records) == 1
 
 
 # ---- errors ----

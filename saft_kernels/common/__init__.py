@@ -1,1 +1,1 @@
-"""What every part uses and none owns: names, files, memory, the pause of gradient release."""
+"""What every part uses and none owns: names, files, memory, the log, the pause of gradient release."""

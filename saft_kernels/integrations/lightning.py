@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
-from .select_into import FirstBatches, check_max_batches, select_into, shown
+from .select_into import FirstBatches, check_max_batches, select_into
 
 __all__ = ["SelectionCallback"]
 
@@ -28,7 +28,7 @@ class SelectionCallback(pl.Callback):
             logging is left out meanwhile.
         max_batches: Take that many batches of the training data; None takes what an epoch of the Trainer takes. Needed
             for an IterableDataset of unknown length and for one that can be read only once.
-        progress: Shows a tqdm bar.
+        progress: Shows how far it is and what it has selected, as `saft_kernels.select` does.
 
     Attributes:
         mask: What was selected, under the module's names; None before, and where a selection was there.
@@ -80,7 +80,7 @@ class SelectionCallback(pl.Callback):
                     None if length == float("inf") else length,
                     getattr(loader, "dataset", None),
                 )
-                with _without_logging(pl_module), shown():
+                with _without_logging(pl_module):
                     self.mask = select_into(optimizer, pl_module, batches, loss_fn, progress=self.progress)
 
 

@@ -14,11 +14,10 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
-from .select_into import use_mask
+from .select_into import name_parameters
 from .timm import NAME, register_timm
 
 _HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps")
@@ -102,27 +101,26 @@ def _train(theirs: list[str], options: dict[str, Any], mask: SparseMask | None) 
     from open_clip_train.main import main as train
 
     register_timm(**options)
-    with _timm_knows(mask):
+    with _names_kept(mask):
         return train(theirs)
 
 
 @contextmanager
-def _timm_knows(mask: SparseMask | None) -> Iterator[None]:
-    """open_clip hands the model to timm, which hands groups without names to the optimizer; a mask needs names."""
-    if mask is None:
-        yield
-        return
+def _names_kept(mask: SparseMask | None) -> Iterator[None]:
+    """open_clip hands the model to timm, which hands on groups without names; a mask and what is logged need them."""
     import timm.optim
 
     factory: Any = timm.optim
-    create: Callable[..., Optimizer] = factory.create_optimizer_v2
+    create: Callable[..., SparseAdamW] = factory.create_optimizer_v2
 
-    def create_with_mask(model: nn.Module, *args: Any, **kwargs: Any) -> Optimizer:
+    def create_with_names(model: nn.Module, *args: Any, **kwargs: Any) -> SparseAdamW:
         optimizer = create(model, *args, **kwargs)
-        use_mask(optimizer, model, mask)
+        name_parameters(optimizer, model)
+        if mask is not None:
+            optimizer.use_mask(mask)
         return optimizer
 
-    with mock.patch.object(factory, "create_optimizer_v2", create_with_mask):
+    with mock.patch.object(factory, "create_optimizer_v2", create_with_names):
         yield
 
 

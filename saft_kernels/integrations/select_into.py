@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -135,29 +134,11 @@ def check_max_batches(max_batches: int | None) -> None:
         raise ValueError(f"`max_batches`: expected a positive int or None, got {max_batches!r}; None takes all")
 
 
-@contextmanager
-def shown() -> Iterator[None]:
-    """What is logged of a selection, on stderr, once for all ranks; where logging is set up, as it says."""
-    logger = logging.getLogger("saft_kernels")
-    is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-    if logger.isEnabledFor(logging.INFO) or logger.level or not is_first:
-        yield
-        return
-    handler = logging.StreamHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(logging.NOTSET)
-        logger.removeHandler(handler)
-
-
-def use_mask(optimizer: Optimizer, model: nn.Module, mask: SparseMask) -> None:
-    """Makes `mask` what an optimizer without names, built but not yet stepped, selects. `model` has the names."""
-    sparse = unwrapped(optimizer)
-    names = _names(sparse, model)
-    sparse.use_mask(mask, [names[member.parameter] for member in sparse.members()])
+def name_parameters(optimizer: SparseAdamW, model: nn.Module) -> None:
+    """Gives the optimizer the model's names, as if it had been built of `model.named_parameters()`."""
+    names = _names(optimizer, model)
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
 
 
 def unwrapped(optimizer: Optimizer) -> SparseAdamW:

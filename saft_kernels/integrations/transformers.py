@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..mask import SparseMask
-from .select_into import FirstBatches, check_max_batches, select_into, shown, unwrapped
+from .select_into import FirstBatches, check_max_batches, select_into, unwrapped
 
 __all__ = ["SelectionCallback"]
 
@@ -25,7 +25,7 @@ class SelectionCallback(TrainerCallback):
             loss or label smoothing, `trainer.add_callback(SelectionCallback(trainer.compute_loss))`.
         max_batches: Take that many batches of the training data; None takes all. Needed for an IterableDataset of
             unknown length and for one that can be read only once.
-        progress: Shows a tqdm bar.
+        progress: Shows how far it is and what it has selected, as `saft_kernels.select` does.
 
     Attributes:
         mask: What was selected, under the model's names; None before, and where a selection was there.
@@ -54,8 +54,7 @@ class SelectionCallback(TrainerCallback):
                 length = None
             batches = FirstBatches(loader, self.max_batches, length, getattr(loader, "dataset", None))
             model.train()
-            with shown():
-                self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
+            self.mask = select_into(optimizer, model, batches, self.loss_fn, progress=self.progress)
 
 
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -11,6 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..common.log import say
+from ..mask import MaskSummary, SummaryRow
 from ..ops.adamw import has_memory
 
 State = dict[str, Tensor]
@@ -186,23 +187,13 @@ def check_members(members: Iterable[Member]) -> None:
             )
 
 
-def log_selected(members: Sequence[Member]) -> None:
+def log_selected(members: Iterable[Member]) -> None:
     """Says to the logger "saft_kernels", at INFO, how many elements are selected, and in which tensors most are."""
-    logger = logging.getLogger("saft_kernels")
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    counts = {member.name: member.count for member in members if not member.is_pending}
-    k, numel = sum(counts.values()), sum(member.parameter.numel() for member in members)
-    most = sorted(counts, key=counts.__getitem__, reverse=True)[:3]
-    logger.info(
-        "SparseAdamW: selected %s of %s elements (%.4g %%), in %s of %s tensors; most in %s",
-        f"{k:,}",
-        f"{numel:,}",
-        100 * k / max(1, numel),
-        sum(count > 0 for count in counts.values()),
-        len(members),
-        ", ".join(f"{name} ({100 * counts[name] / max(1, k):.3g} %)" for name in most if counts[name]),
-    )
+    rows = [
+        SummaryRow(m.name, tuple(m.parameter.shape), m.parameter.numel(), 0 if m.is_pending else m.count)
+        for m in members
+    ]
+    say(f"SparseAdamW: {MaskSummary(tuple(rows)).headline}")
 
 
 def _places(param_groups: ParamGroups) -> Iterator[tuple[Position, str, Tensor]]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..common.memory import out_of_memory_says
-from ..mask import SparseMask
+from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
 from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
@@ -135,8 +135,8 @@ class SparseAdamW(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": True,
-            "density": None,
-            "k": None,
+            "density": density if k is None else None,
+            "k": k,
         }
         check_hyperparameters(defaults)
         defaults["betas"] = tuple(betas) if differentiable else tuple(float(beta) for beta in betas)
@@ -192,15 +192,18 @@ class SparseAdamW(Optimizer):
         return _state_of(self)
 
     def __repr__(self) -> str:
-        """As torch's, with the budgets in force: a group without its own has the optimizer's."""
+        """As torch's, with the budgets in force: a group without its own has the optimizer's, a k is a density, too."""
+        pools = {i: pool for pool in self.pools() for i in pool.groups}
         lines = super().__repr__().splitlines()
-        shared = {"density": self._selection.density if self._selection.k is None else None, "k": self._selection.k}
         group = -1
         for at, line in enumerate(lines):
             group += line.startswith("Parameter Group ")
             key = line.strip().split(":")[0]
-            if key in shared and self.param_groups[group]["density"] is self.param_groups[group]["k"] is None:
-                lines[at] = f"    {key}: {shared[key]}"
+            if key == "k":
+                lines[at] = f"    k: {pools[group].k}"
+            elif key == "density":
+                density, k, numel = pools[group].density, pools[group].k, pools[group].numel
+                lines[at] = f"    density: {density if k is None else k / max(1, numel)}"
         return "\n".join(lines)
 
     # ---- groups, names, budgets ----
@@ -212,6 +215,9 @@ class SparseAdamW(Optimizer):
         starts anew, so that it is over the same steps for all. After, its parameters are a pool of their own, selected
         at the next step() by the group's or the optimizer's density.
         """
+        if isinstance(param_group, dict):  # without a budget of its own it shares the optimizer's
+            param_group.setdefault("density", None)
+            param_group.setdefault("k", None)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -304,12 +310,8 @@ class SparseAdamW(Optimizer):
         self._selection.restart()
         self._update_released()
 
-    def use_mask(self, mask: SparseMask, names: Sequence[str] | None = None) -> None:
-        """Makes a mask what is selected, as the constructor's `mask` does.
-
-        Args:
-            mask: It takes the place of the optimizer's budget.
-            names: The names of all parameters in the mask, in order; None: those that the optimizer knows.
+    def use_mask(self, mask: SparseMask) -> None:
+        """Makes a mask what is selected, in place of the optimizer's budget, as the constructor's `mask` does.
 
         Raises:
             ValueError: A mask of another model, or a group with a budget of its own.
@@ -320,15 +322,15 @@ class SparseAdamW(Optimizer):
                 "drop theirs"
             )
         members = self._follow()
-        names = [member.name for member in members] if names is None else names
-        indices = mask.bind((name, member.parameter) for name, member in zip(names, members, strict=True))
+        indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
+        self.defaults.update(density=mask.density, k=mask.k)
         self._members.select(
             {m.position: or_whole(m.parameter, index) for m, index in zip(members, indices, strict=True)}
         )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
-        log_selected(self._follow())
+        log_mask("SparseAdamW", mask)
 
     def adopt(self, picked: Picked) -> None:
         """Makes a selection current, as reselect() and step() would; state of what stays selected moves over.
@@ -362,7 +364,6 @@ class SparseAdamW(Optimizer):
         self._selection.restart()
         self._prepared = None
         followed = self._follow()
-        log_selected(followed)
         for hook in self._selection_hooks:
             hook(followed)
 
@@ -491,6 +492,7 @@ class SparseAdamW(Optimizer):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:
                 self._adopt(picked)
+                log_selected(members)
         return picked is not None
 
     def _has_gradients(self) -> bool:

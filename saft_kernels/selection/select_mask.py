@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..common.log import say
 from ..common.memory import out_of_memory_says
 from ..common.names import listing, short
 from ..common.pause import releasing_paused
-from ..mask import SparseMask
+from ..mask import SparseMask, log_mask
 from ..ops.dtypes import FLOAT_DTYPES, opmath_dtype
 from .budget import DEFAULT_DENSITY, budget, check_budget, select_indices
 from .gradients import any_nonzero, check_dense, check_finite
@@ -68,7 +70,8 @@ def select(
             selected from there. "blocks": `blocks` passes over the batches, which add up one share of the gradients
             each; the batches must come alike each time (torch's random numbers do).
         blocks: Number of passes with streaming="blocks".
-        progress: Shows a tqdm bar, where tqdm is installed.
+        progress: Shows on stderr how far it is, with tqdm's bar on a terminal and a line elsewhere, and what it has
+            selected. Lines go to the logger "saft_kernels" where that is at INFO; the last one in any case.
         backend: See `saft_kernels.ops.topk_magnitude`.
 
     Returns:
@@ -133,7 +136,9 @@ def select(
                     sums = {n: scoring.of_mean(total, candidates[n].to(total.dtype)) for n, total in sums.items()}
             picked = pick(sums)
     empty = torch.empty(0, dtype=torch.int64, device="cpu")
-    return SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
+    mask = SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
+    log_mask("select()", mask, show=progress)
+    return mask
 
 
 def _check_score(score: str, batches: object, loss_fn: object) -> Score:
@@ -283,10 +288,17 @@ def _check_loss(loss: object) -> None:
 
 
 def _progress(batches: Iterable[Any], enabled: bool) -> Iterable[Any]:
+    """A bar on a terminal; elsewhere, as in a log file, a line that says what begins."""
     if not enabled:
         return batches
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return batches
-    return tqdm(batches, desc="selecting", unit="batch", leave=False)  # type: ignore[no-any-return]
+        pass
+    else:
+        bar = tqdm(batches, desc="selecting", unit="batch", leave=False, disable=None)
+        if not bar.disable:
+            return bar  # type: ignore[no-any-return]
+    count = operator.length_hint(batches, -1)
+    say(f"select(): reads {'' if count < 0 else f'{count} '}batch{'' if count == 1 else 'es'}", show=True)
+    return batches
