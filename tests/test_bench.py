@@ -198,7 +198,7 @@ def test_a_training_step_that_fails_leaves_the_others_theirs(results: Path, monk
         "--tokens",
         "8",
         "--rounds",
-        "2",
+        "1",
         "--density",
         "0.01",
     ]
