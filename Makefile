@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
-.PHONY: build demo test lint format bench gpu sanitize sdist clean help
+.PHONY: build demo test lint format bench gpu sanitize sdist oldest clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ sanitize: build  ## the cpu backend's tests under AddressSanitizer and Undefined
 
 sdist: build  ## what a user gets of a release: sdist, wheel, new environment, one step
 	bash tests/sdist.sh $(BIN)/python
+
+oldest: build  ## the oldest triton that the package allows compiles every kernel
+	bash tests/oldest.sh $(BIN)/python
 
 clean:  ## removes what the other targets made
 	rm -rf $(VENV) build *.egg-info saft_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
