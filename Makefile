@@ -40,7 +40,7 @@ format: build  ## rewrites the sources the way `make lint` wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
-	set -e; for file in bench/bench_*.py; do $(BIN)/python $$file; done
+	status=0; for file in bench/bench_*.py; do $(BIN)/python $$file || status=1; done; exit $$status
 
 gpu:  ## on a machine with an NVIDIA GPU: build in place, GPU tests, benches (RESULTS_DIR=dir; no network, no .venv)
 	@test -n "$(RESULTS_DIR)" || { echo 'usage: make gpu RESULTS_DIR=dir'; exit 2; }
