@@ -149,7 +149,7 @@ def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], ob
             setup()
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int((1.5 * host + 100e-6) * _CYCLES_PER_S))
+        torch.cuda._sleep(int(min(1.5 * host + 100e-6, _LONGEST_LEAD) * _CYCLES_PER_S))
         start.record()
         fn()
         end.record()
@@ -159,6 +159,7 @@ def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], ob
 
 
 _CYCLES_PER_S = 2e9  # of a GPU, at the most: it sleeps that long, or longer
+_LONGEST_LEAD = 0.25  # seconds: the queue is full by then
 
 
 def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
