@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
-.PHONY: build demo test lint format bench gpu sanitize sdist clean help
+.PHONY: build demo test lint format bench gpu sanitize sdist oldest clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,7 +40,7 @@ format: build  ## rewrites the sources the way `make lint` wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
-	set -e; for file in bench/bench_*.py; do $(BIN)/python $$file; done
+	status=0; for file in bench/bench_*.py; do $(BIN)/python $$file || status=1; done; exit $$status
 
 gpu:  ## on a machine with an NVIDIA GPU: build in place, GPU tests, benches (RESULTS_DIR=dir; no network, no .venv)
 	@test -n "$(RESULTS_DIR)" || { echo 'usage: make gpu RESULTS_DIR=dir'; exit 2; }
@@ -51,6 +51,9 @@ sanitize: build  ## the cpu backend's tests under AddressSanitizer and Undefined
 
 sdist: build  ## dist/: sdist and CPU wheel, each tried in a new environment, with and without compiler and nvcc
 	bash tests/sdist.sh $(BIN)/python dist
+
+oldest: build  ## the oldest triton that the package allows compiles every kernel
+	bash tests/oldest.sh $(BIN)/python
 
 clean:  ## removes what the other targets made
 	rm -rf $(VENV) build dist *.egg-info saft_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,12 +17,10 @@ import importlib
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,7 @@ class Workload:
     size: str
 
 
-def clip(args: argparse.Namespace) -> Workload:
+def clip(args: argparse.Namespace, architecture: str = "ViT-B-32") -> Workload:
     import open_clip
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -64,7 +62,13 @@ def clip(args: argparse.Namespace) -> Workload:
 
     # nn.MultiheadAttention reads its weights past the module that PEFT would put in their place
     adapted = r".*\.(c_fc|c_proj)"
-    return Workload(lambda: open_clip.create_model("ViT-B-32"), batch, loss, adapted, f"{args.batch} images and texts")
+    return Workload(
+        lambda: open_clip.create_model(architecture, device=torch.get_default_device()),
+        batch,
+        loss,
+        adapted,
+        f"{args.batch} images and texts",
+    )
 
 
 def decoder(args: argparse.Namespace, vocab_size: int = 32000) -> Workload:
@@ -94,11 +98,16 @@ def decoder(args: argparse.Namespace, vocab_size: int = 32000) -> Workload:
 
     return Workload(
         model,
-        lambda: torch.randint(config.vocab_size, (1, args.tokens)),
+        lambda: torch.randint(config.vocab_size, (max(1, args.tokens // 2048), min(args.tokens, 2048))),
         loss,
         r".*\.(q|k|v|o|gate|up|down)_proj",
         f"{args.tokens} tokens",
     )
+
+
+def to_device(batch: Any, device: str) -> Any:
+    """A tensor, or a tuple of them, there."""
+    return tuple(x.to(device) for x in batch) if isinstance(batch, tuple) else batch.to(device)
 
 
 WORKLOADS: dict[str, Callable[[argparse.Namespace], Workload]] = {
@@ -235,8 +244,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     model = workload.model().to(args.device)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     numel = sum(p.numel() for p in model.parameters())
-    batch = workload.batch()
-    batch = [x.to(args.device) for x in batch] if isinstance(batch, tuple) else batch.to(args.device)
+    batch = to_device(workload.batch(), args.device)
     seconds = []
     trained = numel
     if method in SELECTIONS:
@@ -292,14 +300,32 @@ class Row:
     numel: int
     trained: int
     weights_mib: float
-    peak_mib: float
+    peak_mib: float | None
     of_lora: float | None
-    seconds: float
+    seconds: float | None
     threads: int
     torch: str
     commit: str
     day: str
     malloc: str = ""
+    triton: str = ""
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """What was measured of what."""
+        return f"{self.method} ({self.model})"
+
+
+UNMEASURED = {
+    "dtype": "",
+    "data": "",
+    "numel": 0,
+    "trained": 0,
+    "weights_mib": 0.0,
+    "peak_mib": None,
+    "seconds": None,
+}
 
 
 def why_not(method: str) -> str | None:
@@ -323,27 +349,20 @@ def run(args: argparse.Namespace) -> harness.Results:
             continue
         # its own process: peaks do not mix, and what Python keeps does not add up
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", model, method]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{model}, {method}: failed\n{done.stderr[-2000:]}")
-            continue
-        results.rows.append(
+        measured, error = harness.run_worker(command)
+        results.append(
             Row(
                 model=model,
                 method=method,
                 of_lora=None,
-                device=harness.device_name(args.device),
-                threads=torch.get_num_threads(),
-                torch=torch.__version__,
-                commit=harness.commit(),
-                day=date.today().isoformat(),
-                malloc=harness.allocator(),
-                **json.loads(done.stdout.splitlines()[-1]),
+                note=harness.notes(error),
+                **harness.provenance(args.device),
+                **(UNMEASURED | measured),
             )
         )
-        lora = {row.model: row.peak_mib for row in results.rows if row.method == LORA}
+        lora = {row.model: row.peak_mib for row in results.rows if row.method == LORA and row.peak_mib}
         for row in results.rows:
-            if row.model in lora and row.method in METHODS:
+            if row.model in lora and row.method in METHODS and row.peak_mib:
                 row.of_lora = round(row.peak_mib / lora[row.model], 3)
         results.write()
     return results
@@ -351,9 +370,11 @@ def run(args: argparse.Namespace) -> harness.Results:
 
 def report(results: harness.Results) -> None:
     for model in dict.fromkeys(row.model for row in results.rows):
-        rows = [row for row in results.rows if row.model == model]
+        rows = [row for row in results.rows if row.model == model and harness.is_measured(row)]
+        if not rows:
+            continue
         harness.table(
-            ["method", "trained", "peak MiB", "beyond the weights", "of LoRA's", "s"],
+            ["method", "trained", "peak MiB", "beyond the weights", "of LoRA's", "s", "note"],
             (
                 (
                     row.method,
@@ -362,6 +383,7 @@ def report(results: harness.Results) -> None:
                     f"{row.peak_mib - row.weights_mib:,.0f}",
                     "" if row.of_lora is None else f"{row.of_lora:.2f}",
                     f"{row.seconds:.1f}",
+                    row.note,
                 )
                 for row in rows
             ),
@@ -381,7 +403,13 @@ def draw(plt: Any, results: harness.Results) -> Any:
         bars = axis.barh(labels, beyond, left=[row.weights_mib for row in rows], label="all else, at the peak")
         axis.bar_label(bars, [f"{row.peak_mib:,.0f} MiB" for row in rows], padding=3)
         axis.set(xlabel="peak memory, MiB (lower is better)")
-        axis.set_title(f"{model}, {rows[0].dtype}, {rows[0].data}", loc="left")
+        sparse = next((row for row in rows if row.method.startswith("Sparse")), None)
+        density = f", density {sparse.trained / sparse.numel:.2g}" if sparse else ""
+        axis.set_title(
+            f"{model}: N = {rows[0].numel:,}, {rows[0].dtype}, {rows[0].data}{density}\n{rows[0].device}",
+            loc="left",
+            fontsize=9,
+        )
         axis.invert_yaxis()
         axis.margins(x=0.18)
     # beside the first title: inside, it covers whatever bar comes to lie there

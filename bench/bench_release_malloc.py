@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 import harness
@@ -90,15 +88,27 @@ class Row:
     malloc: str
     round: int
     gradients_mib: float
-    peak_mib: float
-    wall_ms: float
-    processor_ms: float
+    peak_mib: float | None
+    wall_ms: float | None
+    processor_ms: float | None
     device: str
     load: float
     torch: str
     commit: str
     day: str
     allocator: str = ""
+    threads: int = 0
+    triton: str = ""
+    density: float = 1e-3
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """What was measured of what."""
+        return f"{self.malloc} ({self.model})"
+
+
+UNMEASURED = {"gradients_mib": 0.0, "peak_mib": None, "wall_ms": None, "processor_ms": None}
 
 
 def run(args: argparse.Namespace) -> harness.Results:
@@ -106,24 +116,20 @@ def run(args: argparse.Namespace) -> harness.Results:
     cases = [(i, model, malloc) for i in range(args.rounds) for model in args.models for malloc in MALLOC]
     for round_, model, malloc in harness.progress(cases, "release_malloc"):
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", model, malloc]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(f"{model}, {malloc}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
-            continue
-        results.rows.append(
+        measured, error = harness.run_worker(command)
+        where = harness.provenance("cpu")
+        results.append(
             Row(
                 malloc=malloc,
                 round=round_,
-                device=harness.device_name("cpu"),
                 load=round(harness.load(), 1),
-                torch=torch.__version__,
-                commit=harness.commit(),
-                day=date.today().isoformat(),
-                allocator=harness.allocator(),
-                **json.loads(done.stdout.splitlines()[-1]),
+                allocator=where.pop("malloc"),
+                density=args.density,
+                note=harness.notes(error),
+                **where,
+                **(UNMEASURED | {"model": model} | measured),
             )
         )
-        results.write()
     return results
 
 
@@ -134,15 +140,17 @@ def medians(rows: list[Row], column: str) -> dict[str, float]:
 
 
 def report(results: harness.Results) -> None:
-    by_model = {row.model: [r for r in results.rows if r.model == row.model] for row in results.rows}
+    measured = [row for row in results.rows if harness.is_measured(row)]
+    by_model = {row.model: [r for r in measured if r.model == row.model] for row in measured}
     harness.table(
-        ["model", "malloc", "peak MiB", "of the gradients", "wall ms", "processor ms", "of kept, by rounds"],
+        ["model", "malloc", "peak MiB", "of the gradients", "wall ms", "processor ms", "of kept, by rounds", "note"],
         (
             (
                 *(model, malloc, f"{medians(rows, 'peak_mib')[malloc]:,.0f}"),
                 f"{medians(rows, 'peak_mib')[malloc] / rows[0].gradients_mib:.0%}",
                 *(f"{medians(rows, column)[malloc]:,.0f}" for column in ("wall_ms", "processor_ms")),
                 ", ".join(f"{ratio:.2f}" for ratio in ratios(rows)) if malloc == "returned" else "",
+                next((row.note for row in rows if row.note and row.malloc == malloc), ""),
             )
             for model, rows in by_model.items()
             for malloc in medians(rows, "peak_mib")
@@ -155,7 +163,7 @@ def ratios(rows: list[Row]) -> list[float]:
     """Processor time, returned to kept, of each round that has both."""
     by_round: dict[int, dict[str, float]] = {}
     for row in rows:
-        by_round.setdefault(row.round, {})[row.malloc] = row.processor_ms
+        by_round.setdefault(row.round, {})[row.malloc] = row.processor_ms or 0.0
     return [found["returned"] / found["kept"] for found in by_round.values() if len(found) == 2]
 
 
@@ -166,7 +174,10 @@ def draw(plt: Any, results: harness.Results) -> Any:
     peaks = [medians([r for r in results.rows if r.model == model], "peak_mib")[malloc] for model, malloc in names]
     axis.barh([f"{model}: {malloc}" for model, malloc in names], peaks)
     axis.bar_label(axis.containers[0], [f"{peak:,.0f} MiB" for peak in peaks], padding=3)
-    axis.set(xlabel="peak above the model, MiB (lower is better)", title="freed gradients, release_grads=True")
+    row = results.rows[0]
+    axis.set(xlabel="peak above the model, MiB (lower is better)")
+    what = f"freed gradients, release_grads=True: {row.gradients_mib:,.0f} MiB of them, density {row.density:.2g}"
+    axis.set_title(f"{what}\n{row.device}", fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     return figure

@@ -202,7 +202,6 @@ def run(args: argparse.Namespace) -> harness.Results:
                 results.add(timing, roof, size, backend=backend, k=k, note=note, **what)
             if args.peers and dtype == torch.float32 and data == args.data[0]:
                 add_peers(results, what, tensors, share, args.repeats)
-        results.write()
     return results
 
 
@@ -225,10 +224,11 @@ def add_peers(
 
 def report(results: harness.Results) -> None:
     harness.table(
-        ["data", "dtype", "backend", "numel", "k/N", "ms p50", "ns/elem", "GB/s", "of the roof", "note"],
+        ["data", "dtype", "backend", "numel", "k/N", "ms p50", "ms wall", "ns/elem", "GB/s", "of the roof", "note"],
         (
             (
-                *(row.data, row.dtype, row.backend, f"{row.numel:,}", f"{row.k / row.numel:.0e}", f"{row.p50_ms:.2f}"),
+                *(row.data, row.dtype, row.backend, f"{row.numel:,}", f"{row.k / row.numel:.0e}"),
+                *(f"{row.p50_ms:.2f}", harness.wall(row, 2)),
                 *(f"{row.p50_ms * 1e6 / row.numel:.3f}", f"{row.gb_per_s:.1f}", f"{row.roof_fraction:.0%}", row.note),
             )
             for row in results.rows

@@ -1,8 +1,9 @@
 """Timing, byte model, roof, CSV rows and plots shared by the benches.
 
-Times are p20/p50/p80 over repeats, from CUDA events on a GPU (L2 flushed before each) and perf_counter on a CPU.
-The roof is the best bandwidth measured in the same run, so a fraction of it holds on a shared machine; what comes out
-above it, or on a machine that has more to do, is measured against the roof again, and marked.
+Times are p20/p50/p80 over repeats: on a CPU from perf_counter; on a GPU the device's, between two events with the L2
+flushed before and the host ahead, and beside it the wall time of the call until the device is done. The roof is the
+best bandwidth measured in the same run, so a fraction of it holds on a shared machine; what comes out above it, or on a
+machine that has more to do, is measured against the roof again, and marked.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import functools
+import importlib.metadata
+import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -68,14 +73,22 @@ class Timing:
     p20: float
     p50: float
     p80: float
+    wall: float | None = None  # on a GPU, where the others are the device's: of the call until the device is done
     error: str = ""  # why there is no time: the others are NaN
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
+    def of(cls, seconds: Sequence[float], walls: Sequence[float] = ()) -> Timing:
         """Percentiles of repeats."""
         ordered = sorted(seconds)
         last = len(ordered) - 1
-        return cls(*(ordered[round(q * last)] for q in (0.2, 0.5, 0.8)))
+        return cls(
+            *(ordered[round(q * last)] for q in (0.2, 0.5, 0.8)), wall=statistics.median(walls) if walls else None
+        )
+
+    @classmethod
+    def across(cls, timings: Sequence[Timing]) -> Timing:
+        """Percentiles of medians."""
+        return cls.of([t.p50 for t in timings], [t.wall for t in timings if t.wall is not None])
 
     @classmethod
     def attempt(cls, timed: Callable[[], Timing]) -> Timing:
@@ -85,7 +98,7 @@ class Timing:
         except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"failed: {text}", file=sys.stderr)
-            return cls(math.nan, math.nan, math.nan, text[:300])
+            return cls(math.nan, math.nan, math.nan, error=text[:300])
 
 
 def measure(
@@ -97,7 +110,7 @@ def measure(
     min_seconds: float = 0.0,
     setup: Callable[[], object] | None = None,
 ) -> Timing:
-    """Times `fn`: `repeats` times and for at least `min_seconds`. `setup` runs before each, untimed."""
+    """Times `fn`: `repeats` times, on a CPU for at least `min_seconds`. `setup` runs before each, untimed."""
     for _ in range(warmup):
         if setup:
             setup()
@@ -115,19 +128,38 @@ def measure(
 
 
 def _measure_cuda(fn: Callable[[], object], repeats: int, setup: Callable[[], object] | None) -> Timing:
+    """Each repeat twice: the call until the device is done; and its span on the device, which the host gets ahead of.
+
+    A call that waits for the device itself, or launches more than the queue takes (some 1,000 kernels), spans host
+    time all the same.
+    """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")  # larger than any L2
-    seconds = []
+    spans, walls = [], []
     for _ in range(repeats):
         if setup:
             setup()
         flush.zero_()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        fn()
+        host = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        walls.append(time.perf_counter() - begin)
+        if setup:
+            setup()
+        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(min(1.5 * host + 100e-6, _LONGEST_LEAD) * _CYCLES_PER_S))
         start.record()
         fn()
         end.record()
         torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) * 1e-3)
-    return Timing.of(seconds)
+        spans.append(start.elapsed_time(end) * 1e-3)
+    return Timing.of(spans, walls)
+
+
+_CYCLES_PER_S = 2e9  # of a GPU, at the most: it sleeps that long, or longer
+_LONGEST_LEAD = 0.25  # seconds: the queue is full by then
 
 
 def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
@@ -135,7 +167,7 @@ def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) 
 
     A way that fails keeps its error, and is left out from then on.
     """
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    samples: dict[str, list[Timing]] = {name: [] for name in ways}
     failed: dict[str, Timing] = {}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -143,8 +175,8 @@ def interleave(ways: dict[str, Callable[[], object]], device: str, rounds: int) 
                 timing = Timing.attempt(lambda way=way: measure(way, device, repeats=3, warmup=1))  # type: ignore[misc]
                 if timing.error:
                     failed[name] = timing
-                samples[name].append(timing.p50)
-    return {name: failed.get(name) or Timing.of(seconds) for name, seconds in samples.items()}
+                samples[name].append(timing)
+    return {name: failed.get(name) or Timing.across(timings) for name, timings in samples.items()}
 
 
 class Roof:
@@ -215,13 +247,66 @@ class Row:
     day: str
     note: str = ""
     malloc: str = ""
+    triton: str = ""
+    wall_ms: float | None = None  # on a GPU, where the others are the device's: of the call until the device is done
 
     @property
-    def is_measured(self) -> bool:
-        """False: the way failed, and the note says how."""
-        return not math.isnan(self.p50_ms)
+    def label(self) -> str:
+        """What was measured of what."""
+        return f"{self.backend} ({self.data})"
 
 
+ABOVE_THE_ROOF = "ABOVE THE ROOF: one of the two was disturbed, or the data lie in a cache"
+
+
+def is_measured(row: Any) -> bool:
+    """False: the way failed, and the note says how."""
+    return not row.note.startswith("failed: ")
+
+
+def notes(error: str = "", *others: str) -> str:
+    """A row's note: how the way failed or else the `others`, and whether that was on a busy machine."""
+    found = [f"failed: {error}"] if error else [other for other in others if other]
+    return "; ".join(found + ([f"BUSY: load {load():.1f} on {os.cpu_count()} cores"] if is_busy() else []))
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The columns that say where, when and with what a row was measured."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "day": date.today().isoformat(),
+        "malloc": allocator(),
+        "triton": triton_version(),
+    }
+
+
+def run_worker(command: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Of a process that measures: the JSON object in its last line, and, where it failed, the last of its errors."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found, ""
+    print(done.stderr[-2000:], file=sys.stderr)
+    return {}, " ".join((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1].split())[:300]
+
+
+def triton_version() -> str:
+    """Empty where it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """To four digits; None and NaN, which a CSV has no number for, are None."""
+    return None if seconds is None or math.isnan(seconds) else round(seconds * 1e3, 4)
+
+
+@functools.cache
 def commit() -> str:
     """The short hash of HEAD, with "+" when the tree differs from it."""
     try:
@@ -273,7 +358,7 @@ def environment() -> str:
     cores = os.cpu_count()
     return (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads on {cores} cores, load {load():.1f}, "
-        f"{allocator()}, commit {commit()}"
+        f"triton {triton_version() or 'none'}, {allocator()}, commit {commit()}"
     )
 
 
@@ -298,30 +383,25 @@ class Results:
 
     def add(self, timing: Timing, roof: Roof, bytes_moved: int, note: str = "", **columns: object) -> Row:
         """Appends a row. What cannot be true, or was measured on a busy machine, says so in its note."""
-        notes = [note] if note else []
-        if timing.error:
-            notes = [f"failed: {timing.error}"]
-        elif not roof.covers(bytes_moved / timing.p50):
-            notes.append("ABOVE THE ROOF: one of the two was disturbed, or the data lie in a cache")
-        if is_busy():
-            notes.append(f"BUSY: load {load():.1f} on {os.cpu_count()} cores")
+        above = not timing.error and not roof.covers(bytes_moved / timing.p50)
         row = Row(
             p20_ms=round(timing.p20 * 1e3, 4),
             p50_ms=round(timing.p50 * 1e3, 4),
             p80_ms=round(timing.p80 * 1e3, 4),
+            wall_ms=milliseconds(timing.wall),
             gb_per_s=round(bytes_moved / timing.p50 / 1e9, 3),
             roof_gb_per_s=round(roof.bytes_per_s / 1e9, 3),
             roof_fraction=round(bytes_moved / timing.p50 / roof.bytes_per_s, 4),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            commit=commit(),
-            day=date.today().isoformat(),
-            note="; ".join(notes),
-            malloc=allocator(),
-            **columns,  # type: ignore[arg-type]
+            note=notes(timing.error, note, ABOVE_THE_ROOF if above else ""),
+            **(provenance("cpu") | columns),
         )
-        self.rows.append(row)
+        self.append(row)
         return row
+
+    def append(self, row: Any) -> None:
+        """Adds a row and writes all: a bench that is stopped, or fails, leaves what it has measured."""
+        self.rows.append(row)
+        self.write()
 
     def write(self) -> Path:
         """Writes <directory>/<name>.csv."""
@@ -335,7 +415,7 @@ class Results:
 
     def failed(self) -> list[Any]:
         """The rows whose way failed."""
-        return [row for row in self.rows if not getattr(row, "is_measured", True)]
+        return [row for row in self.rows if not is_measured(row)]
 
 
 def read_rows(path: Path, row_class: type) -> list[Any]:
@@ -354,6 +434,11 @@ def read_rows(path: Path, row_class: type) -> list[Any]:
 def times(row: Row, digits: int) -> tuple[str, ...]:
     """Cells under "ms p20", "ms p50", "ms p80"."""
     return tuple(f"{ms:.{digits}f}" for ms in (row.p20_ms, row.p50_ms, row.p80_ms))
+
+
+def wall(row: Row, digits: int) -> str:
+    """The cell under "ms wall": empty on a CPU, where every time is one."""
+    return "" if row.wall_ms is None else f"{row.wall_ms:.{digits}f}"
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -409,6 +494,8 @@ def bars(plt: Any, labels: Sequence[str], rows: Sequence[Row], values: Sequence[
     axis.set_title(axes.pop("title"), fontsize=9)
     axis.set(xlabel="ms (lower is better)", **axes)
     axis.margins(x=0.25, y=0.1)
+    if axis.get_xscale() == "linear":
+        axis.set_xlim(0, 1.3 * max(milliseconds))  # bars stick to their margin, and the values stand beyond them
     axis.invert_yaxis()
     return figure
 
@@ -460,7 +547,7 @@ def main(
     if not args.redraw:
         report(results)
         print(f"rows: {results.write()}")
-        above = sum("ABOVE THE ROOF" in getattr(row, "note", "") for row in results.rows)
+        above = sum(ABOVE_THE_ROOF in row.note for row in results.rows)
         if above:
             print(f"warning: {above} rows are above the roof; see their notes, and measure again", file=sys.stderr)
     failed = results.failed()
@@ -468,7 +555,7 @@ def main(
     if drawn.rows:
         plot(drawn, draw)
     if failed and not args.redraw:
-        sys.exit(f"failed: {', '.join(sorted({f'{row.backend} ({row.data})' for row in failed}))}; see the notes")
+        sys.exit(f"failed: {', '.join(sorted({row.label for row in failed}))}; see the notes")
 
 
 def plot(results: Results, draw: Callable[[Any, Results], Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import saft_kernels
 from saft_kernels import __main__, ops
+from saft_kernels.cli import report as cli_report
 from saft_kernels.ops import backends
 
 CALLS: dict[str, Any] = {
@@ -238,6 +239,19 @@ def test_report_lists_versions_and_backends() -> None:
         assert state == f"not available: {reason}" if reason else state.startswith("available")
     assert listed[-1] == ["reference", "available"]
     assert "what you can rely on" in lines
+
+
+def test_report_says_what_was_measured_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(line.startswith("  NVIDIA H200: ") and "ec6e920" in line for line in __main__.report().splitlines())
+    (tmp_path / "a_gpu.csv").write_text("device,commit\nG1,abc+\nG1,abc\nG2,def\n")
+    (tmp_path / "b_gpu.csv").write_text("device,commit\nG1,def\n")
+    (tmp_path / "other.csv").write_text("commit,ms\nabc,1\n")
+    monkeypatch.setattr(cli_report, "_RESULTS", tmp_path)
+    lines = __main__.report().splitlines()
+    start = lines.index("measured (bench/results)")
+    assert lines[start + 1 : start + 4] == ["  G1: a_gpu, b_gpu; commit abc, def", "  G2: a_gpu; commit def", ""]
+    monkeypatch.setattr(cli_report, "_RESULTS", tmp_path / "of an installed package")
+    assert "measured" not in __main__.report()
 
 
 @cpu_compiled

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import bench_memory
+import bench_release_malloc
 import bench_topk_magnitude
+import bench_train_step
 import harness
 import profile_topk_magnitude
 
@@ -73,7 +79,7 @@ def test_a_backend_that_fails_leaves_the_others_theirs(
     with pytest.raises(SystemExit, match=r"torch\.kthvalue"):
         run(monkeypatch, *TINY, "--name", "mine")
     rows = harness.read_rows(results / "mine.csv", harness.Row)
-    failed = [row for row in rows if not row.is_measured]
+    failed = [row for row in rows if not harness.is_measured(row)]
     assert {(row.backend, row.note.split("; BUSY")[0]) for row in failed} == {
         ("torch.kthvalue", "failed: RuntimeError: no such kernel")
     }
@@ -84,26 +90,140 @@ def test_a_backend_that_fails_leaves_the_others_theirs(
     assert timings["bad"].error == "RuntimeError: no such kernel"
 
 
-def add(seconds: float, roofs: list[float], monkeypatch: pytest.MonkeyPatch) -> harness.Row:
+Add = Callable[[float, list[float]], harness.Row]
+
+
+@pytest.fixture
+def add(results: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
     """The row of 1000 bytes in that time, under a roof that is measured to be those."""
-    monkeypatch.setattr(harness.Roof, "_measure", lambda self: roofs.pop(0))
-    return harness.Results("r").add(harness.Timing.of([seconds]), harness.Roof("cpu", 4), 1000, backend="b", **COLUMNS)
+
+    def add(seconds: float, roofs: list[float]) -> harness.Row:
+        monkeypatch.setattr(harness.Roof, "_measure", lambda self: roofs.pop(0))
+        timing = harness.Timing.of([seconds])
+        return harness.Results("r", results).add(timing, harness.Roof("cpu", 4), 1000, backend="b", **COLUMNS)
+
+    return add
 
 
-def test_a_share_above_the_roof_is_measured_again_or_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_above_the_roof_is_measured_again_or_marked(add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "load", lambda: 0.0)
-    row = add(1e-3, [1e4, 2e6], monkeypatch)
+    row = add(1e-3, [1e4, 2e6])
     assert (row.roof_fraction, row.note) == (0.5, "")
-    row = add(1e-3, [1e4, 2e4, 5e4, 3e4], monkeypatch)
+    row = add(1e-3, [1e4, 2e4, 5e4, 3e4])
     assert row.roof_fraction == 20
     assert row.note.startswith("ABOVE THE ROOF")
 
 
-def test_rows_of_a_busy_machine_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_busy_machine_are_marked(add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "load", lambda: 1000.0)
-    assert "BUSY: load 1000.0" in add(1e-3, [2e6], monkeypatch).note
+    assert "BUSY: load 1000.0" in add(1e-3, [2e6]).note
     monkeypatch.setattr(harness, "load", lambda: 1.0)
-    assert add(1e-3, [2e6], monkeypatch).note == ""
+    assert add(1e-3, [2e6]).note == ""
+
+
+MEASURED = {
+    "bench_memory": {"dtype": "float32", "numel": 9, "trained": 1, "weights_mib": 1.0, "peak_mib": 2.0, "seconds": 0.1},
+    "bench_release_malloc": {"gradients_mib": 1.0, "peak_mib": 2.0, "wall_ms": 1.0, "processor_ms": 1.0},
+}
+
+
+@pytest.mark.parametrize("module", [bench_memory, bench_release_malloc])
+def test_processes_that_fail_or_were_disturbed_have_a_row_that_says_so(
+    module: Any, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [(MEASURED[module.__name__], ""), ({}, "MemoryError: no room")]
+    monkeypatch.setattr(harness, "run_worker", lambda command: answers.pop(0))
+    monkeypatch.setattr(harness, "load", lambda: 1000.0)
+    few = ["--models", "8k", "--methods", "^torch|grads$"] if module is bench_memory else ["--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *few, "--name", "mine"])
+    with pytest.raises(SystemExit, match="failed: "):
+        module.main()
+    good, failed = harness.read_rows(results / "mine.csv", module.Row)
+    assert (good.peak_mib, failed.peak_mib) == (2.0, None)
+    assert good.note.startswith("BUSY: load 1000.0")
+    assert failed.note.startswith("failed: MemoryError: no room; BUSY")
+    assert all(harness.triton_version() == row.triton for row in (good, failed))
+
+
+def test_the_last_of_a_process_s_errors_is_its_row_s_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert harness.run_worker([sys.executable, "-c", "print(1); print('{\"a\": 2}')"]) == ({"a": 2}, "")
+    found = harness.run_worker([sys.executable, "-c", "raise ValueError('no  such\\tthing')"])
+    assert found == ({}, "ValueError: no such thing")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_on_a_gpu_the_host_gets_ahead_of_the_span_and_the_wall_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(f"sleep {cycles >= 2e9 * 1.5 * 0.01}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+
+    def launch() -> None:
+        calls.append("launch")
+        time.sleep(0.01)
+
+    timing = harness.measure(launch, "cuda", repeats=1, warmup=0)
+    assert calls == ["wait", "launch", "wait", "sleep True", "event", "launch", "event", "wait"]
+    assert timing.p50 == 0.007
+    assert timing.wall is not None
+    assert timing.wall >= 0.01
+
+
+def test_a_training_step_that_fails_leaves_the_others_theirs(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(bench_train_step.saft_kernels, "sparse_grad", broken)
+    tiny = [
+        "--models",
+        "decoder",
+        "--hidden",
+        "64",
+        "--layers",
+        "1",
+        "--tokens",
+        "8",
+        "--rounds",
+        "1",
+        "--density",
+        "0.01",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *tiny, "--name", "mine"])
+    with pytest.raises(SystemExit, match=r"failed: SparseAdamW, sparse_grad \(global mask\), SparseAdamW, sparse_grad"):
+        bench_train_step.main()
+    rows = {(row.way, row.mask): row for row in harness.read_rows(results / "mine.csv", bench_train_step.Row)}
+    ways = [key for key in bench_train_step.WAYS if key[0] != bench_train_step.LORA or find_spec("peft")]
+    assert list(rows) == [(way, "") for way in bench_train_step.SELECTIONS] + ways
+    for (way, _), row in rows.items():
+        assert harness.is_measured(row) == (way != "SparseAdamW, sparse_grad")
+        assert (row.wall_ms is None) == (way == "SparseAdamW, sparse_grad")
+        assert row.device_ms is None
+    full = rows[bench_train_step.FULL, ""]
+    assert (full.wall_of_full, full.trained) == (1.0, full.numel)
+    assert rows["SparseAdamW, release_grads", "global"].trained == round(0.01 * full.numel)
+
+
+def test_rows_of_a_gpu_say_where_they_were_measured() -> None:
+    paths = sorted(harness.RESULTS.glob("*_h200.csv"))
+    assert paths
+    for path in paths:
+        for row in harness.read_rows(path, bench_train_step.Row if "train_step" in path.name else harness.Row):
+            assert (row.device, row.torch, row.triton) == ("NVIDIA H200", "2.11.0+cu130", "3.6.0"), path
+            assert row.commit.rstrip("+") == "ec6e920"
 
 
 def test_the_roof_is_one_block_of_the_size_of_the_data() -> None:

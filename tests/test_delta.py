@@ -45,7 +45,10 @@ def changed(state: State, share: float = 0.3, seed: int = 1) -> State:
     for i, (name, tensor) in enumerate(state.items()):
         generator = torch.Generator().manual_seed(100 * seed + i)
         where = torch.rand(tensor.shape, generator=generator) < share
-        result[name] = torch.where(where, filled(tuple(tensor.shape), tensor.dtype, 7 * seed + i), tensor)
+        other = filled(tuple(tensor.shape), tensor.dtype, 7 * seed + i)
+        # by bytes: the oldest torch has no where() of unsigned integers
+        mixed = torch.where(where.reshape(-1, 1), *(t.reshape(-1, 1).view(torch.uint8) for t in (other, tensor)))
+        result[name] = mixed.view(tensor.dtype).reshape(tensor.shape)
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:  # where() may alter no bits
             assert bool((bits(result[name]) == bits(tensor)).any()) or not tensor.numel()
     return result

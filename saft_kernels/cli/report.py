@@ -1,9 +1,11 @@
-"""What runs on this machine, and why the rest does not."""
+"""What runs on this machine, why the rest does not, and what was measured where."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,26 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+_RESULTS = Path(__file__).parents[2] / "bench" / "results"  # of a checkout
+
+
+def _measured() -> list[str]:
+    """A line per device: which of the committed rows are its, of which commits."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for path in sorted(_RESULTS.glob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("device"):
+                    benches, commits = found.setdefault(row["device"], (set(), set()))
+                    benches.add(path.stem)
+                    commits.add(row["commit"].rstrip("+"))
+    return [
+        f"  {device}: {', '.join(sorted(benches))}; "
+        + (f"commit {', '.join(sorted(commits))}" if len(commits) < 3 else f"{len(commits)} commits")
+        for device, (benches, commits) in sorted(found.items())
+    ]
 
 
 def report() -> str:
@@ -37,5 +59,7 @@ def report() -> str:
         reason = ops.why_unavailable(name, device_type=device_type)
         state = f"available{ops.describe(name)}" if reason is None else f"not available: {reason}"
         lines.append(f"  {name:14} {state}")
+    if measured := _measured():
+        lines += ["", "measured (bench/results)", *measured]
     lines += ["", "what you can rely on", "  README.md, under The contract: selection, training, files, errors"]
     return "\n".join(lines)
