@@ -105,7 +105,7 @@ def specs(numel: int, count: int, scatter: bool, dtypes: list[torch.dtype]) -> d
         if scatter:
             triton_gather.scatter_(tensors, indices, [t[:count] for t in tensors])
         else:
-            triton_gather.gather(tensors, indices)
+            triton_gather.gather(tensors, indices, [t[:count] for t in tensors])
     return found
 
 

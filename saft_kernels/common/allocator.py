@@ -15,28 +15,38 @@ _SMALLEST = 1 << 17  # bytes: the default limit from which malloc itself returns
 
 
 def free_gradient(parameter: Tensor) -> None:
-    """Sets `parameter.grad` to None, and has its memory go back to the system if nothing else holds it.
+    """Sets `parameter.grad` to None, and frees it as `free` does."""
+    gradients = [parameter.grad]
+    parameter.grad = None
+    free(gradients)
+
+
+def free(tensors: list[Any]) -> None:
+    """Empties the list, and has the memory of tensors that nothing else holds go back to the system.
 
     Under glibc, freed is not returned: the first free of a mapped block of up to 32 MiB moves all blocks of its size
     to the heap for good. There, an aligned block does not fit where one of the same size was freed, once anything
     small lies beside it: gradients that are freed one by one then take as much memory as all of them together.
 
-    On Linux, for CPU gradients of 128 KiB and more that torch has allocated; its price are page faults when the
+    On Linux, for CPU tensors of 128 KiB and more that torch has allocated; its price are page faults when the
     addresses are used again.
     """
-    gradient, parameter.grad = parameter.grad, None
-    if type(gradient) is not Tensor or gradient.device.type != "cpu" or gradient.layout != torch.strided:
-        return
-    storage = gradient.untyped_storage()
-    # memory that torch did not allocate is not resizable, and its owner may read it once more
-    if storage.nbytes() < _SMALLEST or not storage.resizable() or _owners(gradient, storage) != _sole_owner():
-        return
-    if torch.cuda.is_initialized() and gradient.is_pinned():  # a device has these pages
-        return
-    first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    if (libc := _libc()) is not None and end > first:
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    while tensors:
+        tensor = tensors.pop()
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+            continue
+        if tensor.nbytes < _SMALLEST:
+            continue
+        storage = tensor.untyped_storage()
+        # memory that torch did not allocate is not resizable, and its owner may read it once more
+        if not storage.resizable() or _owners(tensor, storage) != _sole_owner():
+            continue
+        if torch.cuda.is_initialized() and tensor.is_pinned():  # a device has these pages
+            continue
+        first, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if (libc := _libc()) is not None and end > first:
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
 def return_holes() -> None:

@@ -124,8 +124,20 @@ def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], *, backend: str
     module = backends.choose("gather", tensors[0].device.type, backend)
     if not getattr(module, "checks_index_ranges", False):
         checks.index_ranges(indices, [t.numel() for t in tensors], "tensors")
-    result: list[Tensor] = module.gather(tensors, indices)
-    return result
+    counts = [index.numel() for index in indices]
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        values = list(torch.empty(sum(counts), dtype=tensors[0].dtype, device=tensors[0].device).split(counts))
+    else:
+        values = [torch.empty(n, dtype=t.dtype, device=t.device) for t, n in zip(tensors, counts, strict=True)]
+    module.gather(tensors, [index.contiguous() for index in indices], values)
+    return values
+
+
+def unchecked_gather_(
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], *, backend: str | None = None
+) -> None:
+    """`gather` of arguments that fit, into contiguous `values`: checking indices would have a GPU wait."""
+    backends.choose("gather", tensors[0].device.type, backend).gather(tensors, indices, values)
 
 
 def scatter_(

@@ -65,27 +65,17 @@ def topk_magnitude_rows(rows: Tensor, k: int) -> Tensor:
 checks_index_ranges = True  # gather, scatter_ and sddmm do it in the kernel
 
 
-def _packed(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Room for that many elements of each tensor."""
-    if len({tensor.dtype for tensor in tensors}) == 1:
-        return list(torch.empty(sum(counts), dtype=tensors[0].dtype, device="cpu").split(counts))
-    return [torch.empty(count, dtype=t.dtype, device="cpu") for t, count in zip(tensors, counts, strict=True)]
-
-
 def _out_of_range(i: int, indices: Sequence[Tensor], tensors: Sequence[Tensor]) -> IndexError:
     return checks.out_of_range(f"`indices[{i}]`", indices[i], tensors[i].numel(), f"`tensors[{i}]`")
 
 
-def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """See `saft_kernels.ops.gather`."""
-    indices = [i.contiguous() for i in indices]
-    values = _packed(tensors, [i.numel() for i in indices])
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.gather`; indices are contiguous, `values` are written."""
     layouts = tables.Layouts()
     table = tables.gather_table(layouts, tensors, indices, values)
     failed = _C.gather(table.ctypes.data, len(table), torch.get_num_threads())
     if failed >= 0:
         raise _out_of_range(failed, indices, tensors)
-    return values
 
 
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:

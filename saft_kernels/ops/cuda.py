@@ -163,12 +163,9 @@ def _copy(
         kernel(rows.ctypes.data, len(rows), table.data_ptr(), stream, MAX_BLOCKS)
 
 
-def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """See `saft_kernels.ops.gather`. One launch, after one that uploads the table."""
-    indices = [i.contiguous() for i in indices]
-    values = [torch.empty(i.numel(), dtype=t.dtype, device=t.device) for t, i in zip(tensors, indices, strict=True)]
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.gather`; `values` are written. One launch, after one that uploads the table."""
     _copy(_C.gather_cuda, tensors, indices, values)
-    return values
 
 
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -88,9 +88,10 @@ def topk_magnitude_rows(rows: Tensor, k: int) -> Tensor:
 # ---- gather, scatter_ ----
 
 
-def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """See `saft_kernels.ops.gather`."""
-    return [as_bits(t).take(i.long()).view(t.dtype) for t, i in zip(tensors, indices, strict=True)]
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.gather`; `values` are written."""
+    for tensor, index, value in zip(tensors, indices, values, strict=True):
+        as_bits(value).copy_(as_bits(tensor).take(index.long()))
 
 
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:

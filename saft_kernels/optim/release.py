@@ -1,6 +1,7 @@
-"""Gradient release: the selected values leave a gradient the moment backward has made it, and the rest is freed.
+"""Gradient release: the selected values leave a gradient as soon as backward has made it, and the rest is freed.
 
-A hook on every parameter replaces `p.grad` by a `SelectedGrad`, whose values are views of one flat buffer.
+A hook on every parameter replaces `p.grad` by a `SelectedGrad`, whose values are views of one flat buffer. On a GPU,
+where a launch costs more than the values of most gradients, they wait until there are enough of them for one launch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..common.allocator import free_gradient, return_holes
+from ..common.allocator import free, free_gradient, return_holes
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
-from .members import Member
+from .members import Member, check_range
 from .selected_grad import Selected, SelectedGrad, take
 
 
@@ -33,6 +34,90 @@ def selected_values(member: Member, buffer: GradientBuffer | None) -> Tensor:
     return gradient.detach().reshape(-1) if index is None else take(gradient, index.to(gradient.device))
 
 
+_MOST_WAITING = {"cuda": 32 << 20}
+"""Bytes of gradients that wait on each kind of device for their values to be taken together; elsewhere, none do."""
+
+
+class _Queue:
+    """Gradients of one device that wait until they are many, one of them is read, or backward is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._selected: list[Selected] = []
+        self._gradients: list[Tensor] = []
+        self._num_bytes = 0
+        self._most = 0  # bytes of the largest gradient so far, up to the limit of its device
+        self._backward = -1  # the pass at whose end the queue is settled
+        self._stream: torch.cuda.Stream | None = None  # that the gradients are made on
+
+    def put(self, selected: Selected, gradients: list[Tensor]) -> None:
+        """Takes the gradient out of a list of one: its memory is returned only where nobody else holds it."""
+        if self._device.type == "cuda":
+            self._follow_stream()
+        num_bytes = gradients[0].nbytes
+        self._selected.append(selected)
+        self._gradients.append(gradients.pop())
+        limit = _MOST_WAITING.get(self._device.type, 0)
+        backward = torch._C._current_graph_task_id() if limit else -1
+        self._num_bytes += num_bytes
+        self._most = min(limit, max(self._most, num_bytes))
+        if backward < 0 or self._num_bytes >= self._most:
+            self.settle()
+            return
+        selected.settle = self.settle
+        if backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self.settle)
+
+    def settle(self) -> None:
+        """Takes the values of all."""
+        all_selected, self._selected = self._selected, []
+        gradients, self._gradients = self._gradients, []
+        self._num_bytes = 0
+        for selected in all_selected:
+            selected.settle = None
+        if self._stream is None or not gradients:
+            _take(all_selected, gradients)
+        else:
+            with torch.cuda.stream(self._stream):
+                _take(all_selected, gradients)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        free(gradients)
+
+    def _follow_stream(self) -> None:
+        now = torch.cuda.current_stream(self._device)
+        if self._gradients and now != self._stream:
+            self.settle()
+        self._stream = now
+
+
+def _take(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None:
+    """Writes the selected values of each gradient to where they are stored."""
+    if len(gradients) == 1:
+        (selected,), (gradient,) = all_selected, gradients
+        flat = gradient.detach().reshape(-1) if gradient.requires_grad else gradient.reshape(-1)
+        try:
+            if gradient.dtype == selected.stored.dtype:
+                torch.index_select(flat, 0, selected.index, out=selected.stored)
+            else:
+                selected.stored.copy_(flat.index_select(0, selected.index))
+        except (IndexError, RuntimeError):
+            check_range(selected.member)
+            raise
+        return
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, gradient in enumerate(gradients):
+        by_dtype.setdefault(gradient.dtype, []).append(i)
+    for dtype, alike in by_dtype.items():
+        stored = [all_selected[i].stored for i in alike]
+        is_exact = all(values.dtype == dtype for values in stored)
+        values = stored if is_exact else [torch.empty_like(v, dtype=dtype) for v in stored]
+        dense = [gradients[i].detach().resolve_neg() for i in alike]
+        ops.unchecked_gather_(dense, [all_selected[i].index for i in alike], values)
+        if not is_exact:
+            torch._foreach_copy_(stored, values)
+
+
 class GradientBuffer:
     """The selected values of all gradients, in one flat tensor per device and dtype, and the hooks that fill it.
 
@@ -42,7 +127,7 @@ class GradientBuffer:
 
     def __init__(self) -> None:
         self._selected: dict[Tensor, Selected] = {}
-        self._gradients: dict[Tensor, SelectedGrad] = {}  # made once
+        self._queues: dict[torch.device, _Queue] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self.saw_nonzero = False  # in a gradient, selected or not, since zero gradients do not make a first step
         self._awaits_first_step = True
@@ -76,7 +161,6 @@ class GradientBuffer:
                 fresh.append((member, index))
         self._allocate(fresh)
         self._left_holes |= any(member.parameter.device.type == "cpu" for member, _ in fresh)
-        self._gradients = {p: g for p, g in self._gradients.items() if self._selected.get(p) is g.selected}
         self._hook([member.parameter for member in members])
         for observer in self.observers:
             observer()
@@ -108,18 +192,28 @@ class GradientBuffer:
     def release(self, parameter: Tensor) -> None:
         """Takes the selected values out of `parameter.grad` and frees it; a dense one is then a SelectedGrad."""
         selected, gradient = self._selected.get(parameter), parameter.grad
-        if selected is None or gradient is None or type(gradient) is SelectedGrad or gradient.layout != torch.strided:
+        if selected is None or gradient is None or type(gradient) is SelectedGrad:
+            return
+        if gradient.layout is not torch.strided:
             return
         if self._awaits_first_step and not self.saw_nonzero:
             self.saw_nonzero = bool(gradient.any())
-        values = selected.take(gradient) if selected.index.numel() else None
-        del gradient  # whose memory is returned only if nobody holds it
-        free_gradient(parameter)
         if self._left_holes:
             self._left_holes = False
             return_holes()
-        if values is not None:
-            self.add(parameter, values)
+        if not selected.stored.numel():
+            del gradient  # whose memory is returned only if nobody holds it
+            free_gradient(parameter)
+            return
+        gradients = [gradient]
+        del gradient
+        parameter.grad = self._gradient(parameter, selected)
+        self._queue(selected.stored.device).put(selected, gradients)
+
+    def settle(self) -> None:
+        """Takes all values, which backward leaves to do only when it fails."""
+        for queue in self._queues.values():
+            queue.settle()
 
     def add(self, parameter: Tensor, values: Tensor) -> None:
         """Adds to the gradient of a parameter, as a backward pass would.
@@ -130,11 +224,9 @@ class GradientBuffer:
         """
         selected, gradient, values = self._selected[parameter], parameter.grad, values.detach()
         if gradient is None:
-            dtype = opmath_dtype(parameter.dtype)
-            if (selected.values.device, selected.values.dtype) != (values.device, dtype):  # the model has moved
-                selected.values = torch.empty_like(values, dtype=dtype)
+            replacement = self._gradient(parameter, selected)
             selected.values.copy_(values)
-            parameter.grad = self._gradient(parameter, selected)
+            parameter.grad = replacement
         elif type(gradient) is SelectedGrad:
             gradient.selected.values.add_(values)
         else:
@@ -142,11 +234,19 @@ class GradientBuffer:
             ops.scatter_([gradient.detach()], [selected.index], [total])
 
     def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
-        gradient = self._gradients.get(parameter)
+        """What stands in `p.grad`. Follows a parameter to another device or dtype."""
+        gradient = selected.gradient
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # torch 2.10: what p.grad has to be
         if gradient is None or gradient.dtype != dtype or gradient.device != parameter.device:
-            gradient = self._gradients[parameter] = SelectedGrad(parameter, selected, dtype)
+            selected.move(parameter.device, opmath_dtype(parameter.dtype))
+            gradient = selected.gradient = SelectedGrad(parameter, selected, dtype)
         return gradient
+
+    def _queue(self, device: torch.device) -> _Queue:
+        queue = self._queues.get(device)
+        if queue is None:
+            queue = self._queues[device] = _Queue(device)
+        return queue
 
 
 def _releasing(buffer: GradientBuffer) -> Callable[[Tensor], None]:

@@ -8,7 +8,7 @@ torch.amp.GradScaler. An operation it does not know raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,34 @@ _REDUCTIONS = {"norm", "linalg_vector_norm", "_foreach_norm", "sum", "any", "cou
 
 @dataclass(slots=True, eq=False)
 class Selected:
-    """The selected values of one parameter's gradient, as of one selection: `index` and `values` are (k_p,)."""
+    """The selected values of one parameter's gradient, as of one selection.
+
+    Attributes:
+        index: (k_p,) flat positions.
+        stored: (k_p,) values, as far as they have been taken.
+        gradient: What stands in `p.grad` for them; None: not made yet.
+        settle: Where it is not None, takes the values out of gradients that still wait for it.
+    """
 
     member: Member
     version: int
     index: Tensor
-    values: Tensor
+    stored: Tensor
+    gradient: SelectedGrad | None = None
+    settle: Callable[[], None] | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """(k_p,) the values."""
+        if self.settle is not None:
+            self.settle()
+        return self.stored
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Follows a model to another device or dtype. The values are then undefined."""
+        self.index = self.index.to(device)
+        if (self.stored.device, self.stored.dtype) != (device, dtype):
+            self.stored = torch.empty_like(self.stored, device=device, dtype=dtype)
 
     def is_of(self, member: Member) -> bool:
         """Whether the values are of what is selected of this member now."""

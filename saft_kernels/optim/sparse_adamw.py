@@ -417,6 +417,8 @@ class SparseAdamW(Optimizer):
     def _update(self) -> None:
         # GradScaler's, with fused=True
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._released is not None:
+            self._released.settle()
         prepared = self._prepared
         gradients = None
         if prepared is not None and not self._awaits_selection():

@@ -103,7 +103,7 @@ class PreparedStep:
             return gradients_of(self._params)
         selected = [g.selected for p in self._params if isinstance(g := p.grad, SelectedGrad)]
         if len(selected) == len(self._params) and same_objects(selected, self._released):
-            return [s.values for s in selected]
+            return [s.stored for s in selected]
         gradients = self.current_gradients()  # dense ones among them, or an error that names one
         self._released = selected
         self._shared_values = shared([s.values for s in selected if s.values.device.type == "cpu"])

@@ -136,12 +136,9 @@ def _copy_items(
         )
 
 
-def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """See `saft_kernels.ops.gather`."""
-    indices = [i.contiguous() for i in indices]
-    values = [torch.empty(i.numel(), dtype=t.dtype, device=t.device) for t, i in zip(tensors, indices, strict=True)]
+def gather(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See `saft_kernels.ops.gather`; `values` are written."""
     _copy_items(tensors, indices, values, scatter=False)
-    return values
 
 
 def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
