@@ -280,6 +280,29 @@ def test_host_fallback_is_taken_and_right(host: HostKernels, case: str, k: int) 
     assert reads > 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distinct", [True, False], ids=["distinct", "ties"])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_host_tiles_of_any_count(host: HostKernels, offset: int, distinct: bool, dtype: torch.dtype) -> None:
+    """Tiles of few and of many selected elements, full and partial ones, in any company; ties that end inside a tile.
+
+    Four tiles share a warp, 32 a chunk, two chunks a group; a sure list of a tile holds 128.
+    """
+    generator = torch.Generator().manual_seed(offset)
+    counts = [0, 1, 31, 32, 33, 128, 129, TILE - offset] * 17 + [0, 0, 0, 0, 5, 33, 40, 0]
+    x = torch.zeros(offset + len(counts) * TILE + 100, dtype=dtype)
+    for tile, count in enumerate(counts):
+        places = torch.randperm(TILE, generator=generator)[:count].clamp(min=offset if tile == 0 else 0)
+        x[tile * TILE + places] = 1.0
+    x[-70:] = 1.0
+    if distinct:
+        x *= torch.rand(len(x), generator=generator).to(dtype) + 1
+    tensors = [x[offset : 60 * TILE], x[60 * TILE + offset : 60 * TILE + 999], x[61 * TILE + offset :]]
+    selected = sum(int(t.count_nonzero()) for t in tensors)
+    for k in (selected, selected - 1, selected // 2, selected // 2 + 40, 33):
+        assert_equal(host(tensors, k, seed=k)[0], reference.topk_magnitude(tensors, k))
+
+
 def sampled(numel: int, runs_log2: int) -> Tensor:
     """Which elements of one tensor the sample reads: what an adversary needs to know."""
     word, run_numel = 2**64 - 1, 8
@@ -323,8 +346,12 @@ def test_host_under_sanitizers() -> None:
 # ---- nvcc: registers, spills, shared memory ----
 
 # The hot kernels must fit this many registers for the occupancy that their launch bounds promise.
-REGISTERS = {"filter_kernel<unsigned int>": 64, "filter_kernel<unsigned long>": 85}
-KERNELS = 12  # six, for 31-bit and for 63-bit keys
+REGISTERS = {
+    **{"filter_kernel<unsigned int>": 64, "filter_kernel<unsigned long>": 85},
+    **{f"emit_kernel<unsigned {key}>": 32 for key in ("int", "long")},
+    **{f"emit_large_kernel<unsigned {key}>": 64 for key in ("int", "long")},
+}
+KERNELS = 14  # seven, for 31-bit and for 63-bit keys
 
 
 @pytest.mark.parametrize("arch", [80, 90])

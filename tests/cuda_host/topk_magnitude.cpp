@@ -7,6 +7,7 @@
 #define SAFT_CUDA_TILE_NUMEL 2048
 #define SAFT_CUDA_SAMPLED_RUNS_LOG2 9
 #define SAFT_CUDA_MIN_BAND_CAPACITY 512
+#define SAFT_CUDA_GROUP_CHUNKS 2
 
 #include "cuda/device.cu"
 #include "topk_magnitude/cuda.cu"
