@@ -1,6 +1,9 @@
-"""The compiled module, or why there is none."""
+"""The compiled module, or why there is none; its reader of torch's tensors, where this torch has what it reads by."""
 
 from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Parameter
 
 try:
     from .. import _C as _C
@@ -9,3 +12,7 @@ except ImportError as error:
     import_error: ImportError | None = error
 else:
     import_error = None
+
+reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
+if reader is not None and not reader.is_available:
+    reader = None
