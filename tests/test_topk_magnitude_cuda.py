@@ -281,24 +281,26 @@ def test_host_fallback_is_taken_and_right(host: HostKernels, case: str, k: int) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distinct", [True, False], ids=["distinct", "ties"])
 @pytest.mark.parametrize("offset", [0, 3])
-def test_host_tiles_of_any_count(host: HostKernels, offset: int, distinct: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("library", "tile"), [("topk_magnitude", TILE), ("topk_magnitude_full_tiles", 8192)])
+def test_host_tiles_of_any_count(library: str, tile: int, offset: int, distinct: bool, dtype: torch.dtype) -> None:
     """Tiles of few and of many selected elements, full and partial ones, in any company; ties that end inside a tile.
 
-    Four tiles share a warp, 32 a chunk, two chunks a group; a sure list of a tile holds 128.
+    Four tiles share a warp, 32 a chunk, two chunks a group; the list of a tile's sure elements holds a 16th of it, and
+    1,022 positions are written together.
     """
+    host = HostKernels(host_library(library))
     generator = torch.Generator().manual_seed(offset)
-    counts = [0, 1, 31, 32, 33, 128, 129, TILE - offset] * 17 + [0, 0, 0, 0, 5, 33, 40, 0]
-    x = torch.zeros(offset + len(counts) * TILE + 100, dtype=dtype)
-    for tile, count in enumerate(counts):
-        places = torch.randperm(TILE, generator=generator)[:count].clamp(min=offset if tile == 0 else 0)
-        x[tile * TILE + places] = 1.0
+    counts = [0, 1, 31, 32, 33, tile // 16, tile // 16 + 1, 1023, tile] * 9 + [0, 0, 0, 0, 5, 33, 40, 0]
+    x = torch.zeros(len(counts) * tile + 100, dtype=dtype)
+    for i, count in enumerate(counts):
+        x[i * tile + torch.randperm(tile, generator=generator)[:count]] = 1.0
     x[-70:] = 1.0
     if distinct:
         x *= torch.rand(len(x), generator=generator).to(dtype) + 1
-    tensors = [x[offset : 60 * TILE], x[60 * TILE + offset : 60 * TILE + 999], x[61 * TILE + offset :]]
+    tensors = [x[offset : 60 * tile], x[60 * tile + offset : 60 * tile + 999], x[61 * tile + offset :]]
     selected = sum(int(t.count_nonzero()) for t in tensors)
-    for k in (selected, selected - 1, selected // 2, selected // 2 + 40, 33):
-        assert_equal(host(tensors, k, seed=k)[0], reference.topk_magnitude(tensors, k))
+    for i, k in enumerate((selected, selected - 1, selected // 2, 33)):
+        assert_equal(host(tensors, k, seed=i)[0], reference.topk_magnitude(tensors, k))
 
 
 def sampled(numel: int, runs_log2: int) -> Tensor:
@@ -338,7 +340,7 @@ def test_host_misleading_sample(host: HostKernels, sampled_are: str, dtype: torc
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_host_under_sanitizers() -> None:
     """The cases again, with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    run_sanitized(__file__, "host_matches")
+    run_sanitized(__file__, "host_matches or tiles_of_any")
 
 
 # ---- nvcc: registers, spills, shared memory ----

@@ -4,7 +4,9 @@
 #include "cuda_host.h"
 
 // small tiles and caches: many of them, and all their edges, in little data
+#if !defined(SAFT_CUDA_TILE_NUMEL)
 #define SAFT_CUDA_TILE_NUMEL 2048
+#endif
 #define SAFT_CUDA_SAMPLED_RUNS_LOG2 9
 #define SAFT_CUDA_MIN_BAND_CAPACITY 512
 #define SAFT_CUDA_GROUP_CHUNKS 2
