@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "common.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -73,6 +75,38 @@ int64_t numel_of(const DLTensor& x) {
   return numel;
 }
 
+int64_t stride_of(const DLTensor& x, int32_t d) {
+  if (x.strides != nullptr) return x.strides[d];
+  int64_t stride = 1;
+  for (int32_t inner = d + 1; inner < x.ndim; ++inner) stride *= x.shape[inner];
+  return stride;
+}
+
+bool is_contiguous(const DLTensor& x) {
+  int64_t expected = 1;
+  for (int32_t d = x.ndim - 1; d >= 0; --d) {
+    if (x.shape[d] != 1 && stride_of(x, d) != expected) return false;
+    expected *= x.shape[d];
+  }
+  return true;
+}
+
+constexpr uint8_t kFloat = 2, kBFloat = 4, kComplex = 5;  // DLDataTypeCode
+
+bool scalar_type_of(const DLTensor& x, saft::ScalarType* type) {
+  const int bits = x.dtype.bits;
+  if (x.dtype.code == kBFloat && bits == 16) {
+    *type = saft::ScalarType::kBFloat16;
+  } else if (x.dtype.code == kFloat && (bits == 16 || bits == 32 || bits == 64)) {
+    *type = bits == 16   ? saft::ScalarType::kFloat16
+            : bits == 32 ? saft::ScalarType::kFloat32
+                         : saft::ScalarType::kFloat64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
 class TensorReader {
  public:
   TensorReader(const py::object& tensor_class, const py::object& parameter_class)
@@ -80,7 +114,10 @@ class TensorReader {
         tensor_(reinterpret_cast<PyTypeObject*>(tensor_class.ptr())),
         parameter_(reinterpret_cast<PyTypeObject*>(parameter_class.ptr())),
         grad_(tensor_class.attr("grad")),
-        is_neg_(tensor_class.attr("is_neg")) {}
+        is_neg_(tensor_class.attr("is_neg")),
+        storage_(tensor_class.attr("untyped_storage")),
+        storage_offset_(tensor_class.attr("storage_offset")),
+        nbytes_(py::module_::import("torch").attr("UntypedStorage").attr("nbytes")) {}
 
   bool is_available() const { return api_ != nullptr; }
 
@@ -92,13 +129,8 @@ class TensorReader {
     auto* form = reinterpret_cast<uint64_t*>(forms);
     bool same = true;
     for (const py::handle object : tensors) {
-      const PyTypeObject* type = Py_TYPE(object.ptr());
-      if (!is_known(type)) return py::none();
       DLTensor tensor;
-      if (api_->tensor_from_object(object.ptr(), &tensor) != 0) {
-        PyErr_Clear();
-        return py::none();
-      }
+      if (!read_one(object.ptr(), &tensor)) return py::none();
       const uint64_t data = address_of(tensor);
       if (data == 0 && numel_of(tensor) != 0) return py::none();  // its memory is gone
       const uint64_t now = is_fixed ? mix(form_of(tensor), data) : form_of(tensor);
@@ -110,14 +142,44 @@ class TensorReader {
     return py::bool_(same);
   }
 
+  // Whether all are of torch's own classes and on one device, and their values lie in memory that their
+  // storage still has. False also where that is not plain to see.
+  bool are_plain(const py::list& tensors) const {
+    DLDevice device{};
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const py::handle object = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+      DLTensor x;
+      if (!read_one(object.ptr(), &x) || x.dtype.code == kComplex) return false;
+      if (i == 0) device = x.device;
+      if (x.device.device_type != device.device_type || x.device.device_id != device.device_id) return false;
+      if (call(is_neg_, object).ptr() != Py_False) return false;
+      if (numel_of(x) == 0) continue;
+      int64_t numel = 1 + call(storage_offset_, object).cast<int64_t>();  // from the start of the storage
+      for (int32_t d = 0; d < x.ndim; ++d) numel += (x.shape[d] - 1) * stride_of(x, d);
+      const auto bytes = call(nbytes_, call(storage_, object)).cast<int64_t>();
+      if (address_of(x) == 0 || bytes < numel * (x.dtype.bits / 8)) return false;
+    }
+    return true;
+  }
+
+  // Fills a row of saft::TensorDesc per tensor. False, with some of them written, when one cannot be read, is
+  // not contiguous or has a dtype that the struct does not know.
+  bool describe(const py::list& tensors, uintptr_t rows) const {
+    auto* row = reinterpret_cast<saft::TensorDesc*>(rows);
+    for (const py::handle object : tensors) {
+      DLTensor x;
+      if (!read_one(object.ptr(), &x) || !is_contiguous(x)) return false;
+      *row = {reinterpret_cast<void*>(address_of(x)), numel_of(x), {}, 0, nullptr};
+      if (!scalar_type_of(x, &row->dtype)) return false;
+      ++row;
+    }
+    return true;
+  }
+
   // What `tensor` is and where it lies, as one number. False when it is of a subclass, or cannot be read.
   bool where(PyObject* tensor, uint64_t* hash) const {
     DLTensor x;
-    if (!is_known(Py_TYPE(tensor))) return false;
-    if (api_->tensor_from_object(tensor, &x) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!read_one(tensor, &x)) return false;
     *hash = mix(form_of(x), address_of(x));
     return true;
   }
@@ -148,6 +210,20 @@ class TensorReader {
  private:
   bool is_known(const PyTypeObject* type) const { return type == tensor_ || type == parameter_; }
 
+  // False when it is of a subclass, or cannot be read.
+  bool read_one(PyObject* object, DLTensor* tensor) const {
+    if (!is_known(Py_TYPE(object))) return false;
+    if (api_->tensor_from_object(object, tensor) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+  static py::object call(const py::object& function, py::handle argument) {
+    auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(function.ptr(), argument.ptr()));
+    if (!result) throw py::error_already_set();
+    return result;
+  }
+
   // `object.grad`. The descriptors of torch.Tensor spare a search of its base classes.
   py::object gradient(PyObject* object) const {
     PyTypeObject* type = Py_TYPE(object);
@@ -161,14 +237,12 @@ class TensorReader {
 
   bool is_negated(const py::object& tensor) const {
     if (!is_known(Py_TYPE(tensor.ptr()))) return tensor.attr("is_neg")().cast<bool>();
-    const auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor.ptr()));
-    if (!result) throw py::error_already_set();
-    return result.ptr() == Py_True;
+    return call(is_neg_, tensor).ptr() == Py_True;
   }
 
   const DLPackExchangeAPI* api_;
   const PyTypeObject *tensor_, *parameter_;  // torch keeps them alive
-  py::object grad_, is_neg_;
+  py::object grad_, is_neg_, storage_, storage_offset_, nbytes_;
 };
 
 // The tensors of many dicts, as they are now: whether each dict still holds the same objects under the same
@@ -272,7 +346,9 @@ void bind_tensors(py::module_& m) {
       .def_property_readonly("is_available", &TensorReader::is_available)
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
            py::arg("forms"), py::arg("is_fixed"))
-      .def("gradients", &TensorReader::gradients, py::arg("parameters"));
+      .def("gradients", &TensorReader::gradients, py::arg("parameters"))
+      .def("are_plain", &TensorReader::are_plain, py::arg("tensors"))
+      .def("describe", &TensorReader::describe, py::arg("tensors"), py::arg("rows"));
   py::class_<Watch>(m, "Watch")
       .def(py::init<const TensorReader&, const py::list&, const py::set&>(), py::keep_alive<1, 2>(),
            py::arg("reader"), py::arg("dicts"), py::arg("keys"))

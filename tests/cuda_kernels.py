@@ -37,6 +37,7 @@ def host_library(name: str) -> ctypes.CDLL:
         "-g1",
         "-fPIC",
         "-shared",
+        "-fno-gnu-unique",  # shared memory is of one library, not of all that are loaded
         "-ffp-contract=off",
         "-fno-math-errno",
         "-Wall",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from saft_kernels.ops import walk
+from saft_kernels.ops import checks, tables, walk
 
 
 class Subclass(Tensor):
@@ -20,7 +20,8 @@ class Subclass(Tensor):
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "interpreted":
         monkeypatch.setattr(walk, "_C", None)
-        monkeypatch.setattr(walk, "_reader", None)
+        for module in (walk, checks, tables):
+            monkeypatch.setattr(module, "_reader", None)
     elif walk._C is None:
         pytest.skip("the compiled module is missing")
     return request.param
@@ -114,3 +115,53 @@ def test_same_objects(way: str) -> None:
     assert walk.same_objects([a, b], [a, b])
     assert not walk.same_objects([a, b], [b, a])
     assert not walk.same_objects([a], [a, b])
+
+
+def shrunk(num_bytes: int, view: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+    x = view(torch.zeros(4, 6)[1:])
+    x.untyped_storage().resize_(num_bytes)
+    return x
+
+
+# what has no values in memory, or is somewhere else, and the error that says so
+ODD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "no_tensor": (lambda: 1.0, TypeError, "expected a tensor, got float"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), TypeError, "expected a strided tensor"),
+    "elsewhere": (lambda: torch.zeros(3, device="meta"), ValueError, "expected device cpu"),
+    "negative": (lambda: torch.zeros(2, dtype=torch.complex64).conj().imag, TypeError, "lazy conjugate or negative"),
+    "conjugate": (lambda: torch.zeros(2, dtype=torch.complex64).conj(), TypeError, "lazy conjugate or negative"),
+    "freed": (lambda: shrunk(0), ValueError, "expected a storage of 96 bytes or more, got 0"),
+    "shrunk": (lambda: shrunk(95), ValueError, "expected a storage of 96 bytes or more, got 95"),
+    "shrunk_strided": (lambda: shrunk(95, Tensor.t), ValueError, "got 95"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_lists_are_refused_alike(way: str, odd: str) -> None:
+    make, error, message = ODD[odd]
+    with pytest.raises(error, match=rf"`x\[6\]`.*{message}"):
+        checks.tensor_list("x", [*tensors(), make()])
+
+
+def test_lists_are_taken_alike(way: str) -> None:
+    given = [*tensors(), torch.zeros(3).as_subclass(Subclass), torch.zeros(3, 8).t()[1:, ::2], torch.zeros(2).int()]
+    given += [shrunk(96), shrunk(96, Tensor.t), torch.zeros(1, 5).expand(1000, 5), shrunk(0, lambda x: x[:0])]
+    assert all(a is b for a, b in zip(checks.tensor_list("x", tuple(given)), given, strict=True))
+
+
+def test_tables_are_alike(way: str) -> None:
+    strided = torch.zeros(3, 8)[:, ::2]
+    for given in (tensors(), [*tensors(), strided], [strided, *tensors()], [torch.zeros(3).as_subclass(Subclass)], []):
+        rows = tables.tensor_table(tables.Layouts(), given)
+        assert rows["data"].tolist() == [t.data_ptr() for t in given]
+        assert rows["numel"].tolist() == [t.numel() for t in given]
+        assert rows["dtype"].tolist() == [tables.DTYPE_CODES[t.dtype] for t in given]
+        assert rows["ndim"].tolist() == [len(tables.layout(t)) // 2 for t in given]
+        assert (rows["layout"] != 0).tolist() == [t is strided for t in given]
+
+
+def test_plain_lists_take_the_compiled_way() -> None:
+    if checks._reader is None:
+        pytest.skip("the compiled module is missing")
+    assert checks._reader.are_plain(tensors())
+    assert checks._reader.describe(tensors(), np.zeros(6, tables.TENSOR_DESC).ctypes.data)

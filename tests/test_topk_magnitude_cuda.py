@@ -218,13 +218,11 @@ class HostKernels:
         workspace = np.full(plan.workspace_bytes + 256, max(fill, 0), dtype=np.uint8)
         if fill < 0:
             workspace[:] = np.random.default_rng(seed).integers(0, 256, workspace.size, dtype=np.uint8)
-        table = np.empty(plan.table_bytes // 8, dtype=np.int64)
         indices = torch.full((k,), -1, dtype=torch.int64)
         result = np.full(plan.result_words, -1, dtype=np.int64)
         self.library.topk_run(
             ctypes.byref(plan),
             ctypes.c_void_p(rows.ctypes.data),
-            ctypes.c_void_p(table.ctypes.data),
             ctypes.c_void_p(workspace.ctypes.data + -workspace.ctypes.data % 256),
             ctypes.c_void_p(indices.data_ptr()),
             ctypes.c_void_p(result.ctypes.data),
@@ -280,6 +278,31 @@ def test_host_fallback_is_taken_and_right(host: HostKernels, case: str, k: int) 
     assert reads > 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distinct", [True, False], ids=["distinct", "ties"])
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize(("library", "tile"), [("topk_magnitude", TILE), ("topk_magnitude_full_tiles", 8192)])
+def test_host_tiles_of_any_count(library: str, tile: int, offset: int, distinct: bool, dtype: torch.dtype) -> None:
+    """Tiles of few and of many selected elements, full and partial ones, in any company; ties that end inside a tile.
+
+    Four tiles share a warp, 32 a chunk, two chunks a group; the list of a tile's sure elements holds a 16th of it, and
+    1,022 positions are written together.
+    """
+    host = HostKernels(host_library(library))
+    generator = torch.Generator().manual_seed(offset)
+    counts = [0, 1, 31, 32, 33, tile // 16, tile // 16 + 1, 1023, tile] * 9 + [0, 0, 0, 0, 5, 33, 40, 0]
+    x = torch.zeros(len(counts) * tile + 100, dtype=dtype)
+    for i, count in enumerate(counts):
+        x[i * tile + torch.randperm(tile, generator=generator)[:count]] = 1.0
+    x[-70:] = 1.0
+    if distinct:
+        x *= torch.rand(len(x), generator=generator).to(dtype) + 1
+    tensors = [x[offset : 60 * tile], x[60 * tile + offset : 60 * tile + 999], x[61 * tile + offset :]]
+    selected = sum(int(t.count_nonzero()) for t in tensors)
+    for i, k in enumerate((selected, selected - 1, selected // 2, 33)):
+        assert_equal(host(tensors, k, seed=i)[0], reference.topk_magnitude(tensors, k))
+
+
 def sampled(numel: int, runs_log2: int) -> Tensor:
     """Which elements of one tensor the sample reads: what an adversary needs to know."""
     word, run_numel = 2**64 - 1, 8
@@ -317,14 +340,18 @@ def test_host_misleading_sample(host: HostKernels, sampled_are: str, dtype: torc
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_host_under_sanitizers() -> None:
     """The cases again, with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    run_sanitized(__file__, "host_matches")
+    run_sanitized(__file__, "host_matches or tiles_of_any")
 
 
 # ---- nvcc: registers, spills, shared memory ----
 
 # The hot kernels must fit this many registers for the occupancy that their launch bounds promise.
-REGISTERS = {"filter_kernel<unsigned int>": 64, "filter_kernel<unsigned long>": 85}
-KERNELS = 12  # six, for 31-bit and for 63-bit keys
+REGISTERS = {
+    **{"filter_kernel<unsigned int>": 64, "filter_kernel<unsigned long>": 85},
+    **{f"emit_kernel<unsigned {key}>": 32 for key in ("int", "long")},
+    **{f"emit_large_kernel<unsigned {key}>": 64 for key in ("int", "long")},
+}
+KERNELS = 15  # seven, for 31-bit and for 63-bit keys, and the upload of the table
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -147,4 +147,14 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
 #endif
 }
 
+// Two neighbours in one store; `to` is a multiple of 16 bytes.
+__device__ __forceinline__ void store_pair(index_t* to, index_t first, index_t second) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v2.s64 [%0], {%1, %2};" ::"l"(to), "l"(first), "l"(second) : "memory");
+#else
+  to[0] = first;
+  to[1] = second;
+#endif
+}
+
 }  // namespace saft

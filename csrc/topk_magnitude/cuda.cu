@@ -6,9 +6,9 @@
 //            is smaller; lo <= key <= hi: band, position and key. Counts are exact
 //   select   radix select over the band's keys finds the exact k-th key. If the bracket missed it, or if the
 //            band outgrew its cache, it reads the data instead and a second filter uses the exact key
-//   count    per tile, band keys above and equal to the threshold; a scan gives every tile its place in the
-//            output and its share of the ties, which go to the lowest positions
-//   emit     sorted positions
+//   count    per tile, band keys above and equal to the threshold; sums over many tiles
+//   emit     the sums give every tile its place in the output and its share of the ties, which go to the lowest
+//            positions; sorted positions, of tiles that have many in a kernel of their own
 //            Kernels that are not needed return at once.
 // Traffic    reads sizeof(scalar_t) B/elem once; writes 2 B (at most 1 bit per element) and then 8 B per
 //            selected element; 6 B (10 B with fp64) per band element, of which N / 100 are typical at most.
@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/upload.h"
 #include "topk_magnitude/cuda_emit.h"
 #include "topk_magnitude/cuda_filter.h"
 #include "topk_magnitude/cuda_sample.h"
@@ -51,21 +52,25 @@ class Carver {
   index_t bytes_ = 0;
 };
 
-// Fills the pointers into the workspace; returns its size. `zeroed`: bytes at its start to clear.
+// Fills the pointers into the workspace; returns its size. `table`: in it, for DeviceTensor rows, then layouts. `zeroed`:
+// bytes at its start to clear.
 template <class Key>
-index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, index_t* zeroed) {
+index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, void** table, index_t* zeroed) {
   const index_t num_chunks = ceil_div(plan.num_tiles, kChunkTiles);
   Carver carver(workspace);
   p.state = carver.take<State<Key>>(1);
   p.sample_histograms = carver.take<uint32_t>(kSamplePasses * 2 * kBins);
   p.select_histograms = carver.take<uint64_t>(kSelectPasses<Key> * kBins);
+  p.group_selected = carver.take<uint64_t>(ceil_div(num_chunks, kGroupChunks));
   *zeroed = carver.bytes();
+  *table = carver.take<char>(plan.table_bytes);
+  p.tensors = static_cast<const DeviceTensor*>(*table);
   p.tile_tensor = carver.take<uint32_t>(plan.num_tiles);
   p.tile_counts = carver.take<uint32_t>(plan.num_tiles);
   p.tile_band_offset = carver.take<uint32_t>(plan.num_tiles);
   p.tile_selected = carver.take<uint32_t>(plan.num_tiles);
-  p.chunk_greater = carver.take<uint64_t>(num_chunks);
-  p.chunk_equal = carver.take<uint64_t>(num_chunks);
+  p.chunk_selected = carver.take<uint64_t>(num_chunks);
+  p.large_tiles = carver.take<LargeTile>(plan.num_tiles);
   p.sample = carver.take<Key>(plan.num_sampled_runs * kRunNumel);
   p.band_keys = carver.take<Key>(plan.band_capacity);
   p.band_positions = carver.take<uint16_t>(plan.band_capacity);
@@ -87,13 +92,43 @@ index_t band_capacity(index_t numel, index_t k) {
   return std::min({capacity, numel, index_t(std::numeric_limits<uint32_t>::max())});
 }
 
+// Enqueues the writes of the table that the kernels read.
+void upload_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* device_table,
+                  cudaStream_t stream) {
+  TableBuilder rows(device_table), layouts(static_cast<DeviceTensor*>(device_table) + plan.num_tensors);
+  index_t first_tile = 0, first_run = 0, slab_offset = 0;
+  for (index_t i = 0; i < plan.num_tensors; ++i) {
+    const TensorDesc& x = tensors[i];
+    DeviceTensor row{};
+    row.data = x.data;
+    row.layout = reinterpret_cast<const index_t*>(layouts.end());
+    row.numel = x.numel;
+    row.ndim = x.ndim;
+    row.first_tile = first_tile;
+    row.first_run = first_run;
+    row.slab_offset = slab_offset;
+    row.dtype = int32_t(x.dtype);
+    row.itemsize = int32_t(itemsize_of(x.dtype));
+    row.shift = shift_of(x);
+    rows.append(&row, 1);
+    layouts.append(x.layout, size_t(2 * x.ndim));
+    if (x.numel == 0) continue;
+    const index_t span = x.numel + row.shift;
+    first_tile += ceil_div(span, kTileNumel);
+    first_run += ceil_div(x.numel, kRunNumel);
+    slab_offset += ceil_div(span, kStripNumel) * kStripSlabBytes;
+  }
+  rows.append(layouts.words().data(), layouts.words().size());
+  upload(rows.words(), device_table, stream);
+}
+
 template <class Key>
-void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace, index_t* indices,
+void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace, index_t* indices,
             index_t* result, cudaStream_t stream, int max_blocks) {
   Problem<Key> p{};
+  void* table = nullptr;
   index_t zeroed = 0;
-  carve(plan, workspace, p, &zeroed);
-  p.tensors = static_cast<const DeviceTensor*>(device_table);
+  carve(plan, workspace, p, &table, &zeroed);
   p.num_tensors = plan.num_tensors;
   p.num_tiles = plan.num_tiles;
   p.num_runs = plan.num_runs;
@@ -112,8 +147,10 @@ void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace,
   const unsigned sample_grid = grid(ceil_div(std::max(num_sampled, plan.num_tiles), kThreads), kBlocksPerSm);
   const unsigned filter_grid = grid(ceil_div(plan.num_tiles, kWarps), kFilterBlocksPerSm<Key>);
   const unsigned select_grid = grid(ceil_div(plan.num_tiles, kWarps), kBlocksPerSm);
+  const unsigned large_grid = grid(ceil_div(plan.num_tiles, kWarps), kLargeBlocksPerSm);
   const unsigned chunk_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kChunkBlocksPerSm);
 
+  upload_table(plan, tensors, table, stream);
   cuda_check(cudaMemsetAsync(workspace, 0, size_t(zeroed), stream), "cudaMemsetAsync");
   SAFT_LAUNCH(sample_kernel<Key>, sample_grid, kThreads, stream, p);
   for (int pass = 1; pass < kSamplePasses; ++pass) {
@@ -126,6 +163,7 @@ void launch(const TopKCudaPlan& plan, const void* device_table, void* workspace,
   SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 1);
   SAFT_LAUNCH(count_kernel<Key>, chunk_grid, kThreads, stream, p);
   SAFT_LAUNCH(emit_kernel<Key>, chunk_grid, kThreads, stream, p);
+  SAFT_LAUNCH(emit_large_kernel<Key>, large_grid, kThreads, stream, p);
 }
 
 }  // namespace cuda_topk_magnitude
@@ -149,59 +187,26 @@ TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_ten
   }
   plan.num_sampled_runs = std::min(plan.num_runs, index_t(1) << sampled_runs_log2(plan.numel));
   plan.band_capacity = band_capacity(plan.numel, k);
+  void* table;
   index_t zeroed;
   Problem<uint32_t> p32;
   Problem<uint64_t> p64;
-  plan.workspace_bytes =
-      plan.any_double ? carve(plan, nullptr, p64, &zeroed) : carve(plan, nullptr, p32, &zeroed);
+  plan.workspace_bytes = plan.any_double ? carve(plan, nullptr, p64, &table, &zeroed)
+                                         : carve(plan, nullptr, p32, &table, &zeroed);
   plan.result_words = kResultOffsets + num_tensors;
   return plan;
 }
 
-void topk_magnitude_cuda_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* table,
-                               const void* device_table) {
-  using namespace cuda_topk_magnitude;
-  DeviceTensor* rows = static_cast<DeviceTensor*>(table);
-  index_t* layouts = reinterpret_cast<index_t*>(rows + plan.num_tensors);
-  const index_t* device_layouts =
-      reinterpret_cast<const index_t*>(static_cast<const DeviceTensor*>(device_table) + plan.num_tensors);
-  index_t first_tile = 0, first_run = 0, slab_offset = 0;
-  for (index_t i = 0; i < plan.num_tensors; ++i) {
-    const TensorDesc& x = tensors[i];
-    DeviceTensor& row = rows[i];
-    row.data = x.data;
-    row.layout = device_layouts;
-    row.numel = x.numel;
-    row.ndim = x.ndim;
-    row.first_tile = first_tile;
-    row.first_run = first_run;
-    row.slab_offset = slab_offset;
-    row.dtype = int32_t(x.dtype);
-    row.itemsize = int32_t(itemsize_of(x.dtype));
-    row.shift = shift_of(x);
-    std::copy_n(x.layout, 2 * x.ndim, layouts);
-    layouts += 2 * x.ndim;
-    device_layouts += 2 * x.ndim;
-    if (x.numel == 0) continue;
-    const index_t span = x.numel + row.shift;
-    first_tile += ceil_div(span, kTileNumel);
-    first_run += ceil_div(x.numel, kRunNumel);
-    slab_offset += ceil_div(span, kStripNumel) * kStripSlabBytes;
-  }
-}
-
-void topk_magnitude_cuda(const TopKCudaPlan& plan, const void* device_table, void* workspace,
+void topk_magnitude_cuda(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace,
                          index_t* indices, index_t* result, void* stream, int max_blocks) {
   const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (plan.num_tiles == 0) {
     cuda_check(cudaMemsetAsync(result, 0, size_t(plan.result_words) * sizeof(index_t), cuda_stream),
                "cudaMemsetAsync");
   } else if (plan.any_double != 0) {
-    cuda_topk_magnitude::launch<uint64_t>(plan, device_table, workspace, indices, result, cuda_stream,
-                                          max_blocks);
+    cuda_topk_magnitude::launch<uint64_t>(plan, tensors, workspace, indices, result, cuda_stream, max_blocks);
   } else {
-    cuda_topk_magnitude::launch<uint32_t>(plan, device_table, workspace, indices, result, cuda_stream,
-                                          max_blocks);
+    cuda_topk_magnitude::launch<uint32_t>(plan, tensors, workspace, indices, result, cuda_stream, max_blocks);
   }
 }
 

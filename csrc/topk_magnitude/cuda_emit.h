@@ -8,25 +8,23 @@ namespace cuda_topk_magnitude {
 
 // ---- count ----
 
-// topk_magnitude / count: each tile's selected elements and ties; sums over chunks of tiles, scanned.
+// topk_magnitude / count: each tile's selected elements and ties; sums over chunks of tiles, and over groups of chunks.
 // Traffic    reads the band's keys out of L2, 8 B per tile; writes 4 B per tile.
-// Algorithm  eight threads per tile; the last block scans the chunks.
-// Contract   the sums of a chunk become the numbers of elements above, and equal to, the threshold in lower
-//            chunks.
+// Algorithm  eight threads per tile. Emit adds up what lies below a chunk: the groups, then the chunks of its own group.
+// Contract   integer sums: no order of blocks shows.
 // Launch     one block per chunk of kChunkTiles, grid-stride.
 template <class Key>
 __global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
   __shared__ uint32_t packed_of[kChunkTiles];
-  __shared__ uint64_t warp_sums[kWarps];
-  State<Key>& state = *p.state;
+  const State<Key>& state = *p.state;
   const Key threshold = state.threshold;
-  const bool single = state.single != 0;
+  const bool single = state.single != 0, is_valid = state.status == 0;
   const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
-  const int part = int(threadIdx.x) % 8, in_chunk = int(threadIdx.x) / 8;
+  const int part = int(threadIdx.x) % kTileLanes, in_chunk = int(threadIdx.x) / kTileLanes;
   for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
     const index_t t = chunk * kChunkTiles + in_chunk;
     uint32_t packed = 0;
-    if (t < p.num_tiles && state.status == 0) {
+    if (t < p.num_tiles && is_valid) {
       const uint32_t counts = p.tile_counts[t], num_band = counts & 0xffffu;
       if (part == 0) packed = counts & 0xffff0000u;
       if (single) {
@@ -34,13 +32,15 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
       } else if (num_band != 0) {
         const Key* keys = p.band_keys + p.tile_band_offset[t];
 #pragma unroll 4
-        for (uint32_t i = uint32_t(part); i < num_band; i += 8) {
+        for (uint32_t i = uint32_t(part); i < num_band; i += kTileLanes) {
           packed += keys[i] > threshold ? 1u << 16 : uint32_t(keys[i] == threshold);
         }
       }
     }
 #pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2) packed += __shfl_xor_sync(kFullMask, packed, offset);
+    for (int offset = kTileLanes / 2; offset > 0; offset /= 2) {
+      packed += __shfl_xor_sync(kFullMask, packed, offset);
+    }
     if (part == 0) {
       packed_of[in_chunk] = packed;
       if (t < p.num_tiles) p.tile_selected[t] = packed;
@@ -50,194 +50,352 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
       const uint32_t greater = __reduce_add_sync(kFullMask, packed_of[threadIdx.x] >> 16);
       const uint32_t equal = __reduce_add_sync(kFullMask, packed_of[threadIdx.x] & 0xffffu);
       if (threadIdx.x == 0) {
-        p.chunk_greater[chunk] = greater;
-        p.chunk_equal[chunk] = equal;
+        const uint64_t sums = uint64_t(greater) << 32 | equal;
+        p.chunk_selected[chunk] = sums;
+        atomic_add(&p.group_selected[chunk / kGroupChunks], sums);
       }
     }
     __syncthreads();
-  }
-  if (!is_last_block(&state.tickets[kSamplePasses + 2 + kSelectPasses<Key>])) return;
-  constexpr int kPerThread = 4;
-  uint64_t greater_below = 0, equal_below = 0;
-  for (index_t base = 0; base < num_chunks; base += kThreads * kPerThread) {
-    uint64_t greater[kPerThread], equal[kPerThread], greater_sum = 0, equal_sum = 0;
-    const index_t first = base + index_t(threadIdx.x) * kPerThread;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const bool exists = first + i < num_chunks;
-      greater[i] = exists ? __ldcg(p.chunk_greater + first + i) : 0;
-      equal[i] = exists ? __ldcg(p.chunk_equal + first + i) : 0;
-      greater_sum += greater[i];
-      equal_sum += equal[i];
-    }
-    uint64_t greater_total, equal_total;
-    uint64_t greater_at =
-        greater_below + block_exclusive_sum<kThreads>(greater_sum, warp_sums, &greater_total);
-    uint64_t equal_at = equal_below + block_exclusive_sum<kThreads>(equal_sum, warp_sums, &equal_total);
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (first + i < num_chunks) {
-        p.chunk_greater[first + i] = greater_at;
-        p.chunk_equal[first + i] = equal_at;
-      }
-      greater_at += greater[i];
-      equal_at += equal[i];
-    }
-    greater_below += greater_total;
-    equal_below += equal_total;
-  }
-  if (threadIdx.x == 0) {
-    const uint64_t k = uint64_t(p.k);
-    state.num_ties = k - greater_below;
-    // each holds by construction; without them emit would write outside `indices`
-    if (greater_below > k || k > greater_below + equal_below) state.status = 1;
   }
 }
 
 // ---- emit ----
 
-// Clears all but the first `keep` set bits of the position-ordered words. One warp; a lane owns `strips` words.
-__device__ inline void keep_first_bits(uint32_t* words, int strips, uint32_t keep, int lane) {
+constexpr int kTileStrips = kTileNumel / kStripNumel;
+constexpr int kTilesPerWarp = kWarpSize / kTileLanes;
+constexpr int kSmallTile = 32;     // elements selected of a tile that kTileLanes lanes put in order
+constexpr int kStageNumel = 1024;  // positions of a large tile that are written together: 12.5 % of it
+constexpr int kEmitBlocksPerSm = 8, kLargeBlocksPerSm = 4;
+static_assert(kSmallTile <= kStripListCapacity, "the filter made a list of every small tile");
+
+// A warp's. `words`: bits in the order of positions; a lane owns kTileStrips words, and the gap after them lets all
+// lanes read theirs at once.
+constexpr int kLaneWords = kTileStrips + 1;
+struct EmitScratch {
+  uint32_t words[kWarpSize * kLaneWords];
+  union {
+    uint16_t stage[kStageNumel];
+    uint32_t tie_words[kWarpSize * kLaneWords];
+  };
+};
+
+__device__ __forceinline__ uint32_t place_of_word(uint32_t word) { return word + word / kTileStrips; }
+
+__device__ __forceinline__ void clear_words(uint32_t* words, int lane) {
+#pragma unroll
+  for (int i = 0; i < kLaneWords; ++i) words[i * kWarpSize + lane] = 0;
+  __syncwarp();
+}
+
+__device__ __forceinline__ void set_bit(uint32_t* words, uint32_t position) {
+  atomicOr(&words[place_of_word(position / 32)], 1u << (position % 32));
+}
+
+// Elements above (upper half) and equal to the threshold in the chunks below this one. One warp.
+template <class Key>
+__device__ __forceinline__ void sum_below(const Problem<Key>& p, index_t chunk, int lane, uint64_t* greater,
+                                          uint64_t* equal) {
+  const index_t group = chunk / kGroupChunks;
+  uint64_t sum_greater = 0, sum_equal = 0;
+  for (index_t i = lane; i < group; i += kWarpSize) {
+    sum_greater += p.group_selected[i] >> 32;
+    sum_equal += p.group_selected[i] & 0xffffffffu;
+  }
+  for (index_t i = group * kGroupChunks + lane; i < chunk; i += kWarpSize) {
+    sum_greater += p.chunk_selected[i] >> 32;
+    sum_equal += p.chunk_selected[i] & 0xffffffffu;
+  }
+  *greater = warp_sum(sum_greater);
+  *equal = warp_sum(sum_equal);
+}
+
+// Bit i of the lower half to bit 2 i, of the upper half to bit 2 i + 1.
+__device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
+  x = (x & 0xff0000ffu) | (x & 0x00ff0000u) >> 8 | (x & 0x0000ff00u) << 8;
+  x = (x & 0xf00ff00fu) | (x & 0x0f000f00u) >> 4 | (x & 0x00f000f0u) << 4;
+  x = (x & 0xc3c3c3c3u) | (x & 0x30303030u) >> 2 | (x & 0x0c0c0c0cu) << 2;
+  return (x & 0x99999999u) | (x & 0x44444444u) >> 1 | (x & 0x22222222u) << 1;
+}
+
+// A tile's words as the filter left them, in the order of positions. Inside a strip a position is vector, lane, element;
+// a word of the filter's has vector and element of one lane, and has to have the low digits of the lane instead of the
+// vector: one exchange of bits between two lanes per binary digit, no set bit looked at.
+template <int kItemsize>
+__device__ __forceinline__ void load_in_order(const char* slab, int strips, int lane, uint32_t* words) {
+  constexpr int kElementBits = kItemsize == 2 ? 3 : kItemsize == 4 ? 2 : 1, kVectorBits = 5 - kElementBits;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(slab) + lane;
+  uint32_t loaded[kTileStrips];
+#pragma unroll
+  for (int strip = 0; strip < kTileStrips; ++strip) {
+    loaded[strip] = strip < strips ? from[strip * kWarpSize] : 0;
+  }
+  // now lane has the digits (lane's high ones, vector)
+  uint32_t* const to =
+      words + place_of_word((uint32_t(lane) & ((1u << kVectorBits) - 1)) << (5 - kVectorBits) |
+                            uint32_t(lane) >> kVectorBits);
+#pragma unroll
+  for (int strip = 0; strip < kTileStrips; ++strip) {
+    uint32_t word = kItemsize == 2 ? interleave_halves(loaded[strip]) : __brev(loaded[strip]);
+#pragma unroll
+    for (int digit = 0; digit < kVectorBits; ++digit) {
+      const int shift = 1 << (kElementBits + digit);
+      const uint32_t low = 0xffffffffu / ((1u << shift) + 1);
+      const uint32_t other = __shfl_xor_sync(kFullMask, word, 1 << digit);
+      word = (lane >> digit & 1) != 0 ? (word & ~low) | (other >> shift & low)
+                                      : (word & low) | (other & low) << shift;
+    }
+    to[place_of_word(strip * kWarpSize)] = word;
+  }
+  __syncwarp();
+}
+
+// Clears all but the first `keep` set bits. One warp.
+__device__ inline void keep_first_bits(uint32_t* words, uint32_t keep, int lane) {
+  words += lane * kLaneWords;
   uint32_t count = 0;
-  for (int i = 0; i < strips; ++i) count += uint32_t(__popc(words[lane * strips + i]));
+#pragma unroll 1
+  for (int i = 0; i < kTileStrips; ++i) count += uint32_t(__popc(words[i]));
   uint32_t before = warp_exclusive_sum(count, lane);
-  for (int i = 0; i < strips; ++i) {
-    const uint32_t word = words[lane * strips + i];
+#pragma unroll 1
+  for (int i = 0; i < kTileStrips; ++i) {
+    const uint32_t word = words[i];
     const uint32_t wanted = before < keep ? keep - before : 0;
     uint32_t rest = word;  // becomes the bits past the wanted ones
     for (uint32_t n = 0; n < wanted && rest != 0; ++n) rest &= rest - 1;
-    words[lane * strips + i] = word & ~rest;
+    words[i] = word & ~rest;
     before += uint32_t(__popc(word));
   }
 }
 
-// What emit has to know of a tile.
-struct TileOutput {
-  uint32_t counts;  // sure << 16 | band
-  uint32_t equal;   // elements equal to the threshold
-  uint32_t ties;    // of them, to select
-  index_t offset;   // into indices
-};
-
-// One tile, by one warp. `words`, `tie_words`: kTileWords each, bits in the order of positions.
-template <class Key>
-__device__ __forceinline__ void emit_tile(const Problem<Key>& p, index_t t, const TileOutput& out,
-                                          Key threshold, bool single, int lane, uint32_t* words,
-                                          uint32_t* tie_words) {
-  const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
-  const Tile tile = make_tile(x, t);
-  const int strips = num_strips(tile);
-  const bool all_ties = out.ties == out.equal;
-  const bool some_ties = out.ties != 0 && !all_ties;
-  __syncwarp();  // the previous tile's words have been read
-  for (int i = lane; i < strips * kWarpSize; i += kWarpSize) {
-    words[i] = 0;
-    tie_words[i] = 0;
-  }
-  __syncwarp();
-  const auto set = [](uint32_t* bits, int position) {
-    atomicOr(&bits[position / 32], 1u << (position % 32));
-  };
-
-  const uint32_t num_sure = out.counts >> 16, num_band = out.counts & 0xffffu;
-  const char* slab = p.slab + slab_offset(x, t);
-  if (num_sure <= uint32_t(strips * kStripListCapacity)) {
-    const uint16_t* list = reinterpret_cast<const uint16_t*>(slab);
-    for (uint32_t i = uint32_t(lane); i < num_sure; i += kWarpSize) set(words, list[i]);
-  } else {
-    const uint32_t* slab_words = reinterpret_cast<const uint32_t*>(slab);
-    for (int strip = 0; strip < strips; ++strip) {
-      uint32_t word = slab_words[strip * kWarpSize + lane];
-      for (; word != 0; word &= word - 1) {
-        set(words, strip * kStripNumel + position_in_strip(__ffs(int(word)) - 1, lane, x.itemsize));
-      }
-    }
-  }
-  uint32_t* const tie_target = all_ties ? words : tie_words;
-  if (!single) {
-    const index_t offset = num_band == 0 ? 0 : p.tile_band_offset[t];
-    for (uint32_t i = uint32_t(lane); i < num_band; i += kWarpSize) {
-      const Key key = p.band_keys[offset + i];
-      if (key > threshold) {
-        set(words, p.band_positions[offset + i]);
-      } else if (key == threshold && out.ties != 0) {
-        set(tie_target, p.band_positions[offset + i]);
-      }
-    }
-  } else if (out.ties != 0) {  // the band was not kept: its elements are those with this one key
-    const NativeBracket<Key>& bracket = p.state->native[x.dtype];
+// Writes `first` plus each of the `num` positions, two to a store where they stand in one 16-byte word of `to`.
+// The first of them is stage[skew].
+__device__ __forceinline__ void store_positions(const uint16_t* stage, int skew, int num, index_t first,
+                                                index_t* to, int lane) {
+  to -= skew;
 #pragma unroll 1
-    for (int i = tile.begin + lane; i < tile.end; i += kWarpSize) {
-      const Key key = load_native<Key>(x, tile.first + i);
-      if (key >= bracket.first_band && key < bracket.first_sure) set(tie_target, i);
-    }
-  }
-  __syncwarp();
-  if (some_ties) {
-    keep_first_bits(tie_words, strips, out.ties, lane);
-    for (int i = 0; i < strips; ++i) words[lane * strips + i] |= tie_words[lane * strips + i];
-  }
-  uint32_t count = 0;
-  for (int i = 0; i < strips; ++i) count += uint32_t(__popc(words[lane * strips + i]));
-  index_t* indices = p.indices + out.offset + warp_exclusive_sum(count, lane);
-  for (int i = 0; i < strips; ++i) {
-    const index_t base = tile.first + (lane * strips + i) * 32;
-    for (uint32_t word = words[lane * strips + i]; word != 0; word &= word - 1) {
-      *indices++ = base + (__ffs(int(word)) - 1);
+  for (int i = 2 * lane; i < skew + num; i += 2 * kWarpSize) {
+    const bool has_first = i >= skew, has_second = i + 1 < skew + num;
+    if (has_first && has_second) {
+      store_pair(to + i, first + stage[i], first + stage[i + 1]);
+    } else {
+      const int at = has_first ? i : i + 1;
+      to[at] = first + stage[at];
     }
   }
 }
 
-// topk_magnitude / emit: the sorted positions, where each tensor's start, and the result's head.
-// Traffic    reads what the filter wrote; writes 8 B per selected element. One more read of a tile where the
-//            bracket was one key and the tile has ties to select.
-// Algorithm  per tile: bits of the selected elements in shared memory, a scan of their counts, positions.
-// Contract   ties go to the lowest positions: of all elements equal to the threshold, the first `num_ties`.
-// Launch     one block per chunk of kChunkTiles, one warp per tile, grid-stride.
+// One tile, by one warp.
 template <class Key>
-__global__ void __launch_bounds__(kThreads, 3) emit_kernel(Problem<Key> p) {
-  __shared__ uint32_t words[kWarps][kTileWords];
-  __shared__ uint32_t tie_words[kWarps][kTileWords];
-  const State<Key>& state = *p.state;
+__device__ __forceinline__ void emit_large_tile(const Problem<Key>& p, const LargeTile& large, int lane,
+                                                EmitScratch& scratch) {
+  const index_t t = large.tile;
+  const uint32_t packed = p.tile_selected[t], equal = packed & 0xffffu, ties = large.ties;
+  const uint32_t num = (packed >> 16) + ties;
+  const Key threshold = p.state->threshold;
+  const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
+  const Tile tile = make_tile(x, t);
+  const int strips = num_strips(tile);
+  const bool all_ties = ties == equal;
+  const bool some_ties = ties != 0 && !all_ties;
+  const uint32_t counts = p.tile_counts[t], num_sure = counts >> 16, num_band = counts & 0xffffu;
+  const char* slab = p.slab + slab_offset(x, t);
+  uint32_t* const words = scratch.words;
+  uint32_t* const tie_words = all_ties ? words : scratch.tie_words;
+
+  __syncwarp();  // what was in the scratch has been read
+  if (some_ties) clear_words(tie_words, lane);
+  if (num_sure <= uint32_t(strips * kStripListCapacity)) {
+    clear_words(words, lane);
+    const uint16_t* list = reinterpret_cast<const uint16_t*>(slab);
+#pragma unroll 4
+    for (uint32_t i = uint32_t(lane); i < num_sure; i += kWarpSize) set_bit(words, list[i]);
+  } else if (x.itemsize == 2) {
+    load_in_order<2>(slab, strips, lane, words);
+  } else if (x.itemsize == 4) {
+    load_in_order<4>(slab, strips, lane, words);
+  } else if constexpr (sizeof(Key) == 8) {
+    load_in_order<8>(slab, strips, lane, words);
+  }
+  if (p.state->single == 0) {
+    const index_t offset = num_band == 0 ? 0 : p.tile_band_offset[t];
+#pragma unroll 4
+    for (uint32_t i = uint32_t(lane); i < num_band; i += kWarpSize) {
+      const Key key = p.band_keys[offset + i];
+      const uint32_t position = p.band_positions[offset + i];
+      if (key > threshold) {
+        set_bit(words, position);
+      } else if (key == threshold && ties != 0) {
+        set_bit(tie_words, position);
+      }
+    }
+  } else if (ties != 0) {  // the band was not kept: its elements are those with this one key
+    const NativeBracket<Key>& bracket = p.state->native[x.dtype];
+#pragma unroll 1
+    for (int i = tile.begin + lane; i < tile.end; i += kWarpSize) {
+      const Key key = load_native<Key>(x, tile.first + i);
+      if (key >= bracket.first_band && key < bracket.first_sure) set_bit(tie_words, uint32_t(i));
+    }
+  }
+  __syncwarp();
+  uint32_t* const mine = words + lane * kLaneWords;
+  if (some_ties) {
+    keep_first_bits(tie_words, ties, lane);
+#pragma unroll 1
+    for (int i = 0; i < kTileStrips; ++i) mine[i] |= tie_words[lane * kLaneWords + i];
+    __syncwarp();  // the stage lies where the ties did
+  }
+
+  uint32_t count = 0;
+#pragma unroll
+  for (int i = 0; i < kTileStrips; ++i) count += uint32_t(__popc(mine[i]));
+  uint32_t rank = warp_exclusive_sum(count, lane);
+  const uint32_t last = rank + count < num ? rank + count : num;
+  index_t* to = p.indices + large.offset;
+  const int skew = int(reinterpret_cast<uintptr_t>(to) / sizeof(index_t) % 2);
+  constexpr uint32_t kPart = kStageNumel - 2;  // even, with room for the skew
+  uint32_t word = 0;
+  int next = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < num; first += kPart) {
+    const uint32_t end = first + kPart < num ? first + kPart : num;
+#pragma unroll 1
+    for (; rank < last && rank < end; ++rank) {
+      while (word == 0) word = mine[next++];
+      scratch.stage[uint32_t(skew) + rank - first] =
+          uint16_t((lane * kTileStrips + next - 1) * 32 + __ffs(int(word)) - 1);
+      word &= word - 1;
+    }
+    __syncwarp();
+    store_positions(scratch.stage, skew, int(end - first), tile.first, to + first, lane);
+    __syncwarp();
+  }
+}
+
+// kTilesPerWarp tiles that have at most kSmallTile selected elements each, by kTileLanes lanes each; `num` is 0 where
+// there is none. A position's rank is how many are below it: no bits, and one load of each kind in a row.
+template <class Key>
+__device__ __forceinline__ void emit_small_tiles(const Problem<Key>& p, index_t t, uint32_t num,
+                                                 bool has_ties, index_t at, int lane, uint16_t* stage) {
+  const Key threshold = p.state->threshold;
+  const int part = lane % kTileLanes, slot = lane / kTileLanes;
+  uint16_t* const positions = stage + slot * kSmallTile;
+  const uint32_t counts = num == 0 ? 0 : p.tile_counts[t], num_sure = counts >> 16;
+  const uint32_t num_band = num == num_sure ? 0 : counts & 0xffffu;
+  index_t first = 0;
+  const uint16_t* list = nullptr;
+  if (num != 0) {
+    const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
+    first = make_tile(x, t).first;
+    list = reinterpret_cast<const uint16_t*>(p.slab + slab_offset(x, t));
+  }
+  const index_t offset = num_band == 0 ? 0 : p.tile_band_offset[t];
+
+  __syncwarp();  // what was in the stage has been read
+#pragma unroll
+  for (uint32_t i = uint32_t(part); i < kSmallTile; i += kTileLanes) {
+    if (i < num_sure) positions[i] = list[i];
+  }
+  uint32_t filled = num_sure;
+  for (uint32_t i = uint32_t(part); __any_sync(kFullMask, i - uint32_t(part) < num_band); i += kTileLanes) {
+    bool is_selected = false;
+    uint16_t position = 0;
+    if (i < num_band) {
+      const Key key = p.band_keys[offset + i];
+      position = p.band_positions[offset + i];
+      is_selected = key > threshold || (key == threshold && has_ties);
+    }
+    const uint32_t selected =
+        __ballot_sync(kFullMask, is_selected) >> (slot * kTileLanes) & ((1u << kTileLanes) - 1);
+    if (is_selected) positions[filled + uint32_t(__popc(selected & ((1u << part) - 1)))] = position;
+    filled += uint32_t(__popc(selected));
+  }
+  __syncwarp();
+  for (uint32_t i = uint32_t(part); i < num; i += kTileLanes) {
+    const uint32_t position = positions[i];
+    uint32_t rank = 0;
+#pragma unroll 4
+    for (uint32_t j = 0; j < num; ++j) rank += positions[j] < position;
+    p.indices[at + rank] = first + position;
+  }
+}
+
+// topk_magnitude / emit: where every tile's positions go, and each tensor's; the sorted positions of tiles that have few;
+// the result's head.
+// Traffic    reads 12 B per tile and what the filter wrote of small tiles; writes 8 B per selected element. For N = 1e9,
+//            both kernels, in whole sectors of 32 B: 10 MB at k/N = 1e-4, 21 at 1e-3, 117 at 1e-2, 954 at 1e-1; at the
+//            rate of a copy on an H200 (4.3 TB/s) 2, 5, 27 and 222 us. Below 1e-3 three loads in a row are what it takes.
+// Algorithm  eight lanes per tile, ranks by comparison. Tiles of more elements, and those of whose ties some are left out or
+//            have to be looked for, are listed for emit_large: in any order.
+// Contract   ties go to the lowest positions: of all elements equal to the threshold, the first ones. Nothing is written
+//            past the k-th index whatever the data did meanwhile; that the last tile ends there is the status.
+// Launch     one block per chunk of kChunkTiles, four tiles per warp, grid-stride; no block barrier.
+template <class Key>
+__global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Problem<Key> p) {
+  __shared__ uint16_t stages[kWarps][kTilesPerWarp * kSmallTile];
+  State<Key>& state = *p.state;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     p.result[kResultThreshold] = index_t(state.threshold);
     p.result[kResultNonfinite] = index_t(state.num_nonfinite[0]);
-    p.result[kResultStatus] = state.status;
     p.result[kResultReads] = state.reads;
+    if (state.status != 0) p.result[kResultStatus] = state.status;
   }
   if (state.status != 0) return;
-  const Key threshold = state.threshold;
-  const bool single = state.single != 0;
-  const uint64_t num_ties = state.num_ties;
   const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
   for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
     // lane i: tile i of the chunk
-    const index_t t = chunk * kChunkTiles + lane;
-    const uint32_t packed = t < p.num_tiles ? p.tile_selected[t] : 0;
-    const uint32_t greater = packed >> 16, equal = packed & 0xffffu;
-    const uint64_t equal_below = p.chunk_equal[chunk] + warp_exclusive_sum(equal, lane);
-    const uint64_t greater_below = p.chunk_greater[chunk] + warp_exclusive_sum(greater, lane);
+    const index_t first_tile = chunk * kChunkTiles;
+    const uint32_t packed = first_tile + lane < p.num_tiles ? p.tile_selected[first_tile + lane] : 0;
+    uint64_t greater_below, equal_below;
+    sum_below(p, chunk, lane, &greater_below, &equal_below);
+    greater_below += warp_exclusive_sum(packed >> 16, lane);
+    equal_below += warp_exclusive_sum(packed & 0xffffu, lane);
+
+    // kTileLanes lanes: one of the warp's tiles
+    const int part = lane % kTileLanes, in_chunk = warp * kTilesPerWarp + lane / kTileLanes;
+    const index_t t = first_tile + in_chunk;
+    const uint32_t mine = __shfl_sync(kFullMask, packed, in_chunk), equal = mine & 0xffffu;
+    greater_below = __shfl_sync(kFullMask, greater_below, in_chunk);
+    equal_below = __shfl_sync(kFullMask, equal_below, in_chunk);
+    const uint64_t num_ties = state.select_rank;  // to select among the elements equal to the threshold
     const uint64_t ties_below = equal_below < num_ties ? equal_below : num_ties;
-    TileOutput mine;
-    mine.counts = t < p.num_tiles ? p.tile_counts[t] : 0;
-    mine.equal = equal;
-    mine.ties = num_ties - ties_below < equal ? uint32_t(num_ties - ties_below) : equal;
-    mine.offset = index_t(greater_below + ties_below);
-    if (warp == 0 && t < p.num_tiles) {
+    const uint32_t ties = num_ties - ties_below < equal ? uint32_t(num_ties - ties_below) : equal;
+    const index_t offset = index_t(greater_below + ties_below), end = offset + (mine >> 16) + ties;
+    if (part == 0 && t < p.num_tiles) {
       const uint32_t tensor = p.tile_tensor[t];
-      if (p.tensors[tensor].first_tile == t) p.result[kResultOffsets + tensor] = mine.offset;
+      if (p.tensors[tensor].first_tile == t) p.result[kResultOffsets + tensor] = offset;
+      if (t == p.num_tiles - 1) p.result[kResultStatus] = end != p.k;
     }
-    const uint32_t occupied = __ballot_sync(kFullMask, greater + mine.ties != 0);
-    for (int i = warp; i < kChunkTiles; i += kWarps) {
-      TileOutput out;
-      out.counts = __shfl_sync(kFullMask, mine.counts, i);
-      out.equal = __shfl_sync(kFullMask, mine.equal, i);
-      out.ties = __shfl_sync(kFullMask, mine.ties, i);
-      out.offset = __shfl_sync(kFullMask, mine.offset, i);
-      if ((occupied >> i & 1u) == 0) continue;
-      emit_tile(p, chunk * kChunkTiles + i, out, threshold, single, lane, words[warp], tie_words[warp]);
+    const uint32_t num = end <= p.k ? (mine >> 16) + ties : 0;
+    const bool is_large =
+        num > uint32_t(kSmallTile) || (num != 0 && ties != 0 && (ties != equal || state.single != 0));
+    const uint32_t large = __ballot_sync(kFullMask, is_large && part == 0);
+    if (large != 0) {
+      uint32_t first = 0;
+      if (lane == 0) first = atomicAdd(&state.num_large, uint32_t(__popc(large)));
+      first = __shfl_sync(kFullMask, first, 0);
+      if (is_large && part == 0) {
+        p.large_tiles[first + uint32_t(__popc(large & ((1u << lane) - 1)))] = {offset, uint32_t(t), ties};
+      }
     }
+    if (__any_sync(kFullMask, num != 0 && !is_large)) {
+      emit_small_tiles(p, t, is_large ? 0 : num, ties != 0, offset, lane, stages[warp]);
+    }
+  }
+}
+
+// topk_magnitude / emit_large: the sorted positions of the tiles that emit listed.
+// Traffic    reads what the filter wrote; writes 8 B per selected element. One more read of a tile where the
+//            bracket was one key and the tile has ties to select.
+// Algorithm  bits in shared memory in the order of positions, a scan of their counts, positions, 16-byte stores.
+// Launch     resident blocks; one warp per tile, grid-stride.
+template <class Key>
+__global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm) emit_large_kernel(Problem<Key> p) {
+  __shared__ EmitScratch scratches[kWarps];
+  const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
+  const uint32_t num_large = p.state->num_large;
+  for (uint32_t i = blockIdx.x * kWarps + uint32_t(warp); i < num_large; i += gridDim.x * kWarps) {
+    emit_large_tile(p, p.large_tiles[i], lane, scratches[warp]);
   }
 }
 

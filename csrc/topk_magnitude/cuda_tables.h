@@ -17,6 +17,7 @@ namespace cuda_topk_magnitude {
 #define SAFT_CUDA_TILE_NUMEL 8192
 #define SAFT_CUDA_SAMPLED_RUNS_LOG2 17
 #define SAFT_CUDA_MIN_BAND_CAPACITY 65536
+#define SAFT_CUDA_GROUP_CHUNKS 64
 #endif
 constexpr int kTileNumel = SAFT_CUDA_TILE_NUMEL;
 constexpr int kThreads = 256;
@@ -33,7 +34,8 @@ constexpr index_t kLargeNumel = 2000000000;
 // Half-width of the bracket in binomial standard deviations. Gradients are correlated along both dimensions of a matrix:
 // structured gradients gave rank errors up to 2.4 sigma with such a sample.
 constexpr double kSigmas = 6.0;
-constexpr int kChunkTiles = 32;  // scanned and emitted together
+constexpr int kChunkTiles = 32;                       // counted and emitted together
+constexpr int kGroupChunks = SAFT_CUDA_GROUP_CHUNKS;  // summed together
 
 // ---- sizes that follow ----
 
@@ -49,7 +51,10 @@ constexpr int kSamplePasses = 3;
 constexpr int kDtypes = 4;
 static_assert(kTileNumel % (2 * kStripNumel) == 0 && kTileNumel <= 16 * kStripNumel,
               "strips of a tile are bits of 16");
-static_assert(kChunkTiles * 8 == kThreads, "count: eight threads per tile of a chunk");
+constexpr int kTileLanes = kThreads / kChunkTiles;  // of a tile in count and emit
+static_assert(kChunkTiles == kWarpSize && kWarpSize % kTileLanes == 0, "emit: a lane per tile of a chunk");
+static_assert(uint64_t(kGroupChunks) * kChunkTiles * kTileNumel < uint64_t(1) << 32,
+              "a group's sums are halves of a word");
 
 template <class Key>
 constexpr int kSelectPasses = (CommonKey<Key>::kBits + kDigitBits - 1) / kDigitBits;
@@ -84,6 +89,13 @@ struct NativeBracket {
   Key first_band, first_sure, inf;
 };
 
+// A tile that emit leaves to emit_large.
+struct LargeTile {
+  index_t offset;  // into indices
+  uint32_t tile;
+  uint32_t ties;  // to select of it
+};
+
 // Zeroed before the first kernel.
 template <class Key>
 struct State {
@@ -100,14 +112,14 @@ struct State {
   uint64_t band_used;
   // select
   uint32_t from_data;
-  uint64_t select_rank;
+  uint64_t select_rank;  // in the end, of the k-th element among those equal to it
   Key select_lo, select_hi;
   Key threshold;
-  // count
-  uint64_t num_ties;  // to select among the elements equal to the threshold
+  // emit
+  uint32_t num_large;
   // result
   uint32_t status, reads;
-  uint32_t tickets[kSamplePasses + 2 + kSelectPasses<Key> + 1];
+  uint32_t tickets[kSamplePasses + 2 + kSelectPasses<Key>];
 };
 
 template <class Key>
@@ -123,8 +135,9 @@ struct Problem {
   uint32_t* tile_counts;       // sure << 16 | band
   uint32_t* tile_band_offset;  // into band_keys
   uint32_t* tile_selected;     // above the threshold << 16 | equal to it
-  uint64_t* chunk_greater;     // sums over a chunk, then over the chunks below it
-  uint64_t* chunk_equal;
+  uint64_t* chunk_selected;    // sums of tile_selected over a chunk: above << 32 | equal
+  uint64_t* group_selected;    // over kGroupChunks chunks
+  LargeTile* large_tiles;
   Key* sample;
   Key* band_keys;
   uint16_t* band_positions;

@@ -152,8 +152,7 @@ void topk_magnitude_rows_cpu(const TopKRows& rows, index_t* indices, int num_thr
 
 // ---- cuda entries ----
 //
-// The caller plans on the host, allocates, fills and uploads a table, and launches. Nothing here allocates or
-// waits for the device.
+// The caller plans on the host, allocates, and launches. Nothing here allocates on the device or waits for it.
 
 // Sizes, all known on the host before anything runs.
 struct TopKCudaPlan {
@@ -166,7 +165,7 @@ struct TopKCudaPlan {
   index_t num_sampled_runs;
   index_t slab_bytes;       // one bit per element, rounded up per tensor
   index_t band_capacity;    // band elements whose keys are kept
-  index_t table_bytes;      // host and device
+  index_t table_bytes;      // of the workspace: what the kernels know of the tensors
   index_t workspace_bytes;  // device; at most 0.23 (fp64: 0.3) * numel + 300 * num_tensors + 40e6
   index_t result_words;     // int64, device
 };
@@ -183,13 +182,9 @@ enum TopKCudaResult : int {
 // `tensors`: as for topk_magnitude_cpu, with device addresses in `data` and host addresses in `layout`.
 TopKCudaPlan topk_magnitude_cuda_plan(const TensorDesc* tensors, index_t num_tensors, index_t k);
 
-// Writes `plan.table_bytes` to `table` (host); they are to be copied to `device_table`.
-void topk_magnitude_cuda_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* table,
-                               const void* device_table);
-
-// Enqueues everything on `stream` (a cudaStream_t) of the current device. `workspace`: 256-byte aligned, any
-// content. `indices`: k. `max_blocks`: an upper bound on every grid; 0 for what fills the device.
-void topk_magnitude_cuda(const TopKCudaPlan& plan, const void* device_table, void* workspace,
+// Enqueues everything on `stream` (a cudaStream_t) of the current device. `tensors`: as for the plan; read before this
+// returns. `workspace`: 256-byte aligned, any content. `indices`: k. `max_blocks`: an upper bound on every grid; 0 for what fills the device.
+void topk_magnitude_cuda(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace,
                          index_t* indices, index_t* result, void* stream, int max_blocks);
 
 // |x| of a threshold key; inf when k is 0.

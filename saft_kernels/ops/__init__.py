@@ -65,11 +65,12 @@ def topk_magnitude(tensors: Sequence[Tensor], k: int, *, backend: str | None = N
     """
     tensors = checks.tensor_list("tensors", tensors)
     checks.floating("tensors", tensors)
-    k = _whole_number(k, sum(t.numel() for t in tensors), "the total numel of `tensors`")
+    k = _whole_number(k, sum(map(Tensor.numel, tensors)), "the total numel of `tensors`")
     if not tensors:
         return TopK((), float("inf"), 0)
     module = backends.choose("topk_magnitude", tensors[0].device.type, backend)
-    result: TopK = module.topk_magnitude([t.detach() if t.requires_grad else t for t in tensors], k)
+    with torch.no_grad():
+        result: TopK = module.topk_magnitude(tensors, k)
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..common.names import short
+from ._compiled import reader as _reader
 from .dtypes import FLOAT_DTYPES, INDEX_DTYPES
 
 
@@ -20,6 +21,8 @@ def tensor_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(
             f"`{name}`: expected a list or tuple of tensors, got {type(tensors).__name__}; wrap it in a list"
         )
+    if _reader is not None and _reader.are_plain(list(tensors)):
+        return list(tensors)
     device = None
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):

@@ -95,11 +95,6 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
         layouts = tables.Layouts()
         rows = tables.tensor_table(layouts, tensors)
         plan = _C.topk_magnitude_cuda_plan(rows.ctypes.data, len(tensors), k)
-        # torch keeps pinned memory until the copy out of it is done
-        host_table = torch.empty(plan.table_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        table = torch.empty(plan.table_bytes, dtype=torch.uint8, device=device)
-        _C.topk_magnitude_cuda_table(plan, rows.ctypes.data, host_table.data_ptr(), table.data_ptr())
-        table.copy_(host_table, non_blocking=True)
         workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
         if FILL_WORKSPACE is not None:
             workspace.fill_(FILL_WORKSPACE)
@@ -107,7 +102,7 @@ def launch_topk_magnitude(tensors: Sequence[Tensor], k: int) -> PendingTopK:
         result = torch.empty(plan.result_words, dtype=torch.int64, device=device)
         _C.topk_magnitude_cuda(
             plan,
-            table.data_ptr(),
+            rows.ctypes.data,
             workspace.data_ptr(),
             indices.data_ptr(),
             result.data_ptr(),

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ._compiled import reader as _reader
 from .adamw import AdamWSegment
 from .dtypes import DTYPE_CODES
 
@@ -128,6 +129,8 @@ def _write_layouts(layouts: Layouts, rows: Table, tensors: Sequence[Tensor]) -> 
 def tensor_table(layouts: Layouts, tensors: Sequence[Tensor]) -> Table:
     """TENSOR_DESC rows."""
     table = np.zeros(len(tensors), TENSOR_DESC)
+    if _reader is not None and _reader.describe(list(tensors), table.ctypes.data):
+        return table
     table["data"] = [t.data_ptr() for t in tensors]
     table["numel"] = [t.numel() for t in tensors]
     table["dtype"] = [DTYPE_CODES[t.dtype] for t in tensors]

@@ -14,11 +14,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
 from ._compiled import _C
+from ._compiled import reader as _reader
 from .checks import reach_of
-
-_reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
-if _reader is not None and not _reader.is_available:
-    _reader = None
 
 
 class PointerColumn:
