@@ -9,6 +9,7 @@ attention, which SHiRA does not know. Bytes are those of the gradients that `p.g
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -85,7 +86,9 @@ def build(name: str, model: nn.Module, mask: saft_kernels.SparseMask | None) -> 
     release = name != "SparseAdamW, dense gradients"
     optimizer = saft_kernels.SparseAdamW(model.named_parameters(), mask=mask, release_grads=release)
     if name == "SparseAdamW, sparse_grad":
-        saft_kernels.sparse_grad(model, optimizer)
+        ways = saft_kernels.sparse_grad(model, optimizer).ways.values()
+        for way, count in collections.Counter(way.split(" of ")[0] for way in ways).items():
+            print(f"{name}: {count} weights, {way}")
     return model, optimizer
 
 
