@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saft_kernels import sddmm
+from saft_kernels.layers.weight_gradient import Product, plan
 
 # tokens, outputs, inputs
 SHAPES = {
@@ -24,6 +25,7 @@ SHAPES = {
     "text out_proj": (1232, 512, 512),
 }
 DENSITIES = (1e-4, 1e-3, 1e-2, 0.1, 0.3)
+CHOSEN = "sparse_grad's choice"
 MAX_GATHERED = 5_000_000
 """Elements that gather + bmm may copy out of each factor."""
 
@@ -43,20 +45,16 @@ def gather_bmm(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return torch.bmm(dy.t()[row].unsqueeze(1), x.t()[column].unsqueeze(2)).flatten()
 
 
-def gather_gemm(dy: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """The dense product of the rows and columns that have an entry, and the entries out of it."""
-    rows, row = torch.unique(indices // x.shape[1], return_inverse=True)
-    columns, column = torch.unique(indices % x.shape[1], return_inverse=True)
-    return (dy[:, rows].t() @ x[:, columns])[row, column]
-
-
 def candidates(dy: Tensor, x: Tensor, indices: Tensor, device: str) -> dict[str, Callable[[], object]]:
     flat = indices.long()
+    shape = dy.shape[1], x.shape[1]
+    by_rows_and_columns, chosen = Product.of(indices, shape, (True, True)), plan(indices, shape)
     ways: dict[str, Callable[[], object]] = {
         "saft_kernels": lambda: sddmm(dy, x, indices),
         "dense product": lambda: dy.t() @ x,
         "dense product, take": lambda: (dy.t() @ x).take(flat),
-        "rows and columns, dense": lambda: gather_gemm(dy, x, flat),
+        "rows and columns, dense": lambda: by_rows_and_columns(dy, x),
+        CHOSEN: lambda: chosen(dy, x),
     }
     if indices.numel() * len(dy) <= MAX_GATHERED:
         ways["gather, bmm"] = lambda: gather_bmm(dy, x, flat)
@@ -81,6 +79,8 @@ def run(args: argparse.Namespace) -> harness.Results:
         indices = {"uniform": uniform, "heavy": heavy_tailed}[data](dy.shape[1], x.shape[1], count).to(args.device)
         used = (indices // x.shape[1]).unique().numel() + (indices % x.shape[1]).unique().numel()
         ways = candidates(dy, x, indices, args.device)
+        chosen = plan(indices, (dy.shape[1], x.shape[1]))
+        way = f"{chosen}" if isinstance(chosen, Product) else "sampled by sddmm"
         timings = harness.interleave(ways, args.device, args.rounds)
         dense = timings["dense product"].p50
         for name, timing in timings.items():
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> harness.Results:
                 numel=dy.shape[1] * x.shape[1],
                 num_tensors=1,
                 k=count,
-                note=f"{timing.p50 / dense:.3f} of the dense product's time; {used} channels used",
+                note=f"{timing.p50 / dense:.3f} of the dense product's time; {used} channels used"
+                + (f"; {way}" if name == CHOSEN else ""),
             )
     return results
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from saft_kernels import SparseAdamW, SparseGrad, SparseMask, sparse_grad
+from saft_kernels.layers import weight_gradient
 from saft_kernels.optim.release import SelectedGrad
 
 WIDTH, TOKENS, BATCH = 24, 10, 3
@@ -119,9 +120,24 @@ def one_thread(num_threads: Callable[[int], None]) -> None:
     num_threads(1)
 
 
+@pytest.fixture(params=["sampled", "rows and columns, in blocks", "whole"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How entries are computed, whatever would be chosen here."""
+    gathered = {"sampled": None, "rows and columns, in blocks": (True, True), "whole": (False, False)}[request.param]
+    monkeypatch.setattr(weight_gradient, "choose", lambda *_: gathered)
+    if "blocks" in request.param:
+        monkeypatch.setattr(weight_gradient, "BLOCK_NUMEL", 2)
+
+
+every_way = pytest.mark.usefixtures("way")
+two_ways = pytest.mark.parametrize("way", ["sampled", "rows and columns, in blocks"], indirect=True)
+only_sampled = pytest.mark.parametrize("way", ["sampled"], indirect=True)
+
+
 # ---- the same gradients ----
 
 
+@every_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_gradients(dtype: torch.dtype) -> None:
     dense, sparse, optimizer, handle = pair(dtype)
@@ -130,7 +146,7 @@ def test_gradients(dtype: torch.dtype) -> None:
     assert_same_bits(actual[1], expected[1], "gradient of the input")
     assert_gradients(dense, sparse, optimizer)
     weights = [n for n, p in dense.named_parameters() if p.dim() == 2 and "embedding" not in n and "bias" not in n]
-    assert sorted(handle.sparse) == sorted(weights)
+    assert sorted(handle.sparse) == sorted(handle.ways) == sorted(weights)
     assert handle.dense == {}
 
 
@@ -145,6 +161,7 @@ def test_what_is_not_a_weight_gradient_has_the_same_bits() -> None:
             assert_same_bits(optimizer.selected_grad(p), selected, name)
 
 
+@every_way
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     dense, sparse, optimizer, _ = pair()
@@ -157,6 +174,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_gradients(dense, sparse, optimizer, roundings)
 
 
+@every_way
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
     dense, sparse, optimizer, _ = pair(checkpointed=use_reentrant)
@@ -166,6 +184,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     assert_gradients(dense, sparse, optimizer)
 
 
+@every_way
 def test_accumulation_over_backward_passes() -> None:
     dense, sparse, optimizer, _ = pair()
     for seed in range(3):
@@ -179,8 +198,9 @@ def test_accumulation_over_backward_passes() -> None:
     assert_gradients(dense, sparse, optimizer)
 
 
+@two_ways
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_model(autocast: bool) -> None:
+def test_compiled_model(way: None, autocast: bool) -> None:
     """In one graph: linear layers, and attention with itself."""
 
     class Block(nn.Module):
@@ -211,7 +231,8 @@ def test_compiled_model(autocast: bool) -> None:
     assert sparse.fc1.bias.grad is None
 
 
-def test_compiled_attention_to_other_inputs() -> None:
+@two_ways
+def test_compiled_attention_to_other_inputs(way: None) -> None:
     """It takes ranges of a weight's rows, at which the graph breaks."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -260,10 +281,11 @@ def test_one_token() -> None:
         linear(x)[1].backward()
     expected = torch.zeros(3, 4)
     expected[1] = x
-    assert_same_bits(optimizer.selected_grad(linear.weight), expected.flatten()[optimizer.mask["weight"].long()])
+    assert torch.equal(optimizer.selected_grad(linear.weight), expected.flatten()[optimizer.mask["weight"].long()])
     linear(torch.empty(0, 4, requires_grad=True)).sum().backward()
 
 
+@every_way
 def test_a_weight_tied_to_an_embedding_gets_both_gradients() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -305,7 +327,8 @@ def test_training() -> None:
         assert not torch.equal(p, dict(layers().named_parameters())[name])
 
 
-def test_same_bits_over_runs_and_thread_counts(num_threads: Callable[[int], None]) -> None:
+@only_sampled
+def test_same_bits_over_runs_and_thread_counts(way: None, num_threads: Callable[[int], None]) -> None:
     def values() -> list[Tensor]:
         linear = nn.Linear(300, 200, dtype=torch.bfloat16)
         optimizer = SparseAdamW(linear.named_parameters(), mask=random_mask(linear), release_grads=True)
@@ -326,20 +349,22 @@ def test_same_bits_over_runs_and_thread_counts(num_threads: Callable[[int], None
 
 
 class Products(TorchDispatchMode):
-    """The shapes that matrix products have made."""
+    """The shapes that matrix products have made, in eager mode without a custom op, which would cost time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.namespace != "saft_kernels"
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
             self.shapes.add(tuple(result.shape))
         return result
 
 
-def test_no_dense_weight_gradient_exists() -> None:
+@only_sampled
+def test_no_dense_weight_gradient_exists(way: None) -> None:
     without = ("fc1.weight", "fc1.bias", "head.weight", "head.bias")
     dense, sparse, optimizer, handle = pair(mask=lambda model: random_mask(model, without=without))
     made = []
@@ -354,7 +379,8 @@ def test_no_dense_weight_gradient_exists() -> None:
     assert_gradients(dense, sparse, optimizer)
     assert sparse.fc1.weight.grad is None
     assert sparse.head.bias.grad is None
-    assert "fc1.weight" in handle.sparse
+    assert handle.ways["fc1.weight"] == "nothing is selected"
+    assert handle.ways["fc2.weight"] == "sampled by sddmm"
 
 
 def test_a_model_of_which_only_the_last_layer_is_selected() -> None:
@@ -363,6 +389,31 @@ def test_a_model_of_which_only_the_last_layer_is_selected() -> None:
     backward(dense)
     backward(sparse)
     assert_gradients(dense, sparse, optimizer)
+
+
+def test_backward_passes_that_do_not_go_on_to_the_weights() -> None:
+    dense, sparse, optimizer, _ = pair()
+    expected, actual = (
+        torch.autograd.grad(model(tokens, x).sum(), x)[0]
+        for model, (tokens, x) in ((dense, inputs()), (sparse, inputs()))
+    )
+    assert_same_bits(actual, expected)
+    tokens, x = inputs()
+    sparse(tokens, x).sum().backward(inputs=[x, sparse.norm.weight])
+    assert [name for name, p in sparse.named_parameters() if p.grad is not None] == ["norm.weight"]
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(sparse(*inputs()).sum(), sparse.fc1.weight)
+    sparse.zero_grad()
+    for model in (dense, sparse):
+        weights = [model.fc1.weight, model.self_attention.in_proj_weight]
+        model(*inputs())[0, 1].backward(inputs=weights)
+    assert [name for name, p in sparse.named_parameters() if p.grad is not None] == [
+        "self_attention.in_proj_weight",
+        "fc1.weight",
+    ]
+    index = optimizer.mask["fc1.weight"].long()
+    expected = dense.fc1.weight.grad.flatten()[index]
+    torch.testing.assert_close(optimizer.selected_grad(sparse.fc1.weight), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_weights_and_inputs_without_gradient() -> None:

@@ -1,8 +1,7 @@
 """sparse_grad: linear layers that compute only the selected entries of their weight gradient.
 
-A weight's gradient is here not a gradient of the weight, but of `values`: a leaf of k_p numbers that stands for the
-selected entries and is never read. So what autograd does to leaves goes on working: layers used twice, checkpointing,
-accumulation. What arrives there moves into the optimizer's buffer at once (see `optim/release.py`).
+A layer's backward hands the selected entries to the optimizer's buffer (see `optim/release.py`), which adds them up:
+where a layer is used twice, where a weight has a dense gradient from elsewhere, over several backward passes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.pause import is_paused
-from ..ops.dtypes import opmath_dtype
 from ..optim.release import GradientBuffer
 from ..optim.selected_grad import Selected
 from ..optim.sparse_adamw import SparseAdamW
-from .sparse_linear import sparse_linear
+from .sparse_linear import Entries, sparse_linear
+from .weight_gradient import Product
 
 __all__ = ["SparseGrad", "sparse_grad"]
 
@@ -60,8 +60,13 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
         ValueError: It does not release gradients, or has not selected yet; no layer is covered; the model has sparse
             gradients already, or is a DistributedDataParallel.
 
-    Precision: sums in fp32 (fp64 for fp64), not rounded to the dtype of the layer. Determinism and backend: see
-    `saft_kernels.sddmm`; SAFT_BACKEND forces one, the optimizer's `backend` does not.
+    Selected entries come out of a matrix product of the rows and columns that hold one, made a block of rows at a time,
+    or from `saft_kernels.sddmm`: what takes less time on the device of the weight (on NVIDIA GPUs the product nearly
+    always, on CPUs `sddmm`), chosen when the selection is made. Nothing waits for a GPU in training: CUDA graphs
+    capture it. SAFT_BACKEND forces a backend for `sddmm`, the optimizer's `backend` does not.
+
+    Precision: sums in fp32 (fp64 for fp64), not rounded to the dtype of the layer; products of fp32 factors as precise
+    as torch's (TF32 where it is allowed). Determinism: that of torch's matrix product, or of `sddmm`.
     """
     return SparseGrad(model, optimizer)
 
@@ -72,6 +77,7 @@ class SparseGrad:
     Attributes:
         sparse: Names of the weights of which only selected entries of the gradient are computed, or none.
         dense: Name of every other weight of a linear layer -> why its gradient is dense.
+        ways: Name of each sparse weight -> how its entries are computed.
     """
 
     def __init__(self, model: nn.Module, optimizer: SparseAdamW) -> None:
@@ -118,6 +124,11 @@ class SparseGrad:
         """See the class."""
         mine = {w.name: w.why_dense for w in self._weights.values() if w.why_dense is not None}
         return {**mine, **self._kept}
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """See the class."""
+        return {w.name: w.way for w in self._weights.values() if w.why_dense is None}
 
     def _update(self) -> None:
         for weight in self._weights.values():
@@ -189,7 +200,7 @@ def _why_not(module: nn.Module) -> str | None:
 
 
 class _Weight:
-    """A weight matrix, the leaf that stands for its selected entries, and the way from there to the optimizer."""
+    """A weight matrix, its selected entries, and the way from there to the optimizer."""
 
     def __init__(self, name: str, parameter: Tensor, bias: Tensor | None) -> None:
         self.name = name
@@ -198,9 +209,9 @@ class _Weight:
         self.skip_bias = False  # nothing is selected of it
         self.why_dense: str | None = None
         self._selected: Selected | None = None  # what all below was made for
-        self.indices: Tensor | None = None
-        self.values: Tensor | None = None  # (k_p,) requires grad; None: nothing is selected, or the gradient is dense
-        self._ranges: dict[tuple[int, int], tuple[int, int, Tensor]] = {}
+        self._indices: Tensor | None = None
+        self.entries: Entries | None = None  # None: nothing is selected, or the gradient is dense
+        self._ranges: dict[tuple[int, int], Entries | None] = {}
 
     def update(self, buffer: GradientBuffer | None) -> None:
         """Follows the selection."""
@@ -211,9 +222,9 @@ class _Weight:
         selected = buffer.get(parameter)
         if selected is not None and selected.index.device != parameter.device:  # the model has moved
             selected.index = selected.index.to(parameter.device)
-        if selected is not None and selected is self._selected and selected.index is self.indices:
+        if selected is not None and selected is self._selected and selected.index is self._indices:
             return
-        self._selected, self.indices, self.values, self.why_dense = selected, None, None, None
+        self._selected, self._indices, self.entries, self.why_dense = selected, None, None, None
         self._ranges.clear()
         if selected is None:
             self.why_dense = "it is wholly selected, or its selection is pending"
@@ -222,42 +233,56 @@ class _Weight:
         if count > DENSE_SHARE * parameter.numel():
             self.why_dense = f"{count / parameter.numel():.0%} of it is selected, and the dense product is faster"
             return
-        self.indices = selected.index
+        self._indices = selected.index
         if count:
-            zero = torch.zeros((), dtype=opmath_dtype(parameter.dtype), device=parameter.device)
-            self.values = zero.expand(count).requires_grad_()  # without memory: nobody reads it
-            self.values.register_post_accumulate_grad_hook(_deliver(parameter, selected, buffer))
+            deliver = _Delivery(parameter, selected, weakref.ref(buffer))
+            self.entries = Entries.of(parameter, selected.index, deliver)
 
-    def rows(self, first: int, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Leaf and indices of a range of rows, as those of a weight of its own; None where none is selected."""
-        if self.values is None or self.indices is None:
-            return None, None
-        if (first, count) not in self._ranges:  # a GPU has to be waited for, once
-            width = self.parameter.shape[1]
-            bounds = torch.tensor([first * width, (first + count) * width], device=self.indices.device)
-            low, high = torch.searchsorted(self.indices, bounds.to(self.indices.dtype)).tolist()
-            self._ranges[first, count] = low, high, self.indices[low:high] - first * width
-        low, high, indices = self._ranges[first, count]
-        return (None, None) if low == high else (self.values[low:high], indices)
+    @property
+    def way(self) -> str:
+        """How the entries are computed."""
+        if self.entries is None:
+            return "nothing is selected"
+        return str(self.entries.compute) if isinstance(self.entries.compute, Product) else "sampled by sddmm"
+
+    def rows(self, first: int, weight: Tensor) -> Entries | None:
+        """The entries of a range of rows, `weight`, as those of a weight of its own; None where none is selected."""
+        key = first, weight.shape[0]
+        if self.entries is not None and key not in self._ranges:
+            self._ranges[key] = self._of_range(first, weight)
+        return self._ranges.get(key)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _of_range(self, first: int, weight: Tensor) -> Entries | None:
+        assert self.entries is not None
+        indices, (height, width) = self.entries.indices, weight.shape
+        bounds = torch.tensor([first * width, (first + height) * width], device=indices.device)
+        low, high = torch.searchsorted(indices, bounds.to(indices.dtype)).tolist()
+        if low == high:
+            return None
+        deliver = replace(self.entries.deliver, around=(low, len(indices) - high))
+        return Entries.of(weight, indices[low:high] - first * width, deliver)
 
 
-def _deliver(parameter: Tensor, selected: Selected, buffer: GradientBuffer) -> Callable[[Tensor], None]:
-    """The hook of a leaf: moves what has arrived into the optimizer's buffer."""
-    reference = weakref.ref(buffer)
+@dataclass(frozen=True, eq=False)
+class _Delivery:
+    """Adds values of the entries of a parameter to the optimizer's buffer, with zeros before and after them."""
 
-    def deliver(values: Tensor) -> None:
-        gradient, values.grad = values.grad, None
-        buffer = reference()
-        if gradient is None or buffer is None:
+    parameter: Tensor
+    selected: Selected
+    buffer: weakref.ref[GradientBuffer]
+    around: tuple[int, int] = (0, 0)
+
+    def __call__(self, values: Tensor) -> None:
+        buffer = self.buffer()
+        if buffer is None:
             return
-        if buffer.get(parameter) is not selected:
+        if buffer.get(self.parameter) is not self.selected:
             raise RuntimeError(
                 "sparse_grad: expected one selection from forward to backward, got another in between; run forward "
                 "again"
             )
-        buffer.add(parameter, gradient)
-
-    return deliver
+        buffer.add(self.parameter, functional.pad(values, self.around) if any(self.around) else values)
 
 
 # ---- the forward of a layer ----
@@ -287,21 +312,26 @@ class _Forward:
         return self._sparse(*args, **kwargs)
 
     def _linear_module(self, input: Tensor) -> Tensor:
-        module = self._module
-        assert isinstance(module, nn.Linear)
-        return self._linear(input, module.weight, module.bias)
+        parameters: dict[str, Any] = self._module._parameters
+        return self._linear(input, parameters["weight"], parameters["bias"])
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear, for the weights of this module and for ranges of their rows, which attention projects with."""
-        known = next((w for w in self._weights if weight is w.parameter or weight._base is w.parameter), None)
-        if known is None or known.why_dense is not None or not weight.requires_grad:
+        for known in self._weights:
+            if weight is known.parameter or weight._base is known.parameter:
+                break
+        else:
             return functional.linear(input, weight, bias)
-        if known.values is not None and known.values.device != weight.device:  # the model has moved
+        if known.why_dense is not None or not weight.requires_grad:
+            return functional.linear(input, weight, bias)
+        entries = known.entries
+        if entries is not None and entries.indices.device != weight.device:  # the model has moved
             known.update(self._buffer())
-        if weight is known.parameter:
-            return sparse_linear(input, weight, bias, known.values, known.indices, known.skip_bias)
-        first = int(weight.storage_offset() - known.parameter.storage_offset()) // max(1, weight.stride(0))
-        return sparse_linear(input, weight, bias, *known.rows(first, weight.shape[0]), known.skip_bias)
+            entries = known.entries
+        if weight is not known.parameter:
+            first = int(weight.storage_offset() - known.parameter.storage_offset()) // max(1, weight.stride(0))
+            entries = known.rows(first, weight)
+        return sparse_linear(input, weight, bias, entries, known.skip_bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return types.MethodType(type(self._module).forward, memo[id(self._module)])

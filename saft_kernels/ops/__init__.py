@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -243,11 +243,16 @@ def sddmm(
     return out
 
 
-def unchecked_sddmm(dy: Tensor, x: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor:
-    """`sddmm` of arguments that fit: checking the range of indices would have a GPU wait."""
-    out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
-    backends.choose("sddmm", dy.device.type, backend).sddmm(dy, x, indices, out, False)
-    return out
+def prepare_sddmm(indices: Tensor, *, backend: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """`sddmm` of these indices, for any `dy` and `x` that fit, unchecked: a GPU has not to be waited for."""
+    kernel = backends.choose("sddmm", indices.device.type, backend).sddmm
+
+    def run(dy: Tensor, x: Tensor) -> Tensor:
+        out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
+        kernel(dy, x, indices, out, False)
+        return out
+
+    return run
 
 
 def sparse_adamw_(
