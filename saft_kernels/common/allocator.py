@@ -33,9 +33,9 @@ def free(tensors: list[Any]) -> None:
     """
     while tensors:
         tensor = tensors.pop()
-        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.nbytes < _SMALLEST:
             continue
-        if tensor.nbytes < _SMALLEST:
+        if not tensor.is_cpu:
             continue
         storage = tensor.untyped_storage()
         # memory that torch did not allocate is not resizable, and its owner may read it once more

@@ -35,7 +35,7 @@ def selected_values(member: Member, buffer: GradientBuffer | None) -> Tensor:
 
 
 _MOST_WAITING = {"cuda": 32 << 20}
-"""Bytes of gradients that wait on each kind of device for their values to be taken together; elsewhere, none do."""
+"""Bytes of gradients that wait on a kind of device for their values to be taken together. Elsewhere, none do."""
 
 
 class _Queue:
@@ -46,25 +46,27 @@ class _Queue:
         self._selected: list[Selected] = []
         self._gradients: list[Tensor] = []
         self._num_bytes = 0
-        self._most = 0  # bytes of the largest gradient so far, up to the limit of its device
+        self._largest = 0  # bytes of a gradient, so far
+        self._limit = 0
         self._backward = -1  # the pass at whose end the queue is settled
         self._stream: torch.cuda.Stream | None = None  # that the gradients are made on
 
     def put(self, selected: Selected, gradients: list[Tensor]) -> None:
-        """Takes the gradient out of a list of one: its memory is returned only where nobody else holds it."""
-        if self._device.type == "cuda":
-            self._follow_stream()
+        """Takes the gradient out of a list of one."""
         num_bytes = gradients[0].nbytes
+        self._largest = max(self._largest, num_bytes)
+        if self._device.type == "cuda" and not self._is_on_stream():
+            self.settle()
+        if not self._gradients:
+            self._start()
+        self._num_bytes += num_bytes
         self._selected.append(selected)
         self._gradients.append(gradients.pop())
-        limit = _MOST_WAITING.get(self._device.type, 0)
-        backward = torch._C._current_graph_task_id() if limit else -1
-        self._num_bytes += num_bytes
-        self._most = min(limit, max(self._most, num_bytes))
-        if backward < 0 or self._num_bytes >= self._most:
+        backward = torch._C._current_graph_task_id()
+        if backward < 0 or self._num_bytes >= self._limit:
             self.settle()
             return
-        selected.settle = self.settle
+        selected.is_waiting = True
         if backward != self._backward:
             self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self.settle)
@@ -75,36 +77,51 @@ class _Queue:
         gradients, self._gradients = self._gradients, []
         self._num_bytes = 0
         for selected in all_selected:
-            selected.settle = None
-        if self._stream is None or not gradients:
+            selected.is_waiting = False
+        if not gradients:
+            return
+        if self._stream is None or self._is_on_stream():
             _take(all_selected, gradients)
         else:
             with torch.cuda.stream(self._stream):
                 _take(all_selected, gradients)
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        free(gradients)
 
-    def _follow_stream(self) -> None:
-        now = torch.cuda.current_stream(self._device)
-        if self._gradients and now != self._stream:
-            self.settle()
-        self._stream = now
+    def _start(self) -> None:
+        self._limit = min(self._largest, _MOST_WAITING[self._device.type])
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self._device)
+            if torch.cuda.is_current_stream_capturing():
+                self._limit = 0  # a graph has no host to spare, and its tables would have to live as long as it
+
+    def _is_on_stream(self) -> bool:
+        now: int = torch._C._cuda_getCurrentRawStream(self._device.index)
+        return self._stream is not None and now == self._stream.cuda_stream
 
 
 def _take(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None:
     """Writes the selected values of each gradient to where they are stored."""
-    if len(gradients) == 1:
-        (selected,), (gradient,) = all_selected, gradients
-        flat = gradient.detach().reshape(-1) if gradient.requires_grad else gradient.reshape(-1)
-        try:
-            if gradient.dtype == selected.stored.dtype:
-                torch.index_select(flat, 0, selected.index, out=selected.stored)
-            else:
-                selected.stored.copy_(flat.index_select(0, selected.index))
-        except (IndexError, RuntimeError):
+    try:
+        if len(gradients) == 1:
+            _take_one(all_selected[0], gradients[0])
+        else:
+            _take_many(all_selected, gradients)
+    except (IndexError, RuntimeError):
+        for selected in all_selected:
             check_range(selected.member)
-            raise
-        return
+        raise
+
+
+def _take_one(selected: Selected, gradient: Tensor) -> None:
+    flat = gradient.detach() if gradient.requires_grad else gradient
+    flat = flat if flat.dim() == 1 else flat.ravel()
+    if gradient.dtype == selected.stored.dtype:
+        torch.index_select(flat, 0, selected.index, out=selected.stored)
+    else:
+        selected.stored.copy_(flat.index_select(0, selected.index))
+
+
+def _take_many(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None:
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, gradient in enumerate(gradients):
         by_dtype.setdefault(gradient.dtype, []).append(i)
@@ -202,13 +219,17 @@ class GradientBuffer:
             self._left_holes = False
             return_holes()
         if not selected.stored.numel():
-            del gradient  # whose memory is returned only if nobody holds it
+            del gradient
             free_gradient(parameter)
             return
-        gradients = [gradient]
-        del gradient
         parameter.grad = self._gradient(parameter, selected)
-        self._queue(selected.stored.device).put(selected, gradients)
+        if (queue := selected.queue) is not None:
+            queue.put(selected, [gradient])
+            return
+        gradients = [gradient]
+        _take([selected], gradients)
+        del gradient  # whose memory is returned only if nobody holds it
+        free(gradients)
 
     def settle(self) -> None:
         """Takes all values, which backward leaves to do only when it fails."""
@@ -239,14 +260,12 @@ class GradientBuffer:
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # torch 2.10: what p.grad has to be
         if gradient is None or gradient.dtype != dtype or gradient.device != parameter.device:
             selected.move(parameter.device, opmath_dtype(parameter.dtype))
+            if parameter.device.type in _MOST_WAITING:
+                selected.queue = self._queues.setdefault(parameter.device, _Queue(parameter.device))
+            else:
+                selected.queue = None
             gradient = selected.gradient = SelectedGrad(parameter, selected, dtype)
         return gradient
-
-    def _queue(self, device: torch.device) -> _Queue:
-        queue = self._queues.get(device)
-        if queue is None:
-            queue = self._queues[device] = _Queue(device)
-        return queue
 
 
 def _releasing(buffer: GradientBuffer) -> Callable[[Tensor], None]:

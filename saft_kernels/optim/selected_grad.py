@@ -8,9 +8,9 @@ torch.amp.GradScaler. An operation it does not know raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +26,16 @@ _IN_PLACE |= {"_amp_foreach_non_finite_check_and_unscale_"}
 _REDUCTIONS = {"norm", "linalg_vector_norm", "_foreach_norm", "sum", "any", "count_nonzero"}
 
 
+class Queue(Protocol):
+    """See `optim/release.py`."""
+
+    def put(self, selected: Selected, gradients: list[Tensor], /) -> None:
+        """Takes the gradient out of a list of one."""
+
+    def settle(self) -> None:
+        """Takes the values of all that wait."""
+
+
 @dataclass(slots=True, eq=False)
 class Selected:
     """The selected values of one parameter's gradient, as of one selection.
@@ -34,7 +44,8 @@ class Selected:
         index: (k_p,) flat positions.
         stored: (k_p,) values, as far as they have been taken.
         gradient: What stands in `p.grad` for them; None: not made yet.
-        settle: Where it is not None, takes the values out of gradients that still wait for it.
+        queue: Where gradients wait for their values to be taken together; None: they do not.
+        is_waiting: Whether this one does.
     """
 
     member: Member
@@ -42,13 +53,14 @@ class Selected:
     index: Tensor
     stored: Tensor
     gradient: SelectedGrad | None = None
-    settle: Callable[[], None] | None = None
+    queue: Queue | None = None
+    is_waiting: bool = False
 
     @property
     def values(self) -> Tensor:
         """(k_p,) the values."""
-        if self.settle is not None:
-            self.settle()
+        if self.is_waiting and self.queue is not None:
+            self.queue.settle()
         return self.stored
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
