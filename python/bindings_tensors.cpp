@@ -198,6 +198,18 @@ class TensorReader {
     return std::move(values);
   }
 
+  // Whether `p.grad is gradient` for each.
+  bool have_gradients(const py::list& parameters, const py::list& gradients) const {
+    const size_t count = parameters.size();
+    if (gradients.size() != count) return false;
+    for (size_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) prefetch(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i + kAhead)));
+      const py::object value = gradient(PyList_GET_ITEM(parameters.ptr(), Py_ssize_t(i)));
+      if (value.ptr() != PyList_GET_ITEM(gradients.ptr(), Py_ssize_t(i))) return false;
+    }
+    return true;
+  }
+
   static constexpr size_t kAhead = 8;  // tensors
 
   // What a tensor object points to: between two steps it has left the cache. Nothing is read through the
@@ -347,6 +359,7 @@ void bind_tensors(py::module_& m) {
       .def("read", &TensorReader::read, py::arg("tensors"), py::arg("column"), py::arg("row_bytes"),
            py::arg("forms"), py::arg("is_fixed"))
       .def("gradients", &TensorReader::gradients, py::arg("parameters"))
+      .def("have_gradients", &TensorReader::have_gradients, py::arg("parameters"), py::arg("gradients"))
       .def("are_plain", &TensorReader::are_plain, py::arg("tensors"))
       .def("describe", &TensorReader::describe, py::arg("tensors"), py::arg("rows"));
   py::class_<Watch>(m, "Watch")

@@ -63,6 +63,13 @@ def gradients(parameters: list[Tensor]) -> list[Tensor] | None:
     return grads if len(grads) == len(parameters) else None
 
 
+def have_gradients(parameters: list[Tensor], gradients: list[Tensor]) -> bool:
+    """Whether `p.grad is gradient` for each."""
+    if _reader is not None:
+        return _reader.have_gradients(parameters, gradients)
+    return len(parameters) == len(gradients) and all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
+
+
 def same_objects(now: list[Any], then: list[Any]) -> bool:
     """Whether both hold the same objects."""
     if _C is not None:

@@ -11,12 +11,22 @@ from torch import Tensor
 
 from .. import ops
 from ..common.names import short
-from ..ops.adamw import AdamWHyper, AdamWPlan, AdamWSegment, Watch, has_memory, same_objects, shared, shared_parameters
+from ..ops.adamw import (
+    AdamWHyper,
+    AdamWPlan,
+    AdamWSegment,
+    Watch,
+    has_memory,
+    have_gradients,
+    same_objects,
+    shared,
+    shared_parameters,
+)
 from ..ops.adamw import gradients as gradients_of
 from ..ops.dtypes import INDEX_DTYPES
 from ..selection.gradients import check_dense
 from .members import STATE_KEYS, Member, ParamGroups, Position, State, check_range
-from .selected_grad import Selected, SelectedGrad, step_gradient
+from .selected_grad import SelectedGrad, step_gradient
 from .state import MOMENTS, count_tensors, state_dtype
 from .torch_step import TorchPart, torch_rows
 
@@ -73,7 +83,8 @@ class PreparedStep:
         self._watch = Watch(mine, set(STATE_KEYS))
         self._shared = shared_parameters(self._params)
         self._releases = releases
-        self._released: list[Selected] = []  # what the gradients last were; it was of what is selected
+        self._released: list[Tensor] = []  # the last gradients, if all of them were released: of what is selected
+        self._values: list[Tensor] = []  # theirs
         self._shared_values: object = None
         # a plan that finds out after another has stepped would come too late
         self._forms = self._forms_now()
@@ -101,13 +112,16 @@ class PreparedStep:
             return None
         if not self._releases:
             return gradients_of(self._params)
-        selected = [g.selected for p in self._params if isinstance(g := p.grad, SelectedGrad)]
-        if len(selected) == len(self._params) and same_objects(selected, self._released):
-            return [s.stored for s in selected]
+        if have_gradients(self._params, self._released):
+            return self._values
         gradients = self.current_gradients()  # dense ones among them, or an error that names one
-        self._released = selected
-        self._shared_values = shared([s.values for s in selected if s.values.device.type == "cpu"])
-        return gradients if len(gradients) == len(self._params) else None
+        if len(gradients) != len(self._params):
+            return None
+        released = [g for p in self._params if isinstance(g := p.grad, SelectedGrad)]
+        if len(released) == len(gradients):
+            self._released, self._values = [*released], gradients
+            self._shared_values = shared([values for values in gradients if values.is_cpu])
+        return gradients
 
     def _forms_now(self) -> list[tuple[torch.dtype, int]]:
         """What a plan calls stale, where there are several plans."""
