@@ -1,9 +1,9 @@
 """What returning freed gradients to the system costs: training steps with `release_grads=True`, and their peak memory.
 
-Under glibc, gradients that are released one by one leave holes in the heap, unless malloc hands out mapped blocks for
-them, as `saft_kernels` has it do; each block then costs its page faults again. "kept" is glibc's default, "returned"
-what the library sets. Each is a process of its own, in turn, round by round: compare ratios. Processor time counts the
-faults and is not the other jobs'.
+Under glibc, gradients that are released one by one leave holes in the heap; their pages stay in the process unless they
+are returned before the free, as `saft_kernels` does, for the price of page faults when they are used again. "kept" is
+without that, "returned" with it. Each is a process of its own, in turn, round by round: compare ratios. Processor time
+counts the faults and is not the other jobs'.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import saft_kernels
 from saft_kernels.optim import release
 
-MALLOC = ("kept", "returned")
+FREED = ("kept", "returned")
 
 
 def layers(args: argparse.Namespace) -> tuple[nn.Module, Callable[[nn.Module], Tensor], str]:
@@ -54,9 +54,10 @@ MODELS = {"layers": layers, "clip": clip}
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    name, malloc = args.worker
-    if malloc == "kept":
-        release.return_large_blocks = lambda: False
+    name, freed = args.worker
+    if freed == "kept":
+        release.free = list.clear  # type: ignore[assignment]
+        release.return_holes = lambda: None
     warm_up("", "cpu")
     torch.manual_seed(0)
     model, loss, what = MODELS[name](args)
@@ -85,7 +86,7 @@ class Row:
     """A process. Milliseconds per step: the median, without the first. `peak_mib` is above the model."""
 
     model: str
-    malloc: str
+    freed: str
     round: int
     gradients_mib: float
     peak_mib: float | None
@@ -105,7 +106,7 @@ class Row:
     @property
     def label(self) -> str:
         """What was measured of what."""
-        return f"{self.malloc} ({self.model})"
+        return f"{self.freed} ({self.model})"
 
 
 UNMEASURED = {"gradients_mib": 0.0, "peak_mib": None, "wall_ms": None, "processor_ms": None}
@@ -113,14 +114,14 @@ UNMEASURED = {"gradients_mib": 0.0, "peak_mib": None, "wall_ms": None, "processo
 
 def run(args: argparse.Namespace) -> harness.Results:
     results = harness.Results(args.name, args.output)
-    cases = [(i, model, malloc) for i in range(args.rounds) for model in args.models for malloc in MALLOC]
-    for round_, model, malloc in harness.progress(cases, "release_malloc"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", model, malloc]
+    cases = [(i, model, freed) for i in range(args.rounds) for model in args.models for freed in FREED]
+    for round_, model, freed in harness.progress(cases, "release_malloc"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", model, freed]
         measured, error = harness.run_worker(command)
         where = harness.provenance("cpu")
         results.append(
             Row(
-                malloc=malloc,
+                freed=freed,
                 round=round_,
                 load=round(harness.load(), 1),
                 allocator=where.pop("malloc"),
@@ -134,26 +135,26 @@ def run(args: argparse.Namespace) -> harness.Results:
 
 
 def medians(rows: list[Row], column: str) -> dict[str, float]:
-    """Of a column, by malloc."""
-    found = {malloc: [getattr(row, column) for row in rows if row.malloc == malloc] for malloc in MALLOC}
-    return {malloc: statistics.median(values) for malloc, values in found.items() if values}
+    """Of a column, kept and returned."""
+    found = {freed: [getattr(row, column) for row in rows if row.freed == freed] for freed in FREED}
+    return {freed: statistics.median(values) for freed, values in found.items() if values}
 
 
 def report(results: harness.Results) -> None:
     measured = [row for row in results.rows if harness.is_measured(row)]
     by_model = {row.model: [r for r in measured if r.model == row.model] for row in measured}
     harness.table(
-        ["model", "malloc", "peak MiB", "of the gradients", "wall ms", "processor ms", "of kept, by rounds", "note"],
+        ["model", "freed", "peak MiB", "of the gradients", "wall ms", "processor ms", "of kept, by rounds", "note"],
         (
             (
-                *(model, malloc, f"{medians(rows, 'peak_mib')[malloc]:,.0f}"),
-                f"{medians(rows, 'peak_mib')[malloc] / rows[0].gradients_mib:.0%}",
-                *(f"{medians(rows, column)[malloc]:,.0f}" for column in ("wall_ms", "processor_ms")),
-                ", ".join(f"{ratio:.2f}" for ratio in ratios(rows)) if malloc == "returned" else "",
-                next((row.note for row in rows if row.note and row.malloc == malloc), ""),
+                *(model, freed, f"{medians(rows, 'peak_mib')[freed]:,.0f}"),
+                f"{medians(rows, 'peak_mib')[freed] / rows[0].gradients_mib:.0%}",
+                *(f"{medians(rows, column)[freed]:,.0f}" for column in ("wall_ms", "processor_ms")),
+                ", ".join(f"{ratio:.2f}" for ratio in ratios(rows)) if freed == "returned" else "",
+                next((row.note for row in rows if row.note and row.freed == freed), ""),
             )
             for model, rows in by_model.items()
-            for malloc in medians(rows, "peak_mib")
+            for freed in medians(rows, "peak_mib")
         ),
         title=f"release_grads=True, {results.rows[0].device}",
     )
@@ -163,20 +164,21 @@ def ratios(rows: list[Row]) -> list[float]:
     """Processor time, returned to kept, of each round that has both."""
     by_round: dict[int, dict[str, float]] = {}
     for row in rows:
-        by_round.setdefault(row.round, {})[row.malloc] = row.processor_ms or 0.0
+        by_round.setdefault(row.round, {})[row.freed] = row.processor_ms or 0.0
     return [found["returned"] / found["kept"] for found in by_round.values() if len(found) == 2]
 
 
 def draw(plt: Any, results: harness.Results) -> Any:
     """Peak of each model, kept and returned."""
     figure, axis = plt.subplots(figsize=(9, 3))
-    names = list(dict.fromkeys((row.model, row.malloc) for row in results.rows))
-    peaks = [medians([r for r in results.rows if r.model == model], "peak_mib")[malloc] for model, malloc in names]
-    axis.barh([f"{model}: {malloc}" for model, malloc in names], peaks)
+    names = list(dict.fromkeys((row.model, row.freed) for row in results.rows))
+    peaks = [medians([r for r in results.rows if r.model == model], "peak_mib")[freed] for model, freed in names]
+    axis.barh([f"{model}: {freed}" for model, freed in names], peaks)
     axis.bar_label(axis.containers[0], [f"{peak:,.0f} MiB" for peak in peaks], padding=3)
     row = results.rows[0]
     axis.set(xlabel="peak above the model, MiB (lower is better)")
-    what = f"freed gradients, release_grads=True: {row.gradients_mib:,.0f} MiB of them, density {row.density:.2g}"
+    sizes = " and ".join(f"{n:,.0f}" for n in dict.fromkeys(row.gradients_mib for row in results.rows))
+    what = f"freed gradients, release_grads=True: {sizes} MiB of them, density {row.density:.2g}"
     axis.set_title(f"{what}\n{row.device}", fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.18)
@@ -185,7 +187,7 @@ def draw(plt: Any, results: harness.Results) -> Any:
 
 def main() -> None:
     parser = harness.argument_parser(__doc__)
-    parser.add_argument("--models", nargs="+", default=["layers"], choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64, help="rows of the layers' input")
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "MALLOC"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "FREED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(work(args)))

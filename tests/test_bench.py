@@ -134,7 +134,11 @@ def test_processes_that_fail_or_were_disturbed_have_a_row_that_says_so(
     answers = [(MEASURED[module.__name__], ""), ({}, "MemoryError: no room")]
     monkeypatch.setattr(harness, "run_worker", lambda command: answers.pop(0))
     monkeypatch.setattr(harness, "load", lambda: 1000.0)
-    few = ["--models", "8k", "--methods", "^torch|grads$"] if module is bench_memory else ["--rounds", "1"]
+    few = (
+        ["--models", "8k", "--methods", "^torch|grads$"]
+        if module is bench_memory
+        else ["--rounds", "1", "--models", "layers"]
+    )
     monkeypatch.setattr(sys, "argv", ["bench.py", *few, "--name", "mine"])
     with pytest.raises(SystemExit, match="failed: "):
         module.main()
