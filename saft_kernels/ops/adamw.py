@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .walk import Watch, gradients, has_memory, same_objects, shared, shared_parameters
+from .walk import Watch, gradients, same_objects, shared_parameters
 
 __all__ = [
     "AdamWHyper",
@@ -19,11 +19,9 @@ __all__ = [
     "StalePlan",
     "Watch",
     "gradients",
-    "has_memory",
     "is_compact",
     "same_memory_order",
     "same_objects",
-    "shared",
     "shared_parameters",
 ]
 

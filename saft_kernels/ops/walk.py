@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 
 from ._compiled import _C
-from .checks import reach_of
 
 _reader: _C.TensorReader | None = None if _C is None else _C.TensorReader(Tensor, Parameter)
 if _reader is not None and not _reader.is_available:
@@ -91,7 +89,6 @@ class Watch:
             self._compiled = None
         self._seen = None if self._compiled is not None else self._look()
         self._tensors_then = [tensor for _, tensor in self._tensors()]  # whose ids are theirs as long as they live
-        self._shared = shared([tensor for tensor in self._tensors_then if not tensor.is_cuda])
 
     def holds(self) -> bool:
         """Whether all are the same objects, with the same dtype, device, shape and strides at the same address."""
@@ -110,18 +107,13 @@ class Watch:
         ]
 
 
-def shared(tensors: list[Tensor]) -> object:
-    """A second owner in C++ for each tensor, as long as the result lives: torch reads those in half the time.
+def shared_parameters(parameters: list[Tensor]) -> object:
+    """A second owner in C++ for each parameter, as long as the result lives: torch reads those in half the time.
 
     The first reference that C++ adds to a tensor, and the last that it drops, also count one of Python's: 30 ns for
-    every call that takes the tensor by value, as the DLPack functions do (AMD EPYC, Zen 3, torch 2.14, 2026-11-26).
-    """
-    make = getattr(torch._C, "ScriptList", None)
-    return None if make is None or not tensors else make(tensors)
-
-
-def shared_parameters(parameters: list[Tensor]) -> object:
-    """`shared` for parameters: their gradient accumulators are owners that torch.utils.swap_tensors puts up with.
+    every call that takes the tensor by value, as the DLPack functions do (AMD EPYC, Zen 3, torch 2.14, 2026-11-26). The
+    owners are gradient accumulators, which torch.utils.swap_tensors puts up with. torch.ScriptList would own any
+    tensor, but Ctrl-C while it is made ends the process.
 
     On a CPU alone: an accumulator belongs to the stream that it was made on.
     """
@@ -130,10 +122,3 @@ def shared_parameters(parameters: list[Tensor]) -> object:
         if type(p) in (Tensor, Parameter) and p.device.type == "cpu" and p.is_leaf and p.requires_grad:
             found.append(get_gradient_edge(p).node)
     return found
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether its storage holds all of its elements: `untyped_storage().resize_()` asks no tensor."""
-    if not tensor.numel() or tensor.is_meta:
-        return True
-    return bool(tensor.storage_offset() * tensor.itemsize + reach_of(tensor) <= tensor.untyped_storage().nbytes())
