@@ -56,4 +56,4 @@ def check_memory(label: str, tensor: Tensor) -> None:
 
 
 def _end_of(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.itemsize + reach_of(tensor)
+    return int(tensor.storage_offset()) * tensor.itemsize + reach_of(tensor)
