@@ -355,6 +355,16 @@ def test_sizes_around_words_lines_and_tiles(backend: Backend, fmt: Format, numel
     check(backend, [backend.to(tensor)], several_ks(numel, [5]))
 
 
+def test_words_of_every_population(backend: Backend) -> None:
+    """Of word w, 64 elements, w % 65 are selected: a dense selection is expanded word by word."""
+    rng = np.random.default_rng(3)
+    words, bit = divmod(np.arange(SAMPLED), 64)
+    shuffled = rng.permuted(np.tile(np.arange(64), (words[-1] + 1, 1)), axis=1)
+    selected = shuffled[words, bit] < words % 65
+    tensor = FP32.rounded(np.where(selected, 2.0, 1.0) * rng.uniform(1.0, 1.9, SAMPLED))
+    check(backend, [backend.to(tensor)], [int(selected.sum())])
+
+
 @pytest.mark.parametrize("values", ["all_equal", "four_values"])
 @pytest.mark.parametrize(
     "fmts",
