@@ -593,6 +593,15 @@ def test_any_number_of_threads(
 # ---- large indices ----
 
 
+def test_survivors_beyond_one_part_of_a_slab(backend: Backend, num_threads: Callable[[int], None]) -> None:
+    """The cpu backend keeps a bit per element, in parts of 1 MB and then 2 MB per thread."""
+    num_threads(1)
+    selected = torch.rand(25 << 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    x = backend.to(torch.where(selected, -2.0, 1.0).to(torch.bfloat16))
+    result = backend.topk_magnitude([x], int(selected.sum()))
+    assert torch.equal(result.indices[0].cpu(), selected.nonzero().flatten())
+
+
 def test_storage_offsets_above_2_31(backend: Backend) -> None:
     """Few elements, far apart: 64-bit strides and offsets at the price of a few pages."""
     if backend.device != "cpu":
