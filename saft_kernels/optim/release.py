@@ -23,13 +23,13 @@ from .selected_grad import Selected, SelectedGrad, take
 
 def selected_values(member: Member, buffer: GradientBuffer | None) -> Tensor:
     """See `SparseAdamW.selected_grad`; of a member whose selection is pending, all values of its gradient."""
-    parameter, gradient, index = member.parameter, member.parameter.grad, member.counted
+    parameter, gradient, index = member.parameter, member.gradient, member.counted
     if type(gradient) is SelectedGrad:
         return gradient.selected.values
     if gradient is None:
         if buffer is not None and parameter in buffer:
             return buffer[parameter].values.zero_()
-        numel = parameter.numel() if index is None else index.numel()
+        numel = member.local.numel() if index is None else index.numel()
         return torch.zeros(numel, dtype=parameter.dtype, device=parameter.device)
     return gradient.detach().reshape(-1) if index is None else take(gradient, index.to(gradient.device))
 

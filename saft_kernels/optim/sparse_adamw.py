@@ -14,9 +14,9 @@ from .. import ops
 from ..common.memory import out_of_memory_says
 from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
-from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
+from ..selection.parts import Ranks, check_parts, gather_whole, is_distributed
 from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
@@ -29,11 +29,12 @@ from .members import (
     State,
     check_members,
     has_state,
+    local_index,
     log_selected,
-    or_whole,
+    positions,
     same_index,
 )
-from .ranks import check_whole, compare
+from .ranks import check_whole, compare, facts_of, norm_over, refuse_split
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -152,6 +153,7 @@ class SparseAdamW(Optimizer):
         self._selection = Selection(density, k, scope, selection_steps)
         self._members = Members()
         self._agreement = Agreement()
+        self._ranks: Ranks | None = None  # over whom the parameters are split
         self._compared: list[int] = []  # versions of what the ranks last found to be the same
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
@@ -166,6 +168,7 @@ class SparseAdamW(Optimizer):
             for pool in self._selection.pools(self.param_groups):
                 budget(pool.density, pool.k, pool.numel)
         if release_grads:
+            refuse_split(self._ranks, "release_grads=True", "leave it out")
             self._released = GradientBuffer()
             self._update_released()
         self._is_state_shared = False
@@ -237,6 +240,9 @@ class SparseAdamW(Optimizer):
         is_dense = k is None and density == 1.0
         check_whole(where, group["params"], is_dense)
         check_group(where, group, is_dense)
+        self._ranks = _ranks_of(where, group, self._ranks)
+        if group["differentiable"]:
+            refuse_split(self._ranks, "differentiable=True", "leave it out")
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
@@ -253,7 +259,9 @@ class SparseAdamW(Optimizer):
 
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
+            NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
         """
+        refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -286,24 +294,26 @@ class SparseAdamW(Optimizer):
 
     @property
     def mask(self) -> SparseMask | None:
-        """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ..."""
+        """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ...
+
+        Of parameters that are split over ranks it is whole, too: the ranks put it together, so all of them have to ask.
+        """
         members = self._checked_members()
         if not self._members.is_known:
             return None
-        indices, shapes = {}, {}
-        for member in members:
-            parameter, index = member.parameter, member.index
-            if index is None:
-                numel = parameter.numel()
-                index = torch.arange(numel, dtype=index_dtype(numel), device="cpu")
-            indices[member.name], shapes[member.name] = index, parameter.shape
-        return SparseMask(indices, shapes)
+        indices = [positions(member) for member in members]
+        if self._ranks is not None:
+            indices, _ = gather_whole([member.part for member in members], indices)
+        return SparseMask(
+            {member.name: index for member, index in zip(members, indices, strict=True)},
+            {member.name: member.parameter.shape for member in members},
+        )
 
     def reselect(self) -> None:
         """Selects anew at the next step() that has gradients, with the same budgets.
 
         Moments of elements that stay selected are kept; newly selected ones start from zero, under the step count of
-        their parameter.
+        their parameter. Where parameters are split over ranks, all of them call it.
         """
         for group in self.param_groups:
             group["num_candidates"] = None
@@ -324,10 +334,9 @@ class SparseAdamW(Optimizer):
         members = self._follow()
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
+        self._selection.mask = "" if self._ranks is None else mask.digest()
         self.defaults.update(density=mask.density, k=mask.k)
-        self._members.select(
-            {m.position: or_whole(m.parameter, index) for m, index in zip(members, indices, strict=True)}
-        )
+        self._members.select({m.position: local_index(m, index) for m, index in zip(members, indices, strict=True)})
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
         log_mask("SparseAdamW", mask)
@@ -351,11 +360,11 @@ class SparseAdamW(Optimizer):
                 has_moments = position[0] == i and has_state(self._states.get(member.parameter))
                 if has_moments and not same_index(member.index, new):
                     check_state(member, self._states[member.parameter])
-                    moved.append((member.parameter, member.index, new))
-            fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
-            for (parameter, old, new), state in zip(moved, fresh, strict=True):
-                carry_over(parameter, self._states[parameter], old, state, new)
-                replaced[parameter] = state
+                    moved.append((member, new))
+            fresh = new_states([m.local for m, _ in moved], [new for _, new in moved], group)
+            for (member, new), state in zip(moved, fresh, strict=True):
+                carry_over(member.local, self._states[member.parameter], member.index, state, new)
+                replaced[member.parameter] = state
         # all memory is there: from here on nothing fails
         self._states.update(replaced)
         self._members.select(picked.indices)
@@ -384,7 +393,7 @@ class SparseAdamW(Optimizer):
             if member.is_known and not member.is_pending and has_or_may_get_gradient:
                 fresh.setdefault(i, []).append(member)
         for i, mine in fresh.items():
-            states = new_states([m.parameter for m in mine], [m.index for m in mine], self.param_groups[i])
+            states = new_states([m.local for m in mine], [m.index for m in mine], self.param_groups[i])
             for member, state in zip(mine, states, strict=True):
                 self._states[member.parameter] = {**self._states.get(member.parameter, {}), **state}
 
@@ -454,20 +463,28 @@ class SparseAdamW(Optimizer):
             self._update()
 
     def _awaits_selection(self) -> bool:
-        """Whether a budget is yet to be spent, and gradients are there to tell how."""
-        return any(p.grad is not None for g in self.param_groups if g["num_candidates"] is None for p in g["params"])
+        """Whether a budget is yet to be spent, and gradients are there to tell how: on any rank, perhaps."""
+        return any(
+            p.grad is not None or self._ranks is not None
+            for g in self.param_groups
+            if g["num_candidates"] is None
+            for p in g["params"]
+        )
 
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
-        if not self._has_stepped() and not self._has_gradients():
+        if self._ranks is not None and (self._awaits_selection() or not self._agreement.saw_nonzero):
+            self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
+        if not self._has_begun():
             return None  # no gradients, or the fake step of torch.distributed.checkpoint
         members = self._checked_members()
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
         versions = [member.version for member in members]
         if versions != self._compared:
-            compare(members)
+            if self._ranks is None:
+                compare(members)
             self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
@@ -487,9 +504,17 @@ class SparseAdamW(Optimizer):
         When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
         selects from the sums as they are.
         """
-        for member in members:
-            if member.is_pending:
-                check_selectable(member)
+        error = None
+        try:
+            for member in members:
+                if member.is_pending:
+                    check_selectable(member)
+        except (TypeError, ValueError) as found:
+            error = found
+        if self._ranks is not None:
+            self._ranks.check_all(error)
+        elif error is not None:
+            raise error
         with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:
@@ -497,11 +522,19 @@ class SparseAdamW(Optimizer):
                 log_selected(members)
         return picked is not None
 
+    def _has_begun(self) -> bool:
+        """Whether there has been a step, or there is a gradient for the first one; on any rank."""
+        begun = self._has_stepped() or self._has_gradients()
+        if self._ranks is not None and not self._agreement.saw_nonzero:
+            (begun,) = self._ranks.any([begun])
+            self._agreement.saw_nonzero = begun
+        return begun
+
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
         if self._agreement.saw_nonzero or (self._released is not None and self._released.saw_nonzero):
             return True
-        gradients = [(m.name, m.parameter.grad) for m in self._follow() if m.parameter.grad is not None]
+        gradients = [(m.name, gradient) for m in self._follow() if (gradient := m.gradient) is not None]
         for name, gradient in gradients:
             check_dense(name, gradient)
         return any_nonzero(gradient for _, gradient in gradients)
@@ -516,7 +549,8 @@ class SparseAdamW(Optimizer):
         """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
 
         With release_grads=True they are the fp32 values (fp64 for fp64 parameters) themselves: what is written to them
-        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient.
+        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient. Of a
+        parameter that is split over ranks, this rank's values.
 
         Raises:
             ValueError: Not a parameter of this optimizer, or its selection is pending.
@@ -538,7 +572,8 @@ class SparseAdamW(Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scales all gradients so that the norm of the selected values is at most `max_norm`; returns the norm before.
 
-        Before selection all values count, as in torch.nn.utils.clip_grad_norm_.
+        Before selection all values count, as in torch.nn.utils.clip_grad_norm_. Where parameters are split over ranks,
+        those of all ranks do; all of them call it.
 
         Raises:
             RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
@@ -548,9 +583,14 @@ class SparseAdamW(Optimizer):
             if member.parameter.grad is not None:
                 gradients.append(member.parameter)
                 index = member.counted
+                if self._ranks is not None and not self._ranks.is_first and member.part is None:
+                    continue  # all ranks have it, and one counts it
                 if index is None or index.numel():  # an empty one changes in what order the norms are added up
                     values.append(selected_values(member, self._released))
-        norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        if self._ranks is None:
+            norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        else:
+            norm = norm_over(self._ranks, values, norm_type, error_if_nonfinite)
         nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
         return norm
 
@@ -577,6 +617,7 @@ class SparseAdamW(Optimizer):
                 rank; a gradient of another selection. Gradients are as they were.
             TypeError: A gradient of sparse layout.
         """
+        refuse_split(self._ranks, "all_reduce_grads()", "leave it out: fully_shard averages them")
         has_nonzero = not self._has_stepped() and self._has_gradients()
         all_reduce_grads(self._checked_members(), self._released, self._agreement, has_nonzero, group)
 
@@ -587,6 +628,7 @@ class SparseAdamW(Optimizer):
 
         While `selection_steps` gathers gradients their sums are in it, as `grad_sum`.
         """
+        refuse_split(self._ranks, "state_dict()", "save optimizer.mask and the model")
         state_dict = super().state_dict()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
@@ -606,6 +648,7 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: A state of another density, shape or model; nothing has been loaded.
         """
+        refuse_split(self._ranks, "load_state_dict()", "start anew, with mask=")
         # runs after the user's pre-hooks: sees what they made of the state
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: shield(loaded, self.param_groups, self._follow(), self._selection)
@@ -634,6 +677,9 @@ class SparseAdamW(Optimizer):
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
             self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
+        self._ranks = None
+        for i, group in enumerate(self.param_groups):
+            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
         for group in self.param_groups:
             for name, default in (
                 ("maximize", False),
@@ -651,6 +697,13 @@ class SparseAdamW(Optimizer):
         if sums:
             self._selection.sums, self._selection.num_sums = sums, num_sums
         self._update_released()
+
+
+def _ranks_of(where: str, group: dict[str, Any], ranks: Ranks | None) -> Ranks | None:
+    """Over whom parameters are split: those of a group, and those before. TypeError for a split that is not known."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    split = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
+    return check_parts(((f"{where}['params'][{i}] {names[i]}".rstrip(), p) for i, p in split), ranks)
 
 
 def _state_of(optimizer: SparseAdamW) -> defaultdict[Tensor, Any]:

@@ -78,7 +78,10 @@ class Ranks:
         """
         texts = [f"{name} {fact}" for name, fact in facts.items()]
         digests = [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=7).digest(), "big") for t in texts]
-        by_rank = torch.stack(self.gather(_numbers(digests)))
+        found_digests = self.gather(_numbers(digests))
+        if len({each.numel() for each in found_digests}) > 1:
+            raise ValueError(f"{what}: expected the same call on all ranks, got others; call it on all, in order")
+        by_rank = torch.stack(found_digests)
         for at in (by_rank != by_rank[0]).any(0).nonzero().flatten().tolist():
             found: list[Any] = [None for _ in self.numbers]
             distributed.all_gather_object(found, _shortened(texts[at]), self._group)
@@ -156,9 +159,9 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     if gradient is None or not is_distributed(gradient):
         return gradient  # type: ignore[no-any-return]
     wanted: Any = parameter
-    if gradient.placements != wanted.placements:  # partial sums, as of a norm under sequence parallelism
-        gradient = gradient.redistribute(wanted.device_mesh, wanted.placements)
     with torch.no_grad():
+        if gradient.placements != wanted.placements:  # partial sums, as of a norm under sequence parallelism
+            gradient = gradient.redistribute(wanted.device_mesh, wanted.placements)
         found = gradient.to_local()
     return found.wait() if hasattr(found, "wait") else found  # type: ignore[no-any-return]
 

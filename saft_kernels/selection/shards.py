@@ -159,7 +159,8 @@ def _largest(
     key_bits = torch.iinfo(values[0].dtype).bits - 1
     threshold, left, found = _kth(keys[counted], rows[counted], quota, key_bits, ranks.sum)
     chosen, tied = keys > threshold[rows], keys == threshold[rows]
-    if bool((found > left).any()):
+    # of what all ranks have, one may offer ties that the one who counts them does not: they come too late
+    if None in parts or bool((found > left).any()):
         some = tied & counted
         lowest, _, _ = _kth(places[some], rows[some], left, bits, ranks.sum)
         tied &= places >= lowest[rows]
