@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map
 from training import TwoTowers, backward, batches, leave_process_group, loss_fn
 
 from saft_kernels import SparseAdamW, SparseMask, select
@@ -92,6 +93,11 @@ def alike(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """As one process has it."""
+    return tree_map(lambda v: v.full_tensor() if isinstance(v, Tensor) and is_distributed(v) else v, state)
+
+
 def training(rank: int, mesh: Any, seed: int) -> list[str]:
     """Runs that differ from those of one process: seven steps with the same gradients, of which a part is a rank's."""
     generator = torch.Generator().manual_seed(5)
@@ -109,6 +115,9 @@ def training(rank: int, mesh: Any, seed: int) -> list[str]:
         "row": {"density": 0.3, "scope": "row"},
         "steps": {"density": 0.1, "selection_steps": 3},
         "reselect": {"density": 0.1, "reselect": 4},
+        "resume": {"density": 0.1, "resume": 4, "amsgrad": True, "dtype": torch.bfloat16},
+        "resume_dense": {"density": 1.0, "resume": 4},
+        "resume_steps": {"density": 0.1, "selection_steps": 4, "resume": 2},
         "dense": {"density": 1.0, "weight_decay": 0.1},
         "dense_head": {"density": 0.05, "groups": True, **head},
         "own_budget": {"density": 0.05, "groups": True, "head": {"k": 7}},
@@ -118,9 +127,11 @@ def training(rank: int, mesh: Any, seed: int) -> list[str]:
     for case, options in cases.items():
         options = dict(options)
         dtype = options.pop("dtype", torch.float32)
-        groups, at, late = options.pop("groups", False), options.pop("reselect", -1), options.pop("late", False)
+        groups, late = options.pop("groups", False), options.pop("late", False)
+        at, resumes_at = options.pop("reselect", -1), options.pop("resume", -1)
         own = options.pop("head", {})
-        runs = []
+        runs: list[Any] = []
+        restart: dict[int, Callable[[], SparseAdamW]] = {}
         for parameters in (
             [nn.Parameter(tensor.to(dtype)) for tensor in start],
             make(start, mesh, seed, dtype),
@@ -129,6 +140,7 @@ def training(rank: int, mesh: Any, seed: int) -> list[str]:
             if groups:
                 named = [{"params": named[:5]}, {"params": named[5:], **own}]
             runs.append((parameters, SparseAdamW(named, 0.1, **options)))
+            restart[len(runs) - 1] = lambda named=named, options=options: SparseAdamW(named, 0.1, **options)
         gradients = torch.Generator().manual_seed(8)
         for step in range(7):
             for (i, one), other in zip(enumerate(runs[0][0]), runs[1][0], strict=True):
@@ -136,6 +148,11 @@ def training(rank: int, mesh: Any, seed: int) -> list[str]:
                 if late and (i == 3 or step == 0):  # no gradient, and a first step of none at all
                     continue
                 one.grad, other.grad = gradient, alike(gradient, other)
+            if step == resumes_at:  # each from the state of the other
+                saved = [whole_state(optimizer.state_dict()) for _, optimizer in runs]
+                runs = [(parameters, restart[i]()) for i, (parameters, _) in enumerate(runs)]
+                runs[0][1].load_state_dict(saved[1])
+                runs[1][1].load_state_dict(saved[0])
             for _, optimizer in runs:
                 if step == at:
                     optimizer.reselect()
@@ -209,8 +226,6 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         "release_grads": lambda: optimizer(release_grads=True),
         "members": lambda: optimizer().members(),
         "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
-        "state_dict": lambda: optimizer().state_dict(),
-        "load_state_dict": lambda: optimizer().load_state_dict({}),
         "differentiable": lambda: optimizer(differentiable=True, density=1.0),
         "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
         "random": lambda: select(towers(mesh), score="random", progress=False),
@@ -376,8 +391,6 @@ def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: 
         "release_grads": ["NotImplementedError: release_grads=True: expected whole parameters, got DTensors"],
         "members": ["NotImplementedError: members()"],
         "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
-        "state_dict": ["NotImplementedError: state_dict()"],
-        "load_state_dict": ["NotImplementedError: load_state_dict()"],
         "differentiable": ["NotImplementedError: differentiable=True"],
         "streaming": ["NotImplementedError: select()", "streaming=True"],
         "random": ["NotImplementedError: select()", "random"],

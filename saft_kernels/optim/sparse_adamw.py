@@ -16,11 +16,11 @@ from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
-from ..selection.parts import Ranks, check_parts, gather_whole, is_distributed
+from ..selection.parts import Ranks, as_distributed, check_parts, gather_whole, is_distributed
 from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
-from .checkpoint import shield, unshield
+from .checkpoint import shield, steps_of, unshield, whole_states
 from .members import (
     NOTHING,
     Member,
@@ -303,7 +303,7 @@ class SparseAdamW(Optimizer):
             return None
         indices = [positions(member) for member in members]
         if self._ranks is not None:
-            indices, _ = gather_whole([member.part for member in members], indices)
+            (indices,) = gather_whole([member.part for member in members], indices)
         return SparseMask(
             {member.name: index for member, index in zip(members, indices, strict=True)},
             {member.name: member.parameter.shape for member in members},
@@ -518,6 +518,11 @@ class SparseAdamW(Optimizer):
         with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:
+                if self._ranks is not None:
+                    states = [self._states.get(member.parameter) for member in members]
+                    for state, step in zip(states, steps_of(self._ranks, states), strict=True):
+                        if has_state(state):
+                            state["step"].fill_(step)
                 self._adopt(picked)
                 log_selected(members)
         return picked is not None
@@ -626,17 +631,25 @@ class SparseAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's, with `param_shapes` in each group.
 
-        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`.
+        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`. Where parameters are split over
+        ranks, all of them call it, and get the same: indices and values of the whole, k of them; what has a value for
+        every element of a parameter is a DTensor.
         """
-        refuse_split(self._ranks, "state_dict()", "save optimizer.mask and the model")
         state_dict = super().state_dict()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, member in zip(ids, self._follow(), strict=True):
+        members = self._follow()
+        if self._ranks is not None:
+            states = whole_states(self._ranks, members, self._states, self.param_groups)
+            state_dict["state"].update({ids[row]: state for row, state in states.items()})
+        for key, member in zip(ids, members, strict=True):
             if member.position in self._selection.sums:
                 count = torch.tensor(float(self._selection.num_sums), dtype=torch.float32, device="cpu")
-                sums = {"grad_sum": self._selection.sums[member.position], "num_grads": count}
+                total = self._selection.sums[member.position]
+                if member.part is not None:
+                    total = as_distributed(total, member.parameter)
+                sums = {"grad_sum": total, "num_grads": count}
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), **sums}
         return state_dict
 
@@ -648,7 +661,6 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: A state of another density, shape or model; nothing has been loaded.
         """
-        refuse_split(self._ranks, "load_state_dict()", "start anew, with mask=")
         # runs after the user's pre-hooks: sees what they made of the state
         handle = self.register_load_state_dict_pre_hook(
             lambda _, loaded: shield(loaded, self.param_groups, self._follow(), self._selection)

@@ -43,8 +43,11 @@ class Ranks:
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether any rank has it."""
-        found = torch.tensor([*flags], dtype=torch.uint8, device="cpu")
-        return [bool(flag) for flag in self._reduce(found, distributed.ReduceOp.MAX).tolist()]
+        return [bool(flag) for flag in self.max(_numbers(flags)).tolist()]
+
+    def max(self, numbers: Tensor) -> Tensor:
+        """Of each number, the largest of all ranks, where the numbers are. They may be overwritten."""
+        return self._reduce(numbers, distributed.ReduceOp.MAX)
 
     def _reduce(self, numbers: Tensor, op: Any) -> Tensor:
         shared = numbers.contiguous().to(self._device)
@@ -155,14 +158,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """What this rank has of `parameter.grad`, laid out as `local(parameter)`."""
-    gradient: Any = parameter.grad
-    if gradient is None or not is_distributed(gradient):
-        return gradient  # type: ignore[no-any-return]
-    wanted: Any = parameter
+    gradient = parameter.grad
+    return gradient if gradient is None or not is_distributed(gradient) else _laid_out(gradient, parameter)
+
+
+def _laid_out(tensor: Any, parameter: Any) -> Tensor:
+    """What this rank has of a DTensor that is laid out as a parameter."""
     with torch.no_grad():
-        if gradient.placements != wanted.placements:  # partial sums, as of a norm under sequence parallelism
-            gradient = gradient.redistribute(wanted.device_mesh, wanted.placements)
-        found = gradient.to_local()
+        if tensor.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
+            tensor = tensor.redistribute(parameter.device_mesh, parameter.placements)
+        found = tensor.to_local()
     return found.wait() if hasattr(found, "wait") else found  # type: ignore[no-any-return]
 
 
@@ -241,35 +246,57 @@ def describe(named: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
 
 
 def gather_whole(
-    parts: Sequence[Part | None], indices: Sequence[Tensor], values: Sequence[Tensor] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
+    parts: Sequence[Part | None], indices: Sequence[Tensor], *columns: Sequence[Tensor]
+) -> tuple[list[Tensor], ...]:
     """Whole indices of all ranks together, ascending; and values in their order. What is whole here stays as it is.
 
     Args:
         parts: Which part of each tensor this rank has.
         indices: Local ones, ascending.
-        values: One for each index, of one dtype per tensor; None: none.
+        columns: A value for each index, of one dtype per tensor and column.
     """
-    indices, values = list(indices), list(values or ())
+    found = [list(indices), *map(list, columns)]
     ranks = ranks_of(parts)
     rows = [row for row, part in enumerate(parts) if part is not None]
     if ranks is None:
-        return indices, values
-    whole = [part.to_whole(indices[row]) for row in rows if (part := parts[row]) is not None]
-    counts = [c.tolist() for c in ranks.gather(_numbers(i.numel() for i in whole))]
-    flat = ranks.gather(torch.cat(whole))
-    by_row = zip(*(f.split(c) for f, c in zip(flat, counts, strict=True)), strict=True)  # what each rank has
-    orders = []
-    for row, some in zip(rows, by_row, strict=True):
-        indices[row], order = torch.cat(some).sort()
-        orders.append(order)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for at, row in enumerate(rows if values else ()):
-        by_dtype.setdefault(values[row].dtype, []).append(at)
-    for alike in by_dtype.values():
-        flat = ranks.gather(torch.cat([values[rows[at]] for at in alike]))
-        sizes = [[c[at] for at in alike] for c in counts]
-        by_row = zip(*(f.split(s) for f, s in zip(flat, sizes, strict=True)), strict=True)
-        for at, some in zip(alike, by_row, strict=True):
-            values[rows[at]] = torch.cat(some)[orders[at]]
-    return indices, values
+        return tuple(found)
+    found[0] = [i if part is None else part.to_whole(i) for i, part in zip(indices, parts, strict=True)]
+    counts = [c.tolist() for c in ranks.gather(_numbers(indices[row].numel() for row in rows))]
+    orders: dict[int, Tensor] = {}
+    for column in found:
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for at, row in enumerate(rows):
+            by_dtype.setdefault(column[row].dtype, []).append(at)
+        for alike in by_dtype.values():
+            flat = ranks.gather(torch.cat([column[rows[at]] for at in alike]))
+            sizes = [[of_rank[at] for at in alike] for of_rank in counts]
+            by_row = zip(*(f.split(s) for f, s in zip(flat, sizes, strict=True)), strict=True)
+            for row, some in zip((rows[at] for at in alike), by_row, strict=True):
+                column[row] = torch.cat(some)
+                if row not in orders:  # the indices come first
+                    orders[row] = column[row].argsort()
+                column[row] = column[row][orders[row]]
+    return tuple(found)
+
+
+def as_distributed(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank has of a tensor that is split as a parameter is, as that tensor."""
+    from torch.distributed.tensor import DTensor
+
+    wanted: Any = parameter
+    return DTensor.from_local(
+        value,
+        wanted.device_mesh,
+        wanted.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def here(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank has of a tensor of the parameter's shape, split or whole."""
+    if is_distributed(value):
+        return _laid_out(value, parameter)
+    part = part_of(parameter)
+    return value if part is None else value.narrow(part.dim, part.start, part.stop - part.start)
