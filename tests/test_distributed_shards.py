@@ -12,10 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils._pytree import tree_map
 from training import TwoTowers, backward, batches, leave_process_group, loss_fn
 
-from saft_kernels import SparseAdamW, SparseMask, select
+from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels.optim.release import SelectedGrad
 from saft_kernels.selection import shards
 from saft_kernels.selection.budget import select_indices as of_one_process
 from saft_kernels.selection.parts import gather_whole, is_distributed, local, part_of
@@ -223,8 +232,8 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         "partial": lambda: placed(Shard(0), Partial()),
         "twice": lambda: placed(Shard(0), Shard(1)),
         "odd": lambda: SparseAdamW([("odd", nn.Parameter(odd))]),
-        "release_grads": lambda: optimizer(release_grads=True),
         "members": lambda: optimizer().members(),
+        "delta": lambda: SparseDelta.from_optimizer(optimizer(), {f"p{i}": torch.zeros(8, 3) for i in range(2)}),
         "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
         "differentiable": lambda: optimizer(differentiable=True, density=1.0),
         "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
@@ -268,11 +277,11 @@ class Towers(TwoTowers):
         self.logit_scale = nn.Parameter(torch.tensor([2.0]))
 
 
-def towers(mesh: Any = None) -> Towers:
+def towers(mesh: Any = None, dtype: torch.dtype = torch.float32) -> Towers:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = Towers()
+    model = Towers().to(dtype)
     if mesh is not None:
         fully_shard(model.visual, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -316,7 +325,118 @@ def fully_sharded(rank: int, mesh: Any) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = (selections, trainings, fully_sharded, uneven_gradients)
+def released(rank: int, mesh: Any) -> list[str]:
+    """Runs with release_grads that differ from one without: accumulation, an inf of one rank, torch's clipping."""
+    mask = select(towers(), batches(1), loss_fn, density=0.1, progress=False)
+    wrong = []
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = []
+        for release, torch_clips in ((False, False), (True, False), (True, True)):
+            model = towers(mesh, dtype)
+            optimizer = SparseAdamW(model.named_parameters(), 0.01, mask=mask, release_grads=release)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            norms = []
+            for step in range(5):
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+                for seed in range(1 + (step > 1)):
+                    batch = batches(4, 10 * step + seed, dtype)[mesh.get_local_rank()]
+                    scaler.scale(loss_fn(model, batch)).backward()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                assert any(type(local(g)) is SelectedGrad for g in gradients) == release
+                if step == 3 and mesh.get_local_rank() == mesh.size() - 1:
+                    if release:
+                        optimizer.selected_grad(model.visual[3].weight).fill_(float("inf"))
+                    else:
+                        local(model.visual[3].weight.grad).fill_(float("inf"))
+                scaler.unscale_(optimizer)
+                if torch_clips:
+                    norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).full_tensor().float())
+                else:
+                    norms.append(optimizer.clip_grad_norm_(0.1))
+                scaler.step(optimizer)
+                scaler.update()
+            assert scaler.get_scale() == 4
+            runs.append([*norms, *(local(p.detach()) for p in model.parameters())])
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # fp32 sums, and norms in 16 bits
+        for name, run in {"ours": runs[1], "torch": runs[2]}.items():
+            for i, (value, expected) in enumerate(zip(run, runs[0], strict=True)):
+                if not torch.allclose(value, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+                    wrong.append(f"{dtype} {name} {i}")
+    return wrong
+
+
+def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
+    """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
+    sent: list[int] = []
+    offered: list[int] = []
+    all_reduce, largest = distributed.all_reduce, shards._largest
+
+    def counting(tensor: Tensor, *args: Any) -> None:
+        sent.append(tensor.nbytes)
+        all_reduce(tensor, *args)
+
+    def looking(scores: Any, parts: Any, ranks: Any, offers: Sequence[Tensor], *args: Any) -> list[Tensor]:
+        offered.append(sum(map(len, offers)))
+        return largest(scores, parts, ranks, offers, *args)
+
+    generator = torch.Generator().manual_seed(rank)
+    tensors = split([torch.randn(200, 500, generator=generator) for _ in range(2)], mesh, 0)
+    distributed.all_reduce, shards._largest = counting, looking
+    try:
+        here, parts = [*map(local, tensors)], [*map(part_of, tensors)]
+        shards.select_indices(["a", "b"], here, parts, None, 2000, "global", None)
+    finally:
+        distributed.all_reduce, shards._largest = all_reduce, largest
+    return sent, max(offered)
+
+
+def continued(model: nn.Module, optimizer: SparseAdamW, first: int, last: int) -> None:
+    """Steps with the same batches on every rank: as many ranks as are a power of two make the same gradients."""
+    for step in range(first, last):
+        optimizer.zero_grad()
+        backward(model, batches(1, step)[0])
+        optimizer.step()
+
+
+def checkpoints(rank: int, folder: str) -> list[str]:
+    """Saved by four ranks, loaded by two; as one process trains."""
+    mask = select(towers(), batches(1), loss_fn, density=0.3, progress=False)
+    cases: dict[str, dict[str, Any]] = {"mask": {"mask": mask}, "dense": {"density": 1.0}}
+    cases |= {"packed": {"density": 0.3}, "packed_dense": {"density": 1.0, "amsgrad": True}}
+    wrong = []
+    for name, flatten in itertools.product(cases, (False, True)):
+        how, path = StateDictOptions(flatten_optimizer_state_dict=flatten), f"{folder}/{name}_{flatten}"
+        for world in (4, 2):
+            mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
+            if rank >= world:
+                continue
+            model = towers(mesh)
+            model.unused.requires_grad_(False)
+            optimizer = SparseAdamW(model.named_parameters(), 0.01, **cases[name])
+            if world == 4:
+                continued(model, optimizer, 0, 3)
+            if name.startswith("packed"):
+                found = {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
+            else:
+                found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
+            if world == 4:
+                dcp.save(found, checkpoint_id=path, process_group=mesh.get_group())
+                continue
+            dcp.load(found, checkpoint_id=path, process_group=mesh.get_group())
+            set_model_state_dict(model, found["model"])
+            if not name.startswith("packed"):
+                set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
+            continued(model, optimizer, 3, 6)
+            whole = towers()
+            whole.unused.requires_grad_(False)
+            continued(whole, SparseAdamW(whole.named_parameters(), 0.01, **cases[name]), 0, 6)
+            for (key, value), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+                if not torch.equal(value.full_tensor(), expected):
+                    wrong.append(f"{name} {flatten} {key}")
+    return wrong
+
+
+SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, traffic)
 
 
 def _run(rank: int, folder: str) -> None:
@@ -332,6 +452,7 @@ def _run(rank: int, folder: str) -> None:
     mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     results["hybrid"] = {RANKS: training(rank, mesh, 0)}
     results["errors"] = {RANKS: errors(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
+    results["checkpoints"] = {RANKS: checkpoints(rank, folder)}
     torch.save(results, Path(folder) / f"{rank}.pt")
     leave_process_group()
 
@@ -366,6 +487,24 @@ def test_fully_shard(ranks: list[dict[str, dict[int, Any]]], world: int, how: st
             torch.testing.assert_close(own_norm, norm)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_release_grads(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["released"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_traffic(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    """Three histograms and two flags; no more offers than an equal share, and some."""
+    for result in ranks[:world]:
+        sent, offered = result["traffic"][world]
+        assert sent == [2048 * 8] * 3 + [2 * 8]
+        assert offered == min(2000, 2000 * 1.25 // world + 64)
+
+
+def test_checkpoints_between_numbers_of_ranks(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    assert [result["checkpoints"][RANKS] for result in ranks] == [[]] * RANKS
+
+
 def test_copies_of_shards(ranks: list[dict[str, dict[int, Any]]]) -> None:
     assert [result["hybrid"][RANKS] for result in ranks] == [[]] * RANKS
 
@@ -388,8 +527,8 @@ def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: 
         "partial": ["TypeError: param_groups[0]['params'][0] odd:", "Partial(sum)"],
         "twice": ["TypeError: param_groups[0]['params'][0] odd:", "Shard(dim=1)"],
         "odd": ["TypeError: param_groups[0]['params'][0] odd: expected the shard of torch.chunk"],
-        "release_grads": ["NotImplementedError: release_grads=True: expected whole parameters, got DTensors"],
         "members": ["NotImplementedError: members()"],
+        "delta": ["NotImplementedError: members()"],
         "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
         "differentiable": ["NotImplementedError: differentiable=True"],
         "streaming": ["NotImplementedError: select()", "streaming=True"],

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..ops.dtypes import index_dtype, opmath_dtype
 from ..selection.budget import budget
 from ..selection.gradients import check_dense
-from ..selection.parts import Ranks, ranks_of
+from ..selection.parts import Ranks, ranks_of, whole_counts
 from ..selection.shards import any_nonzero, check_finite, select_indices
-from .members import NOTHING, Member, ParamGroups, Position, or_whole
+from .members import NOTHING, Member, ParamGroups, Position
 
 
 @dataclass(frozen=True)
@@ -167,18 +167,20 @@ class Selection:
                     "backward over the whole model before the first step, or freeze what the loss does not reach"
                 )
         scored = [member for member in candidates if member.position in scores]
+        parts = [member.part for member in scored]
         indices = select_indices(
             [member.name for member in scored],
             [scores[member.position] for member in scored],
-            [member.part for member in scored],
+            parts,
             pool.density,
             k,
             pool.scope,
             backend,
         )
+        counts = whole_counts([index.numel() for index in indices], parts)
         return {
-            m.position: or_whole(m.local, index.to(index_dtype(m.local.numel()), copy=True))
-            for m, index in zip(scored, indices, strict=True)
+            m.position: None if 0 < n == m.parameter.numel() else index.to(index_dtype(m.local.numel()), copy=True)
+            for m, index, n in zip(scored, indices, counts, strict=True)
         }
 
 

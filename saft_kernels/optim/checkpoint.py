@@ -16,7 +16,7 @@ from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
 from ..selection.budget import budget, budget_of
 from ..selection.parts import Ranks, as_distributed, gather_whole, here, is_distributed, local, part_of
 from .budgets import Pool, Selection
-from .members import Member, ParamGroups, Position, State, count, has_state, positions
+from .members import Member, ParamGroups, Position, State, count, has_state
 from .state import MOMENTS, new_states
 
 _OUR_GROUP_KEYS = ("density", "k", "num_candidates")
@@ -72,8 +72,9 @@ def shield(
     ):
         raise ValueError(
             "`state_dict`: expected the indices that its param_groups say were selected, got an empty state: one saved "
-            "before the first step, or flattened by torch.distributed.checkpoint; pass the mask of that run to "
-            "SparseAdamW, or save without flattening. Nothing was loaded"
+            "before the first step, or one of torch.distributed.checkpoint, loaded without knowing its sizes; pass the "
+            "mask of that run to SparseAdamW, or save without flattening, or save saft_kernels.OptimizerState. Nothing "
+            "was loaded"
         )
     new_groups = []
     for saved, group in zip(groups, param_groups, strict=True):
@@ -244,21 +245,14 @@ def whole_states(
             if not has_state(mine):  # no gradient here so far
                 (mine,) = new_states([member.local], [member.index], param_groups[member.position[0]])
             found[row] = dict(mine)
-    counts = ranks.sum(torch.tensor([members[row].count for row in found], dtype=torch.int64, device="cpu")).tolist()
     for state, step in zip(found.values(), steps_of(ranks, list(found.values())), strict=True):
         state["step"] = torch.full_like(state["step"], step)
-    sparse: list[int] = []
-    for (row, state), n in zip(found.items(), counts, strict=True):
-        if n == members[row].parameter.numel():
-            state.pop("indices", None)
-            for key in MOMENTS:
-                if key in state:
-                    value = state[key].view(members[row].local.shape)
-                    state[key] = as_distributed(value, members[row].parameter)
-        else:
-            sparse.append(row)
+    sparse = [row for row, state in found.items() if "indices" in state]
+    for row in found.keys() - {*sparse}:
+        for key in found[row].keys() & {*MOMENTS}:
+            found[row][key] = as_distributed(found[row][key], members[row].parameter)
     some = [parts[row] for row in sparse]
-    indices = [positions(members[row]) for row in sparse]
+    indices = [found[row]["indices"] for row in sparse]
     keys = [key for key in MOMENTS if any(key in found[row] for row in sparse)]
     columns = [
         [
@@ -285,20 +279,14 @@ def steps_of(ranks: Ranks, states: Sequence[State | None]) -> list[float]:
 
 def _local_state(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
     """What this rank has of a loaded state, of tensors in `Uncast`."""
-    part, mine = part_of(parameter), local(parameter)
+    part = part_of(parameter)
     if part is None and ("indices" in values or not is_distributed(parameter)):
         return values
-    values = dict(values)
-    which, shape = None, mine.shape
+    values, which = dict(values), None
     if "indices" in values and part is not None:
         index, which = part.to_local(values["indices"].tensor)
         values["indices"] = Uncast(index)
-        shape = index.shape
-        if 0 < index.numel() == mine.numel():
-            del values["indices"]
-            shape = mine.shape
-    for key in MOMENTS:
-        if key in values:
-            value = values[key].tensor
-            values[key] = Uncast((here(value, parameter) if which is None else value[which]).reshape(shape))
+    for key in values.keys() & {*MOMENTS}:
+        value = values[key].tensor
+        values[key] = Uncast(here(value, parameter) if which is None else value[which])
     return values

@@ -14,7 +14,7 @@ from ..common.log import say
 from ..mask import MaskSummary, SummaryRow
 from ..ops.adamw import has_memory
 from ..ops.dtypes import index_dtype
-from ..selection.parts import Part, local, local_gradient, part_of, ranks_of
+from ..selection.parts import Part, local, local_gradient, part_of, whole_counts
 
 State = dict[str, Tensor]
 
@@ -59,8 +59,8 @@ class Member:
         position: Its group, and its place in it.
         name: From `named_parameters()`, or "param.<number>".
         parameter: The tensor that stands there now.
-        index: (k_p,) int32 or int64: flat positions of the selected elements, ascending; None: all are. Until a first
-            selection, none; while another one is pending, those of the last.
+        index: (k_p,) int32 or int64: flat positions of the selected elements, ascending; None: all are, of the whole.
+            Until a first selection, none; while another one is pending, those of the last.
         is_known: Whether there has been a selection.
         stage: See `Stage`.
         version: Rises whenever `index` or whether it counts changes: what was made for an older one is stale.
@@ -209,11 +209,7 @@ def check_members(members: Iterable[Member]) -> None:
 
 def log_selected(members: Sequence[Member]) -> None:
     """Says to the logger "saft_kernels", at INFO, how many elements are selected, and in which tensors most are."""
-    counts = [0 if m.is_pending else m.count for m in members]
-    parts = [m.part for m in members]
-    if (ranks := ranks_of(parts)) is not None:
-        mine = [n if part is not None or ranks.is_first else 0 for n, part in zip(counts, parts, strict=True)]
-        counts = ranks.sum(torch.tensor(mine, dtype=torch.int64, device="cpu")).tolist()
+    counts = whole_counts([0 if m.is_pending else m.count for m in members], [m.part for m in members])
     rows = [
         SummaryRow(m.name, tuple(m.parameter.shape), m.parameter.numel(), n)
         for m, n in zip(members, counts, strict=True)
@@ -271,10 +267,10 @@ def positions(member: Member) -> Tensor:
 
 
 def local_index(member: Member, index: Tensor) -> Tensor | None:
-    """Of the flat positions in the whole parameter, those that this rank has: in `local`; None for all of it."""
-    if (part := member.part) is not None:
-        index = part.to_local(index)[0].to(index_dtype(member.local.numel()))
-    return or_whole(member.local, index)
+    """Of flat positions in the whole parameter, those that this rank has: in `local`; None: all of the whole are."""
+    if or_whole(member.parameter, index) is None or (part := member.part) is None:
+        return or_whole(member.parameter, index)
+    return part.to_local(index)[0].to(index_dtype(member.local.numel()))
 
 
 def same_index(a: Tensor | None, b: Tensor | None) -> bool:

@@ -23,6 +23,7 @@ from .budgets import Picked, Pool, Selection
 from .checkpoint import shield, steps_of, unshield, whole_states
 from .members import (
     NOTHING,
+    STATE_KEYS,
     Member,
     Members,
     Position,
@@ -91,16 +92,23 @@ class SparseAdamW(Optimizer):
 
     A budget waits until its gradients are not all zero; so does the first step, at any density.
 
+    Parameters may be DTensors that are split along one dimension, as by torch.distributed.fsdp.fully_shard: what is
+    selected is then what one process would select of all, and state is of what is selected of this rank's shard. All
+    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together.
+
     Raises:
         ValueError: An argument out of range, an empty parameter list, a mask of another model; at the first step,
             non-finite gradients.
-        TypeError: A parameter or gradient of unsupported dtype or layout.
+        TypeError: A parameter or gradient of unsupported dtype or layout; a DTensor that is split in another way.
 
     Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
     """
 
     # whether anyone else may hold what is in `state`, and move its memory
     _is_state_shared = True
+
+    # whether there is state that was made before the first step
+    _has_early_states = False
 
     def __init__(
         self,
@@ -168,7 +176,6 @@ class SparseAdamW(Optimizer):
             for pool in self._selection.pools(self.param_groups):
                 budget(pool.density, pool.k, pool.numel)
         if release_grads:
-            refuse_split(self._ranks, "release_grads=True", "leave it out")
             self._released = GradientBuffer()
             self._update_released()
         self._is_state_shared = False
@@ -240,15 +247,16 @@ class SparseAdamW(Optimizer):
         is_dense = k is None and density == 1.0
         check_whole(where, group["params"], is_dense)
         check_group(where, group, is_dense)
-        self._ranks = _ranks_of(where, group, self._ranks)
+        ranks = _ranks_of(where, group, self._ranks)
         if group["differentiable"]:
-            refuse_split(self._ranks, "differentiable=True", "leave it out")
+            refuse_split(ranks, "differentiable=True", "leave it out")
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
                 f"{where}: expected its own 'density' or 'k', got neither; the optimizer's k, {self._selection.k}, "
                 "is spent on the groups before"
             )
+        self._ranks = ranks
 
     # ---- selection ----
 
@@ -476,9 +484,12 @@ class SparseAdamW(Optimizer):
         check_fused(self.param_groups)
         if self._ranks is not None and (self._awaits_selection() or not self._agreement.saw_nonzero):
             self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
-        if not self._has_begun():
-            return None  # no gradients, or the fake step of torch.distributed.checkpoint
         members = self._checked_members()
+        if not self._has_begun():
+            if any(member.parameter.grad is not None for member in members):
+                self._await_first_step(members)
+            return None
+        self._drop_early_states(members)
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
         versions = [member.version for member in members]
@@ -495,8 +506,30 @@ class SparseAdamW(Optimizer):
             )
         return self._prepared
 
+    def _await_first_step(self, members: Sequence[Member]) -> None:
+        """State, of no steps, for what is trained whatever its gradient.
+
+        torch.distributed.checkpoint takes a step with gradients of zeros for it: it loads into state of the same sizes.
+        """
+        for pool in self._selection.pools(self.param_groups, pending=True):
+            if pool.is_dense:
+                picked, mine = Picked({}, {}), pool.of(members)
+                picked.add(pool, mine, mine)
+                self._adopt(picked)
+        self._create_states(self._follow())
+        self._has_early_states = True
+
+    def _drop_early_states(self, members: Sequence[Member]) -> None:
+        """Of no steps: the weights that they have copies of may have been loaded since."""
+        early, self._has_early_states = self._has_early_states and not self._has_stepped(), False
+        for member in members if early else ():
+            state = self._states.get(member.parameter)
+            if has_state(state):
+                self._states[member.parameter] = {k: v for k, v in state.items() if k not in STATE_KEYS}
+
     def _has_stepped(self) -> bool:
-        return any(map(has_state, self._states.values()))
+        """Whether any state is older than what gradients of zeros make."""
+        return any(has_state(state) and float(state["step"]) > 0 for state in self._states.values())
 
     def _select(self, members: Sequence[Member], grad_scale: float) -> bool:
         """Selects for what is pending; False when that takes more steps.

@@ -5,6 +5,7 @@ An index is local, a flat position in what this rank has, or whole: a flat posit
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,6 +196,16 @@ def ranks_of(parts: Iterable[Part | None]) -> Ranks | None:
     return next((part.ranks for part in parts if part is not None), None)
 
 
+def whole_counts(counts: Sequence[int], parts: Sequence[Part | None]) -> list[int]:
+    """Of each tensor, the sum of the counts of all ranks; what is whole counts once."""
+    ranks = ranks_of(parts)
+    if ranks is None:
+        return list(counts)
+    mine = [n if part is not None or ranks.is_first else 0 for n, part in zip(counts, parts, strict=True)]
+    found: list[int] = ranks.sum(_numbers(mine)).tolist()
+    return found
+
+
 def check_parts(named: Iterable[tuple[str, Tensor]], ranks: Ranks | None = None) -> Ranks | None:
     """Over which ranks tensors are split; None: none is.
 
@@ -284,14 +295,10 @@ def as_distributed(value: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     wanted: Any = parameter
-    return DTensor.from_local(
-        value,
-        wanted.device_mesh,
-        wanted.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    spec = wanted._spec
+    if value.dtype != parameter.dtype:
+        spec = dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=value.dtype))
+    return DTensor(value, spec, requires_grad=False)  # from_local() would take a view
 
 
 def here(value: Tensor, parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .. import ops
 from . import budget as budgets
 from . import gradients
 from .budget import budget, largest_of_rows, num_rows
-from .parts import Part, Ranks, ranks_of
+from .parts import Part, Ranks, ranks_of, whole_counts
 
 _MARGIN = 1.25
 """Of what a rank offers at first, over its equal share: shards of a large model differ by less, as a rule."""
@@ -217,13 +217,10 @@ def any_nonzero(tensors: Iterable[Tensor], ranks: Ranks | None) -> bool:
 
 def check_finite(names: Sequence[str], scores: Sequence[Tensor], parts: Sequence[Part | None]) -> None:
     """Raises ValueError on every rank for the first gradient with inf or NaN, in whatever part of it."""
-    ranks = ranks_of(parts)
-    if ranks is None:
+    if ranks_of(parts) is None:
         gradients.check_finite(names, scores)
         return
-    bad = [score.numel() - int(score.isfinite().sum()) for score in scores]
-    counted = [n if part is not None or ranks.is_first else 0 for n, part in zip(bad, parts, strict=True)]
-    found = ranks.sum(torch.tensor(counted, dtype=torch.int64, device="cpu")).tolist()
+    found = whole_counts([score.numel() - int(score.isfinite().sum()) for score in scores], parts)
     for name, score, part, n in zip(names, scores, parts, found, strict=True):
         if n:
             raise gradients.nonfinite_error(name, n, _numel(score, part))
