@@ -219,10 +219,7 @@ class Peak:
 
 
 def warm_up(method: str, device: str) -> None:
-    """Libraries load what they load on first use, 100 MiB and more, which is not the method's.
-
-    Without released gradients, which would set malloc for the methods that do not have them.
-    """
+    """Libraries load what they load on first use, 100 MiB and more, which is not the method's."""
     layer = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).to(device)
     for dtype in (torch.float32, torch.bfloat16):
         optimizers = [torch.optim.AdamW(layer.parameters()), saft_kernels.SparseAdamW(layer.parameters())]

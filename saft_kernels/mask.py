@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .common import files, tensor_files
 from .common.log import say
-from .common.memory import out_of_memory_says
+from .common.memory import check_memory, out_of_memory_says
 from .common.names import listing, plain_names, short
 from .ops.dtypes import INDEX_DTYPES, index_dtype
 
@@ -99,6 +99,7 @@ class SparseMask(Mapping[str, Tensor]):
                     f"indices of {name!r}: expected one-dimensional int32 or int64, got {short(index.dtype)} of shape "
                     f"{tuple(index.shape)}; SparseMask.from_dense takes bool tensors"
                 )
+            check_memory(f"indices of {name!r}", index)
             index = index.detach().cpu()
             if bool((index[1:] <= index[:-1]).any()):
                 raise ValueError(f"indices of {name!r}: expected ascending and distinct, got others; take .unique()")
@@ -222,7 +223,7 @@ class SparseMask(Mapping[str, Tensor]):
                 torch.compile put into them.
 
         Raises:
-            ValueError: A name or shape that `model` does not have.
+            ValueError: A name or shape that `model` does not have; a mask whose memory was freed.
             TypeError: `masks` holds something that is no tensor.
         """
         masks = dict(masks)
@@ -231,6 +232,7 @@ class SparseMask(Mapping[str, Tensor]):
                 raise TypeError(
                     f"`masks`[{name!r}]: expected a tensor, got {type(mask).__name__}; pass the masks alone"
                 )
+            check_memory(f"`masks`[{name!r}]", mask)
         indices = {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()}
         shapes = {name: mask.shape for name, mask in masks.items()}
         if model is None:

@@ -724,3 +724,11 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     err = capsys.readouterr().err
     assert "\rcomparing:   0%|" in err
     assert "saft-kernels" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes have no name here")
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_pipe_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="expected a file, got a pipe"):
+        Checkpoint(tmp_path / name)

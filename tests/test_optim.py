@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -437,6 +439,22 @@ def test_says_what_it_selected(way: str, caplog: pytest.LogCaptureFixture) -> No
     assert [record.getMessage() for record in caplog.records] == [
         "SparseAdamW: selected 4 of 100 elements (4 %), in 2 of 2 tensors; most in head (75 %), body (25 %)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("setup", "shown"),
+    [
+        ("", True),
+        ("logging.getLogger().setLevel(logging.INFO)", True),  # nobody handles it: Python shows warnings alone
+        ("logging.basicConfig(level=logging.INFO)", True),
+        ("logging.disable(logging.INFO)", False),
+        ("logging.getLogger('saft_kernels').setLevel(logging.WARNING)", False),
+    ],
+)
+def test_where_lines_go(setup: str, shown: bool) -> None:
+    script = f"import logging; {setup}\nfrom saft_kernels.common.log import say\nsay('a line', show=True)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr.count("a line") == shown
 
 
 def test_repr_has_the_budget_in_force() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import tempfile
 import threading
@@ -18,6 +20,7 @@ from training import batches, loss_fn, two_towers
 
 import saft_kernels
 from saft_kernels import SparseAdamW, ops, select
+from saft_kernels.ops.adamw import Watch
 
 # ---- torch.use_deterministic_algorithms ----
 
@@ -168,9 +171,31 @@ def test_interrupted_in_a_step(mode: str) -> None:
         assert differences(snapshot(run.optimizer), snapshot(fresh.optimizer)) == [], line
 
 
+def interrupt_watch() -> None:
+    states = [{"step": torch.zeros(3)} for _ in range(300)]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupts = 0
+    for i in range(600):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 * (i % 60 + 1))
+            for _ in range(8):
+                Watch(states, {"step"})
+        except KeyboardInterrupt:
+            interrupts += 1
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    assert interrupts
+
+
+def test_interrupted_while_a_plan_is_made() -> None:
+    """At any instruction, not before a line: inside of what torch does, too, which may end the process."""
+    isolated(interrupt_watch)
+
+
 @pytest.mark.parametrize("mode", ["global", "tensor", "mask", "dense"])
 def test_interrupted_in_the_first_step(mode: str) -> None:
     """The step is taken again: the same selection, counted once or twice."""
+    Run(mode).step()  # what is looked up once in a process is no line of the others
     first = Run(mode)
     first.backward()
     for line in lines_of(first.optimizer.step):

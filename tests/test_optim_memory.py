@@ -33,7 +33,7 @@ from optimizer_runs import (
 )
 from torch import Tensor, nn
 
-from saft_kernels import SparseAdamW
+from saft_kernels import SparseAdamW, SparseDelta, SparseMask
 
 all_modes = pytest.mark.parametrize("mode", MODES)
 
@@ -295,6 +295,42 @@ def free_storages(mode: str) -> None:
 def test_freed_storages_are_named(mode: str) -> None:
     """`untyped_storage().resize_(0)`, as offloaders do; of state, a few bytes, too. Nothing is read or changed."""
     isolated(free_storages, mode)
+
+
+def free_first_gradient(density: float, selection_steps: int) -> None:
+    p = nn.Parameter(torch.randn(300))
+    optimizer = SparseAdamW([("p", p)], density=density, selection_steps=selection_steps)
+    p.grad = torch.randn(300)
+    p.grad.untyped_storage().resize_(4)
+    message = message_of(optimizer.step)
+    assert message is not None
+    assert "gradient of 'p'" in message
+    assert "was freed" in message
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("selection_steps", [1, 2])
+def test_a_freed_gradient_is_not_selected_from(density: float, selection_steps: int) -> None:
+    isolated(free_first_gradient, density, selection_steps)
+
+
+def read_freed(what: str) -> None:
+    gone = torch.ones(300)
+    gone.untyped_storage().resize_(0)
+    read: dict[str, Callable[[], object]] = {
+        "base": lambda: SparseDelta.diff({"w": gone}, {"w": torch.ones(300)}),
+        "tuned": lambda: SparseDelta.diff({"w": torch.ones(300)}, {"w": gone}),
+        "masks": lambda: SparseMask.from_dense({"w": gone}),
+    }
+    message = message_of(read[what])
+    assert message is not None
+    assert f"`{what}`['w']" in message
+    assert "was freed" in message
+
+
+@pytest.mark.parametrize("what", ["base", "tuned", "masks"])
+def test_freed_tensors_are_no_model_and_no_mask(what: str) -> None:
+    isolated(read_freed, what)
 
 
 def test_moves_amid_selection_steps() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
@@ -311,7 +312,7 @@ def test_copies_of_the_steady_state(copies: list[int]) -> None:
     copies.clear()
     moved = [g.clone() for g in grads]
     plan.step(moved, [hyper(3)])
-    assert copies == [16 + 2 * 30]  # and the addresses
+    assert copies == [16 + 30]  # and the addresses
     copies.clear()
     step, lr = on_device(4.0), on_device(0.1)
     plan.step(moved, [hyper(step, lr=lr)])
@@ -322,6 +323,57 @@ def test_copies_of_the_steady_state(copies: list[int]) -> None:
     assert copies == []
     plan.step([moved[0].as_strided((50,), (0,)), *moved[1:]], [hyper(step, lr=lr)])
     assert len(copies) == 1  # the rows: a gradient has other strides, at the same address
+    copies.clear()
+    old = params[0].clone()
+    moved_param, params[0].data = params[0].data, old.clone()
+    plan.step(moved, [hyper(step, lr=lr)])
+    assert len(copies) == 1  # the rows again
+    assert_same_bits(moved_param, old)
+    assert not torch.equal(params[0], old)
+
+
+class OpsRecorder(TorchDispatchMode):
+    """The names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", ["nothing", "gradients", "strides", "scalars"])
+def test_a_captured_step_copies_nothing_from_the_host(
+    change: str, copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has changed since the step before: a copy would be a node of the graph."""
+    launches: list[Any] = []
+    launch = triton_adamw.launch
+    results = []
+    for is_capturing in (False, True):
+        params = [torch.linspace(-1, 1, 60, device=DEVICE), torch.ones(9, 3, device=DEVICE)]
+        grads = [p.clone() for p in params]
+        moved = [g.repeat_interleave(2, 0)[::2] if change == "strides" else g.clone() for g in grads]
+        plan, state = make_plan(params, [None, torch.tensor([20, 1], device=DEVICE)])
+        row = hyper(on_device(2.0), lr=on_device(0.1))
+        plan.step(grads, [hyper(1)] if change == "scalars" else [row])
+        copies.clear()
+        with monkeypatch.context() as patch, OpsRecorder() as recorder:
+            # later: the interpreter copies, too
+            patch.setattr(triton_adamw, "launch", lambda *args, **options: launches.append((args, options)))
+            plan._step(moved if change in ("gradients", "strides") else grads, [row], is_capturing=is_capturing)
+        while launches:
+            args, options = launches.pop(0)
+            launch(*args, **options)
+        if is_capturing:
+            assert copies == []
+            assert not recorder.names & {"copy_", "_to_copy", "_pin_memory", "_local_scalar_dense"}, recorder.names
+            assert ("_foreach_add_" in recorder.names) == (change != "nothing")
+        results.append([*params, *state])
+    for actual, expected in zip(*results, strict=True):
+        assert_same_bits(actual, expected)
 
 
 def test_what_a_graph_holds_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,13 +388,14 @@ def test_what_a_graph_holds_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) 
         held.extend(args)
         launch(kernel, num_programs, *args, **options)
 
-    for warm in (False, True):
-        if warm:
-            plan.step(grads, [hyper(1)])
-        never_overwritten = {plan._fixed._copy.untyped_storage().data_ptr()} if warm else set()
+    captured_row = hyper(on_device(2.0), lr=on_device(0.1))
+    for before_it in (None, hyper(1), captured_row):
+        if before_it is not None:
+            plan.step(grads, [before_it])
+        never_overwritten = set() if before_it is None else {plan._fixed._copy.untyped_storage().data_ptr()}
         monkeypatch.setattr(triton_adamw, "launch", keep)
         held.clear()
-        plan._step(grads, [hyper(on_device(2.0), lr=on_device(0.1))], is_capturing=True)
+        plan._step(grads, [captured_row], is_capturing=True)
         captured = list(held)
         before = [bits(t) for t in captured]
         storages = {t.untyped_storage().data_ptr() for t in captured}
@@ -467,8 +520,9 @@ def test_repeats_are_bit_equal_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @gpu_only
+@pytest.mark.parametrize("makes_gradients", [False, True], ids=["static_gradients", "gradients_of_the_graph"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_graph_replays_with_step_and_lr_on_the_device_gpu(dtype: torch.dtype) -> None:
+def test_graph_replays_with_step_and_lr_on_the_device_gpu(dtype: torch.dtype, makes_gradients: bool) -> None:
     """Captured once, replayed between eager steps of the same plan: the bits of eager steps alone."""
     torch.manual_seed(0)
     start = [torch.randn(5_000), torch.randn(64, 96)]
@@ -503,7 +557,7 @@ def test_graph_replays_with_step_and_lr_on_the_device_gpu(dtype: torch.dtype) ->
     with torch.cuda.graph(graph):
         step += 1
         lr *= 0.9
-        plan.step(static, [row])
+        plan.step([g.clone() for g in static] if makes_gradients else static, [row])
     for i, grads in enumerate(all_grads):
         if i % 3 == 2:  # eager, from elsewhere
             step += 1
@@ -515,6 +569,12 @@ def test_graph_replays_with_step_and_lr_on_the_device_gpu(dtype: torch.dtype) ->
             graph.replay()
     for a, b in zip(actual, expected, strict=True):
         assert_same_bits(a, b)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert any("sparse_adamw_kernel" in name for name in names)
+    assert not any("HtoD" in name for name in names), names
 
 
 @gpu_only

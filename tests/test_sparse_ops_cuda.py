@@ -412,7 +412,7 @@ def test_host_under_sanitizers() -> None:
 
 # ---- nvcc ----
 
-REGISTERS = {"sparse_adamw_kernel": 80}  # for the three blocks per multiprocessor of its launch bounds
+REGISTERS = {"sparse_adamw_kernel": 72}  # for the seven blocks per multiprocessor of its launch bounds
 
 
 @pytest.mark.parametrize(
@@ -447,6 +447,8 @@ def test_nvcc_fuses_no_multiply_add_of_the_element_math(tmp_path: Path) -> None:
     assert "sqrt.rn.f32" in text
     assert "div.rn.f32" in text
     assert not re.search(r"\.(approx|ftz|full)\S*f32", text)
+    # ptx knows of every access that it is to global memory
+    assert not re.findall(r"\b(?:ld|st)\.(?!global|shared|param)\S+", text)
 
 
 # ---- gpu ----

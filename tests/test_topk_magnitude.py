@@ -355,6 +355,16 @@ def test_sizes_around_words_lines_and_tiles(backend: Backend, fmt: Format, numel
     check(backend, [backend.to(tensor)], several_ks(numel, [5]))
 
 
+def test_words_of_every_population(backend: Backend) -> None:
+    """Of word w, 64 elements, w % 65 are selected: a dense selection is expanded word by word."""
+    rng = np.random.default_rng(3)
+    words, bit = divmod(np.arange(SAMPLED), 64)
+    shuffled = rng.permuted(np.tile(np.arange(64), (words[-1] + 1, 1)), axis=1)
+    selected = shuffled[words, bit] < words % 65
+    tensor = FP32.rounded(np.where(selected, 2.0, 1.0) * rng.uniform(1.0, 1.9, SAMPLED))
+    check(backend, [backend.to(tensor)], [int(selected.sum())])
+
+
 @pytest.mark.parametrize("values", ["all_equal", "four_values"])
 @pytest.mark.parametrize(
     "fmts",
@@ -581,6 +591,15 @@ def test_any_number_of_threads(
 
 
 # ---- large indices ----
+
+
+def test_survivors_beyond_one_part_of_a_slab(backend: Backend, num_threads: Callable[[int], None]) -> None:
+    """The cpu backend keeps a bit per element, in parts of 1 MB and then 2 MB per thread."""
+    num_threads(1)
+    selected = torch.rand(25 << 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    x = backend.to(torch.where(selected, -2.0, 1.0).to(torch.bfloat16))
+    result = backend.topk_magnitude([x], int(selected.sum()))
+    assert torch.equal(result.indices[0].cpu(), selected.nonzero().flatten())
 
 
 def test_storage_offsets_above_2_31(backend: Backend) -> None:

@@ -348,6 +348,17 @@ def test_one_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 1
 
 
+def test_one_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the filter, the host is what the GPU waits for."""
+    fills = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: fills.append(args) or zeros(*args, **options))
+    run = triton_topk._Run([torch.randn(SMALL.small_numel + TILE, device=DEVICE)], 99)
+    run.guess()
+    assert run.num_sampled
+    assert len(fills) == 1
+
+
 def recorded(tensors: Sequence[Tensor], k: int) -> Specs:
     """What would be launched, fallback included."""
     with recording(triton_topk, run=False) as (_, specs):

@@ -27,12 +27,14 @@ template <bool kGather, class item_t, class index_type>
 void copy_items(const GatherSegment& segment, const index_type* indices, index_t first, index_t n) {
   item_t* data = static_cast<item_t*>(segment.data);
   item_t* values = static_cast<item_t*>(segment.values) + first;
-  const auto prefetch = [&](index_t i) { __builtin_prefetch(data + indices[i], kGather ? 0 : 1); };
+  constexpr int kWrites = kGather ? 0 : 1;
   if (segment.ndim == 0) {
-    for (index_t i = 0; i < std::min(n, kPrefetchAhead); ++i) prefetch(i);
+    for (index_t i = 0; i < std::min(n, kPrefetchAhead); ++i) __builtin_prefetch(data + indices[i], kWrites);
   }
   for (index_t i = 0; i < n; ++i) {
-    if (i + kPrefetchAhead < n && segment.ndim == 0) prefetch(i + kPrefetchAhead);
+    if (i + kPrefetchAhead < n && segment.ndim == 0) {
+      __builtin_prefetch(data + indices[i + kPrefetchAhead], kWrites);
+    }
     item_t& item = data[storage_offset(indices[i], segment.ndim, segment.layout)];
     if constexpr (kGather) {
       values[i] = item;

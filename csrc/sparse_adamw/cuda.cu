@@ -97,7 +97,7 @@ void launch_step(const Launch& launch, const AdamWSegment* segments, const AdamW
   }
   for (const index_t i : launch.segments) *word++ = reinterpret_cast<uint64_t>(segments[i].grad.data);
   const unsigned grid =
-      grid_size(ceil_div(launch.end_tile - launch.first_tile, kWarps), kBlocksPerSm, max_blocks);
+      grid_size(ceil_div(launch.end_tile - launch.first_tile, kWarps), kBlocksPerSm * kWaves, max_blocks);
   SAFT_LAUNCH(sparse_adamw_kernel<kNumWords>, grid, kThreads, stream, a);
 }
 

@@ -1,20 +1,23 @@
 // sparse_adamw / cuda: one launch for all parameters.
 //
-// Algorithm  a warp takes tiles of ONE segment: 128 coordinates, or 1,024 elements of a wholly selected
+// Algorithm  a warp takes tiles of ONE segment: 64 coordinates, or 1,024 elements of a wholly selected
 //            tensor in memory order. A table says which segment holds a tile, so a huge tensor and hundreds
-//            of tiny ones balance. Indices are requested together, then parameters, gradients and state of
-//            a lane's four coordinates, before the first is used.
+//            of tiny ones balance. State and indices of a lane's coordinates are requested together, then
+//            parameters and gradients, before the first is used.
 // Traffic    per coordinate: a 32-byte sector of the parameter (read, written) and one of the gradient
 //            (read), index 4 B (8 B), moments 16 B: 116 B. A wholly selected tensor: 28 B per fp32 element,
 //            22 B per 16-bit one, 30 B with a master.
 // Count      CLIP ViT-L/14 at 0.1 % (k = 428 k): 50 MB, 10.3 us at 4.8 TB/s, if every sector holds one
-//            coordinate; under it, four dependent loads (tile, segment, index, element), some 2.5 us. Wholly
+//            coordinate; under it, four dependent loads (tile, segment, index, element), some 2.5 us, the
+//            first two of which hide behind the scalars. In flight: 1,792 coordinates per SM. Wholly
 //            selected: 12.0 GB, 2.5 ms; 64 instructions per element, 0.9 ms if every issue slot is taken.
 // Precision  compiled with -fmad=false: every operation is rounded, as -ffp-contract=off has it in the cpu
 //            backend, and the bits are the same. Memory is the bound, so fusing would gain nothing.
 // Contract   every coordinate is read and written by one thread; no atomics.
-// Launch     resident blocks, grid-stride. Each block first turns the AdamWCudaHypers into AdamWScalars, in
-//            double, two lanes for each; those that are tensors are read here.
+// Launch     up to kWaves blocks for each that is resident, grid-stride: a late block starts when any other
+//            ends, where 1.2 tiles for each resident warp would take the time of two. Each block first turns the
+//            AdamWCudaHypers into AdamWScalars, in double, two lanes for each; those that are tensors are read
+//            here.
 #pragma once
 
 #include <cmath>
@@ -35,9 +38,10 @@ namespace cuda_sparse_adamw {
 constexpr int kWords = SAFT_CUDA_ADAMW_WORDS;
 constexpr int kManyWords = SAFT_CUDA_ADAMW_MANY_WORDS;
 constexpr int kMaxHypers = SAFT_CUDA_ADAMW_HYPERS;
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 3;  // 80 registers per thread
-constexpr int kItems = 4;        // coordinates of a lane whose loads are in flight together
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 7;  // 72 registers per thread
+constexpr int kWaves = 4;        // blocks for each that is resident: those that come late even out the work
+constexpr int kItems = 2;        // coordinates of a lane whose loads are in flight together
 constexpr int kScatteredTile = kWarpSize * kItems;
 constexpr int kPackedTile = 1024;
 
@@ -75,6 +79,7 @@ struct DeviceSegment {
   int32_t hyper;  // of its launch
   Form form;
 };
+static_assert(sizeof(DeviceSegment) < kWarpSize * sizeof(uint32_t), "a lane brings a word, and one has none");
 
 SAFT_HOST_DEVICE int tile_numel(Form form) { return form == Form::kScattered ? kScatteredTile : kPackedTile; }
 
@@ -167,6 +172,8 @@ struct Types {
   using param_t = param_t_;
   using grad_t = grad_t_;
   using opmath_t = opmath_of<param_t>;
+  static constexpr int kItems =
+      sizeof(opmath_t) == 4 ? saft::cuda_sparse_adamw::kItems : 1;       // what registers hold
   static constexpr bool kHasVectors = !std::is_same_v<param_t, double>;  // 8 bytes per lane are wide enough
 };
 
@@ -208,75 +215,106 @@ struct Item {
   }
 };
 
-// Where the parameters of a lane's coordinates begin, begin + 32, ... lie, in elements; below, those that are
-// less than `left` from `begin` exist.
-struct Places {
-  index_t param[kItems];
-  index_t strided_grad;  // of the one coordinate of a segment with layouts
-};
+// Memory that a table names is global; a pointer does not say so, and a load through it could be of any kind.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
 
 __device__ __forceinline__ bool is_strided(const DeviceSegment& x) {
   return x.param_ndim != 0 || x.grad_ndim != 0;
 }
 
-__device__ __forceinline__ Places find_places(const DeviceSegment& x, index_t begin, int left) {
-  Places places;
+// The flat positions of a lane's coordinates i, i + 32, ..., as far as they are less than `left` from i. No
+// load waits for another: a narrow index is widened when all are requested.
+template <int kCount>
+__device__ __forceinline__ void load_positions(const DeviceSegment& x, index_t i, int left,
+                                               index_t (&position)[kCount]) {
+  const void* const indices = global(x.indices);
+  if (indices == nullptr) {
 #pragma unroll
-  for (int j = 0; j < kItems; ++j) {
-    const index_t i = begin + j * kWarpSize;
-    places.param[j] = i;
-    if (x.indices != nullptr && j * kWarpSize < left) {
-      places.param[j] = x.index_bytes == 4 ? index_t(static_cast<const int32_t*>(x.indices)[i])
-                                           : static_cast<const index_t*>(x.indices)[i];
+    for (int j = 0; j < kCount; ++j) position[j] = i + j * kWarpSize;
+  } else if (x.index_bytes == 4) {
+    int32_t narrow[kCount] = {};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (j * kWarpSize < left) narrow[j] = static_cast<const int32_t*>(indices)[i + j * kWarpSize];
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) position[j] = narrow[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      position[j] = 0;
+      if (j * kWarpSize < left) position[j] = static_cast<const index_t*>(indices)[i + j * kWarpSize];
     }
   }
-  places.strided_grad = x.grad_is_compact != 0 ? begin : places.param[0];
-  if (is_strided(x)) {
-    places.strided_grad = storage_offset(places.strided_grad, x.grad_ndim, x.grad_layout);
-    places.param[0] = storage_offset(places.param[0], x.param_ndim, x.param_layout);
-  }
-  return places;
 }
 
+// Where the one coordinate of a lane lies, in a segment with layouts.
+struct Place {
+  index_t param, grad;
+};
+
+__device__ __forceinline__ Place find_place(const DeviceSegment& x, index_t i, int left) {
+  index_t position[1];
+  load_positions(x, i, left, position);
+  return {storage_offset(position[0], x.param_ndim, global(x.param_layout)),
+          storage_offset(x.grad_is_compact != 0 ? i : position[0], x.grad_ndim, global(x.grad_layout))};
+}
+
+// A lane's coordinates i, i + 32, ..., as far as they are less than `left` from i; of a segment with layouts,
+// i alone, which is at `place`.
 template <class T>
-__device__ __forceinline__ void step_items(const DeviceSegment& x, const void* grad, const Places& places,
-                                           index_t begin, int left, const HyperScalars& hyper) {
+__device__ __forceinline__ void step_items(const DeviceSegment& x, const void* grads, const Place& place,
+                                           index_t i, int left, const HyperScalars& hyper) {
   using opmath_t = typename T::opmath_t;
-  constexpr int kTogether = sizeof(opmath_t) == 4 ? kItems : 2;  // what registers hold
-  typename T::param_t* const param = static_cast<typename T::param_t*>(x.param);
-  opmath_t* const exp_avg = static_cast<opmath_t*>(x.exp_avg);
-  opmath_t* const exp_avg_sq = static_cast<opmath_t*>(x.exp_avg_sq);
-  opmath_t* const max_exp_avg_sq = static_cast<opmath_t*>(x.max_exp_avg_sq);
-  float* const master = sizeof(typename T::param_t) == 2 ? x.master : nullptr;
-  const bool strided = is_strided(x), compact = x.grad_is_compact != 0;
+  typename T::param_t* const param = static_cast<typename T::param_t*>(global(x.param));
+  const typename T::grad_t* const grad = static_cast<const typename T::grad_t*>(global(grads));
+  opmath_t* const exp_avg = static_cast<opmath_t*>(global(x.exp_avg));
+  opmath_t* const exp_avg_sq = static_cast<opmath_t*>(global(x.exp_avg_sq));
+  opmath_t* const max_exp_avg_sq = static_cast<opmath_t*>(global(x.max_exp_avg_sq));
+  float* const master = sizeof(typename T::param_t) == 2 ? global(x.master) : nullptr;
+  Item<T> item[T::kItems];
+  // state first: it is where the lane is, and its loads need not wait for an index
+#pragma unroll
+  for (int j = 0; j < T::kItems; ++j) {
+    const index_t at = i + j * kWarpSize;
+    if (j * kWarpSize >= left) continue;
+    item[j].exp_avg = exp_avg[at];
+    item[j].exp_avg_sq = exp_avg_sq[at];
+    if (max_exp_avg_sq != nullptr) item[j].max_exp_avg_sq = max_exp_avg_sq[at];
+    if (master != nullptr) item[j].master = master[at];
+  }
+  index_t param_at[T::kItems] = {}, grad_at[T::kItems] = {};
+  if (is_strided(x)) {
+    param_at[0] = place.param;
+    grad_at[0] = place.grad;
+  } else {
+    load_positions(x, i, left, param_at);
+#pragma unroll
+    for (int j = 0; j < T::kItems; ++j) grad_at[j] = x.grad_is_compact != 0 ? i + j * kWarpSize : param_at[j];
+  }
+#pragma unroll
+  for (int j = 0; j < T::kItems; ++j) {
+    if (j * kWarpSize >= left) continue;
+    item[j].param = param[param_at[j]];
+    item[j].grad = grad[grad_at[j]];
+  }
   const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(hyper);
 #pragma unroll
-  for (int first = 0; first < kItems; first += kTogether) {
-    Item<T> item[kTogether];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const index_t at = places.param[first + j], i = begin + (first + j) * kWarpSize;
-      if ((first + j) * kWarpSize >= left) continue;
-      item[j].param = param[at];
-      item[j].grad = static_cast<const typename T::grad_t*>(grad)[strided   ? places.strided_grad
-                                                                  : compact ? i
-                                                                            : at];
-      item[j].exp_avg = exp_avg[i];
-      item[j].exp_avg_sq = exp_avg_sq[i];
-      if (max_exp_avg_sq != nullptr) item[j].max_exp_avg_sq = max_exp_avg_sq[i];
-      if (master != nullptr) item[j].master = master[i];
-    }
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const index_t at = places.param[first + j], i = begin + (first + j) * kWarpSize;
-      if ((first + j) * kWarpSize >= left) continue;
-      item[j].step(master != nullptr, s);
-      exp_avg[i] = item[j].exp_avg;
-      exp_avg_sq[i] = item[j].exp_avg_sq;
-      if (max_exp_avg_sq != nullptr) max_exp_avg_sq[i] = item[j].max_exp_avg_sq;
-      param[at] = item[j].param;
-      if (master != nullptr) master[i] = float(item[j].master);
-    }
+  for (int j = 0; j < T::kItems; ++j) {
+    const index_t at = i + j * kWarpSize;
+    if (j * kWarpSize >= left) continue;
+    item[j].step(master != nullptr, s);
+    exp_avg[at] = item[j].exp_avg;
+    exp_avg_sq[at] = item[j].exp_avg_sq;
+    if (max_exp_avg_sq != nullptr) max_exp_avg_sq[at] = item[j].max_exp_avg_sq;
+    param[param_at[j]] = item[j].param;
+    if (master != nullptr) master[at] = float(item[j].master);
   }
 }
 
@@ -291,35 +329,46 @@ __device__ __forceinline__ int step_vectors(const DeviceSegment& x, const void* 
   using Grads = Vector<typename T::grad_t, kCount>;
   using State = Vector<opmath_t, kCount>;
   if (reinterpret_cast<uintptr_t>(grad) % sizeof(Grads) != 0) return 0;
-  Params* const param = static_cast<Params*>(x.param);
-  State* const exp_avg = static_cast<State*>(x.exp_avg);
-  State* const exp_avg_sq = static_cast<State*>(x.exp_avg_sq);
-  State* const max_exp_avg_sq = static_cast<State*>(x.max_exp_avg_sq);
-  State* const master = sizeof(typename T::param_t) == 2 ? reinterpret_cast<State*>(x.master) : nullptr;
+  const index_t first = base / kCount + int(threadIdx.x) % kWarpSize;
+  // pointers that move, for bases and places would take twice the registers
+  Params* param = static_cast<Params*>(global(x.param)) + first;
+  const Grads* gradient = static_cast<const Grads*>(global(grad)) + first;
+  State* exp_avg = static_cast<State*>(global(x.exp_avg)) + first;
+  State* exp_avg_sq = static_cast<State*>(global(x.exp_avg_sq)) + first;
+  const bool has_max = x.max_exp_avg_sq != nullptr;
+  const bool has_master = sizeof(typename T::param_t) == 2 && x.master != nullptr;
+  // of what there is not, another moves, and is never read
+  State* max_exp_avg_sq = has_max ? static_cast<State*>(global(x.max_exp_avg_sq)) + first : exp_avg_sq;
+  State* master = has_master ? reinterpret_cast<State*>(global(x.master)) + first : exp_avg_sq;
   const AdamWScalars<opmath_t>& s = scalars_of<opmath_t>(hyper);
 #pragma unroll 1
-  for (int at = int(threadIdx.x) % kWarpSize; at < n / kCount; at += kWarpSize) {
-    const index_t i = base / kCount + at;
-    Params p = param[i];
-    const Grads g = static_cast<const Grads*>(grad)[i];
-    State m = exp_avg[i], v = exp_avg_sq[i];
-    State largest = max_exp_avg_sq != nullptr ? max_exp_avg_sq[i] : filled<State>(opmath_t(-INFINITY));
-    State w = master != nullptr ? master[i] : filled<State>(opmath_t(0));
+  for (int left = n / kCount - int(threadIdx.x) % kWarpSize; left > 0; left -= kWarpSize) {
+    Params p = *param;
+    const Grads g = *gradient;
+    State m = *exp_avg, v = *exp_avg_sq;
+    State largest = has_max ? *global(max_exp_avg_sq) : filled<State>(opmath_t(-INFINITY));
+    State w = has_master ? *global(master) : filled<State>(opmath_t(0));
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       Item<T> item{p.item[j], g.item[j], m.item[j], v.item[j], largest.item[j], w.item[j]};
-      item.step(master != nullptr, s);
+      item.step(has_master, s);
       p.item[j] = item.param;
       m.item[j] = item.exp_avg;
       v.item[j] = item.exp_avg_sq;
       largest.item[j] = item.max_exp_avg_sq;
       w.item[j] = item.master;
     }
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    if (max_exp_avg_sq != nullptr) max_exp_avg_sq[i] = largest;
-    param[i] = p;
-    if (master != nullptr) master[i] = w;
+    *exp_avg = m;
+    *exp_avg_sq = v;
+    if (has_max) *global(max_exp_avg_sq) = largest;
+    *param = p;
+    if (has_master) *global(master) = w;
+    param += kWarpSize;
+    gradient += kWarpSize;
+    exp_avg += kWarpSize;
+    exp_avg_sq += kWarpSize;
+    max_exp_avg_sq += kWarpSize;
+    master += kWarpSize;
   }
   return n / kCount * kCount;
 }
@@ -337,37 +386,65 @@ __device__ __forceinline__ void step_tile(const DeviceSegment& x, const void* gr
     });
   }
   // offsets through layouts are much code, and seldom needed: one at a time
-  const int together = is_strided(x) ? kWarpSize : kScatteredTile;
+  const bool strided = is_strided(x), is_double = x.param_dtype == int32_t(ScalarType::kFloat64);
+  const int together = strided || is_double ? kWarpSize : kScatteredTile;
 #pragma unroll 1
   for (; done < n; done += together) {
     const int lane = int(threadIdx.x) % kWarpSize;
-    const index_t begin = base + done + lane;
+    const index_t i = base + done + lane;
     const int left = (n - done < together ? n - done : together) - lane;
-    const Places places = find_places(x, begin, left);
-    dispatch(x, [&](auto types) { step_items<decltype(types)>(x, grad, places, begin, left, hyper); });
+    const Place place = strided ? find_place(x, i, left) : Place{};
+    dispatch(x, [&](auto types) { step_items<decltype(types)>(x, grad, place, i, left, hyper); });
   }
 }
 
 // ---- kernels ----
 
+// What a warp is at. In shared memory: registers are for what is in flight.
+struct Work {
+  index_t tile;
+  DeviceSegment segment;
+  const void* grad;
+};
+
+// Goes to a tile, if there is such: each lane brings a word of its segment. Complete after a barrier of the
+// warp.
+template <int kNumWords>
+__device__ __forceinline__ void go_to(index_t tile, const Arguments<kNumWords>& a, Work* work) {
+  const int lane = int(threadIdx.x) % kWarpSize;
+  if (lane == kWarpSize - 1) work->tile = tile;
+  if (tile >= a.end_tile) return;
+  const int32_t at = int32_t(a.tile_segment[tile]);
+  if (lane < int(sizeof(DeviceSegment) / sizeof(uint32_t))) {
+    void* const to = reinterpret_cast<char*>(&work->segment) + lane * sizeof(uint32_t);
+    const void* const from = reinterpret_cast<const char*>(a.segments + at) + lane * sizeof(uint32_t);
+    memcpy(__builtin_assume_aligned(to, 4), __builtin_assume_aligned(from, 4), sizeof(uint32_t));
+  } else if (lane == kWarpSize - 1) {
+    work->grad = reinterpret_cast<const void*>(a.words[a.num_hypers * kHyperWords + at - a.first_segment]);
+  }
+}
+
 template <int kNumWords>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void sparse_adamw_kernel(
     const __grid_constant__ Arguments<kNumWords> a) {
   __shared__ HyperScalars hypers[kMaxHypers];
+  __shared__ Work works[kWarps];
+  const unsigned warp = threadIdx.x / kWarpSize;
+  Work& work = works[warp];
+  // before the scalars, which take as long as its two loads
+  go_to(a.first_tile + index_t(blockIdx.x) * kWarps + warp, a, &work);
   prepare_hypers(a, hypers);
   __syncthreads();
   for (int h = 0; h < a.num_hypers; ++h) {
     if (hypers[h].found_inf != 0) return;
   }
-  for (uint32_t round = 0;; ++round) {  // one register, where a 64-bit tile and its step would take four
-    const index_t tile =
-        a.first_tile + (index_t(round) * gridDim.x + blockIdx.x) * kWarps + int(threadIdx.x) / kWarpSize;
-    if (tile >= a.end_tile) return;
-    const int32_t at = int32_t(a.tile_segment[tile]);
-    const DeviceSegment& x = a.segments[at];
-    const void* const grad =
-        reinterpret_cast<const void*>(a.words[a.num_hypers * kHyperWords + at - a.first_segment]);
-    step_tile(x, grad, tile - x.first_tile, hypers[x.hyper]);
+  while (work.tile < a.end_tile) {
+    const DeviceSegment& x = work.segment;
+    step_tile(x, work.grad, work.tile - x.first_tile, hypers[x.hyper]);
+    const index_t next = work.tile + index_t(gridDim.x) * kWarps;
+    __syncwarp();
+    go_to(next, a, &work);
+    __syncwarp();
   }
 }
 

@@ -28,10 +28,6 @@
 #include "topk_magnitude/cpu_tiles.h"
 #include "topk_magnitude/topk_magnitude.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace saft {
 namespace cpu_topk_magnitude {
 
@@ -41,18 +37,6 @@ constexpr index_t kListBudget = 16;      // lists hold at most numel / kListBudg
 constexpr int kDigitBits = 11;
 // Tiles handed out together: many runs per thread for balance, but not one tile at a time where there are many.
 constexpr int kMaxRun = 64, kRunsPerThread = 256;
-
-// Fresh pages cost more than the bytes written to them: ask for huge ones where the system leaves the choice.
-inline void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 template <class Key>
 class TopKMagnitude {

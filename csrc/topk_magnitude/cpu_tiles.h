@@ -5,11 +5,17 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "topk_magnitude/cpu_compare.h"
 #include "topk_magnitude/topk_magnitude.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace saft {
 namespace cpu_topk_magnitude {
@@ -47,15 +53,38 @@ struct Survivors {
   const Key* band_keys = nullptr;
 };
 
-// A growing array that never moves: room for one more tile is reserved, then what was used is kept.
+// ---- memory ----
+
+constexpr size_t kHugePage = size_t(1) << 21;
+
+// A fresh page of 4 KB costs 1.2 us to touch, one of 2 MB 42 us (2026-11-27, a virtual machine): ask for huge ones where
+// the system leaves the choice.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// A growing array that never moves: room for one more tile is reserved, then what was used is kept. Its parts are huge
+// pages but for the first, which is all that small inputs need and costs them less.
 template <class T>
 class Slab {
  public:
   T* reserve(size_t n) {
     if (n > available_) {
-      available_ = std::max(n, kPartBytes / sizeof(T));
-      parts_.emplace_back(new T[available_]);  // untouched until written
-      next_ = parts_.back().get();
+      const bool is_first = parts_.empty();
+      const size_t bytes = is_first ? kFirstPart : kHugePage;
+      void* part =
+          is_first ? std::malloc(bytes) : std::aligned_alloc(kHugePage, bytes);  // untouched until written
+      if (part == nullptr) throw std::bad_alloc();
+      next_ = static_cast<T*>(part);
+      parts_.emplace_back(next_);
+      if (!is_first) advise_huge_pages(part, bytes);
+      available_ = bytes / sizeof(T);
     }
     return next_;
   }
@@ -65,8 +94,12 @@ class Slab {
   }
 
  private:
-  static constexpr size_t kPartBytes = size_t(1) << 20;
-  std::vector<std::unique_ptr<T[]>> parts_;
+  static constexpr size_t kFirstPart = size_t(1) << 20;
+  static_assert((kTileNumel + 1) * sizeof(T) <= kFirstPart, "a part has room for a tile");
+  struct Free {
+    void operator()(T* part) const { std::free(part); }
+  };
+  std::vector<std::unique_ptr<T[], Free>> parts_;
   T* next_ = nullptr;
   size_t available_ = 0;
 };

@@ -165,6 +165,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _open(path: Path) -> TensorFile:
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"{path}: expected a file, got a pipe, a device or a folder; it is read more than once, copy it"
+        )
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 

@@ -13,15 +13,17 @@ def say(line: str, *, show: bool = False) -> bool:
 
     Args:
         line: The line.
-        show: Where nobody has set logging up, print it to stderr, once for all ranks of torch.distributed.
+        show: Where the logger is not at INFO, print it to stderr, once for all ranks of torch.distributed; not when it
+            has a level of its own, or logging is disabled.
     """
     logger = logging.getLogger("saft_kernels")
-    if logger.isEnabledFor(logging.INFO):
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():  # without any, Python shows warnings alone
         logger.info(line)
         return True
     if (
         show
         and not logger.level
+        and logger.manager.disable < logging.INFO
         and not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
     ):
         print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,8 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .memory import check_memory
+
 # what torch.compile, FSDP and activation checkpointing put into names
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -61,6 +63,7 @@ def named_tensors(argument: str, model: Model) -> dict[str, Tensor]:
                 f"`{argument}`[{name!r}]: expected values in memory, got a negated or conjugated view of others; clone "
                 "it first"
             )
+        check_memory(f"`{argument}`[{name!r}]", tensor)
         found[plain] = tensor.detach()
     return found
 

@@ -193,9 +193,12 @@ def check_state(changes: Changes, targets: Targets, alphas: Sequence[float]) -> 
         for alpha in _alphas(changes, targets, current, alphas):
             if not targets.differing(current, changes.at(alpha), None):
                 return alpha
+    remedy = "load the model that it was made from"
+    if changes.originals is None:
+        remedy += "; one at an alpha is recognised by its base: delta.take_originals(base), or --base of the command"
     raise ValueError(
         f"`model`: expected the base of this delta, or where the delta has left it, got other values in "
-        f"{listing(strange)}; load the model that it was made from"
+        f"{listing(strange)}; {remedy}"
     )
 
 

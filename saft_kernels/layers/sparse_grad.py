@@ -252,7 +252,7 @@ class _Weight:
             self._ranges[key] = self._of_range(first, weight)
         return self._ranges.get(key)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _of_range(self, first: int, weight: Tensor) -> Entries | None:
         assert self.entries is not None
         indices, (height, width) = self.entries.indices, weight.shape

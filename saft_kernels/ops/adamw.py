@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .walk import Watch, gradients, has_memory, have_gradients, same_objects, shared, shared_parameters
+from .walk import Watch, gradients, have_gradients, same_objects, shared, shared_parameters
 
 __all__ = [
     "AdamWHyper",
@@ -19,7 +19,6 @@ __all__ = [
     "StalePlan",
     "Watch",
     "gradients",
-    "has_memory",
     "have_gradients",
     "is_compact",
     "same_memory_order",

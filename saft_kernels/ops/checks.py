@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import mul
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..common.memory import check_memory, reach_of
 from ..common.names import short
 from ._compiled import reader as _reader
 from .dtypes import FLOAT_DTYPES, INDEX_DTYPES
@@ -59,13 +59,6 @@ def _label(name: Name, i: int) -> str:
     return f"`{name}[{i}]`" if isinstance(name, str) else name(i)
 
 
-def reach_of(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last, of a tensor that has any."""
-    strides = tensor.stride()
-    numel: int = sum(map(mul, strides, tensor.shape)) - sum(strides) + 1
-    return numel * tensor.itemsize
-
-
 def in_memory(label: str, tensor: Tensor) -> None:
     """Raises unless the values of a tensor lie in memory, which its storage still has."""
     if not tensor.numel():
@@ -80,12 +73,7 @@ def in_memory(label: str, tensor: Tensor) -> None:
             f"{label}: expected values in memory, got a lazy conjugate or negative; call .resolve_conj() or "
             ".resolve_neg() first"
         )
-    expected = tensor.storage_offset() * tensor.itemsize + reach_of(tensor)
-    if storage.nbytes() < expected:
-        raise ValueError(
-            f"{label}: expected a storage of {expected} bytes or more, got {storage.nbytes()}: its memory was freed; "
-            "resize it back before the call"
-        )
+    check_memory(label, tensor)
 
 
 def all_in_memory(name: Name, tensors: Sequence[Tensor | None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from ._compiled import _C
 from ._compiled import reader as _reader
-from .checks import reach_of
 
 
 class PointerColumn:
@@ -95,7 +94,7 @@ class Watch:
             self._compiled = None
         self._seen = None if self._compiled is not None else self._look()
         self._tensors_then = [tensor for _, tensor in self._tensors()]  # whose ids are theirs as long as they live
-        self._shared = shared([tensor for tensor in self._tensors_then if not tensor.is_cuda])
+        self._shared = shared(self._tensors_then)
 
     def holds(self) -> bool:
         """Whether all are the same objects, with the same dtype, device, shape and strides at the same address."""
@@ -114,30 +113,23 @@ class Watch:
         ]
 
 
-def shared(tensors: list[Tensor]) -> object:
-    """A second owner in C++ for each tensor, as long as the result lives: torch reads those in half the time.
+def shared(tensors: Iterable[Tensor]) -> list[object]:
+    """A second owner in C++ for each plain CPU tensor, as long as the result lives: torch reads those in half the time.
 
     The first reference that C++ adds to a tensor, and the last that it drops, also count one of Python's: 30 ns for
     every call that takes the tensor by value, as the DLPack functions do (AMD EPYC, Zen 3, torch 2.14, 2026-11-26).
+    torch.ScriptList would own them all, but Ctrl-C while it is made ends the process.
     """
-    make = getattr(torch._C, "ScriptList", None)
-    return None if make is None or not tensors else make(tensors)
+    return [torch._C._to_dlpack(t) for t in tensors if type(t) is Tensor and t.is_cpu and not t.requires_grad]
 
 
-def shared_parameters(parameters: list[Tensor]) -> object:
+def shared_parameters(parameters: list[Tensor]) -> list[object]:
     """`shared` for parameters: their gradient accumulators are owners that torch.utils.swap_tensors puts up with.
 
     On a CPU alone: an accumulator belongs to the stream that it was made on.
     """
-    found = []
+    found: list[object] = []
     for p in parameters:
         if type(p) in (Tensor, Parameter) and p.device.type == "cpu" and p.is_leaf and p.requires_grad:
             found.append(get_gradient_edge(p).node)
     return found
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Whether its storage holds all of its elements: `untyped_storage().resize_()` asks no tensor."""
-    if not tensor.numel() or tensor.is_meta:
-        return True
-    return bool(tensor.storage_offset() * tensor.itemsize + reach_of(tensor) <= tensor.untyped_storage().nbytes())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..common.log import say
+from ..common.memory import has_memory
 from ..mask import MaskSummary, SummaryRow
-from ..ops.adamw import has_memory
 from ..ops.dtypes import index_dtype
 from ..selection.parts import Part, local, local_gradient, part_of, whole_counts
 

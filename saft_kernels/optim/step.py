@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..common.memory import check_memory
 from ..common.names import short
 from ..ops.adamw import (
     AdamWHyper,
     AdamWPlan,
     AdamWSegment,
     Watch,
-    has_memory,
     have_gradients,
     same_objects,
     shared,
@@ -87,7 +87,7 @@ class PreparedStep:
         self._releases = releases
         self._released: list[Tensor] = []  # the last gradients, if all of them were released: of what is selected
         self._values: list[Tensor] = []  # theirs
-        self._shared_values: object = None
+        self._shared_values: list[object] = []
         # a plan that finds out after another has stepped would come too late
         self._forms = self._forms_now()
         # the step counts are the device's: a step need not wait to know whether it counts
@@ -126,7 +126,7 @@ class PreparedStep:
         released = [g for p in self._params if isinstance(g := p.grad, SelectedGrad)]
         if len(released) == len(gradients):
             self._released, self._values = [*released], gradients
-            self._shared_values = shared([values for values in gradients if values.is_cpu])
+            self._shared_values = shared(gradients)
         return gradients
 
     def _forms_now(self) -> list[tuple[torch.dtype, int]]:
@@ -164,13 +164,10 @@ class PreparedStep:
         """Raises for the first parameter or gradient that cannot be stepped with, and names it."""
         for member in self._members:
             parameter, gradient = member.local, member.gradient
-            if not has_memory(parameter):
-                raise _freed("parameter", member.name, parameter)
+            check_memory(f"parameter {member.name!r}", parameter)
             if gradient is not None:
                 check_dense(member.name, gradient)
-                gradient = step_gradient(member, gradient)
-                if not has_memory(gradient):
-                    raise _freed("gradient of", member.name, gradient)
+                check_memory(f"gradient of {member.name!r}", step_gradient(member, gradient))
 
 
 class _Part:
@@ -352,14 +349,14 @@ def check_state(member: Member, state: State) -> None:
                 f"{_described(value)}; after a change of the model's dtype or device, call "
                 "optimizer.load_state_dict(optimizer.state_dict())"
             )
-        _check_memory(member, key, value)
+        check_memory(f"{key} in the state of {member.name!r}", value)
     step = state.get("step")
     if not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
         raise ValueError(
             f"state of {member.name!r}: expected step, a tensor of one element, got {_described(step)}; "
             "load_state_dict() takes numbers, too"
         )
-    _check_memory(member, "step", step)
+    check_memory(f"step in the state of {member.name!r}", step)
     if indices is None:
         return
     if indices.device != parameter.device or indices.dtype not in INDEX_DTYPES or indices.dim() != 1:
@@ -367,19 +364,7 @@ def check_state(member: Member, state: State) -> None:
             f"state of {member.name!r}: expected indices, one-dimensional int32 or int64 on {parameter.device}, got "
             f"{_described(indices)}; move the whole state"
         )
-    _check_memory(member, "indices", indices)
-
-
-def _check_memory(member: Member, key: str, value: Tensor) -> None:
-    if not has_memory(value):
-        raise _freed(f"{key} in the state of", member.name, value)
-
-
-def _freed(what: str, name: str, tensor: Tensor) -> ValueError:
-    return ValueError(
-        f"{what} {name!r}: expected memory for {tensor.numel()} elements of {short(tensor.dtype)}, got a storage of "
-        f"{tensor.untyped_storage().nbytes()} bytes; something has resized it, resize it back before step()"
-    )
+    check_memory(f"indices in the state of {member.name!r}", indices)
 
 
 def _lay_out(parameter: Tensor, state: State) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..common.memory import check_memory
+
 
 def any_nonzero(tensors: Iterable[Tensor]) -> bool:
     """Whether any element is other than zero; NaN is, and what has no memory to tell."""
@@ -14,12 +16,13 @@ def any_nonzero(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_dense(name: str, gradient: Tensor) -> None:
-    """Raises TypeError for a gradient of sparse layout."""
+    """Raises TypeError for a gradient of sparse layout, ValueError for one whose memory was freed."""
     if gradient.layout != torch.strided:
         raise TypeError(
             f"gradient of {name!r}: expected a dense tensor, got layout {gradient.layout}; build the embedding with "
             "sparse=False"
         )
+    check_memory(f"gradient of {name!r}", gradient)
 
 
 def check_finite(names: Sequence[str], gradients: Sequence[Tensor]) -> None:

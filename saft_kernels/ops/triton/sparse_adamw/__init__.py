@@ -2,11 +2,12 @@
 
 Launches         one; a second for fp64 parameters beside others, whose registers would cost the others occupancy; and
                  one of a single program where lr, step, grad_scale or found_inf are on the device.
-Host to device   one copy from pinned memory: of the scalars (128 B per row of them), and of two addresses per segment
-                 when a tensor moved; none when all is as before. What else the kernels read goes over when the plan is
-                 first used, and when a tensor changed its layout or dtype.
-CUDA graphs      a captured step has tables of its own, which live as long as the plan. What is a number when it is
-                 captured stays that number. A step before the capture compiles the kernels.
+Host to device   one copy from pinned memory: of the scalars (128 B per row of them), and of one address per segment
+                 when a gradient moved; none when all is as before. What else the kernels read goes over when the plan
+                 is first used, when a parameter moved, and when a tensor changed its layout or dtype.
+CUDA graphs      a captured step copies nothing: its tables are those of the step before, where they say the same, or
+                 are written by kernels that have the words as arguments, 96 each. They live as long as the plan. What
+                 is a number when it is captured stays that number. A step before the capture compiles the kernels.
 """
 
 from __future__ import annotations
@@ -57,26 +58,33 @@ class Mirror:
         self._device = device
         self._sent: Words | None = None
         self._copy = torch.empty(0, dtype=torch.int64, device=device)
+        self._is_captured = False  # a graph reads the copy: it is never written again
 
     def on_device(self, prefix: int) -> Tensor:
-        """A tensor that the next call overwrites. When words from `prefix` on are as they were, they stay there."""
-        if self._sent is None:
-            self._copy = to_device(self.words, self._device)
-        elif not np.array_equal(self._sent, self.words):
+        """A tensor that the next call may overwrite. When words from `prefix` on are as they were, they stay there."""
+        if self._sent is not None and np.array_equal(self._sent, self.words):
+            return self._copy
+        if self._sent is None or self._is_captured:
+            self._copy, self._is_captured = to_device(self.words, self._device), False
+        else:
             end = prefix if np.array_equal(self._sent[prefix:], self.words[prefix:]) else len(self.words)
             self._copy[:end].copy_(staged(self.words[:end], self._device), non_blocking=True)
-        else:
-            return self._copy
         self._sent = self.words.copy()
         return self._copy
 
-    def captured(self, kept: list[Tensor], *, is_fixed: bool) -> Tensor:
-        """A tensor for a CUDA graph; `kept` takes what has to live. `is_fixed`: the words never change."""
-        if is_fixed and self._sent is not None:
+    def captured(self, kept: list[Tensor]) -> Tensor:
+        """A tensor for a CUDA graph; `kept` takes it, for it has to live.
+
+        What is not on the device yet gets there as kernel arguments: a copy would be a node of the graph, and every
+        replay would wait for it, pinned memory or not.
+        """
+        if self._sent is not None and np.array_equal(self._sent, self.words):
+            self._is_captured = True
             kept.append(self._copy)
-            return self._copy
-        host = staged(self.words, self._device)
-        kept += [host, host.to(self._device, non_blocking=True)]
+        else:
+            written = torch.zeros(len(self.words), dtype=torch.int64, device=self._device)
+            torch._foreach_add_(written.unbind(), self.words.tolist())
+            kept.append(written)
         return kept[-1]
 
 
@@ -88,14 +96,14 @@ class Plan:
         self._params = [s.param for s in self.segments]
         self._device = self._params[0].device
         self._tiles = self._cut()
-        self._addresses = np.zeros(len(self.segments), kernels.ADDRESS)
-        self._follower = Follower(self.segments, self._addresses["param"], self._addresses["grad"])
+        self._param_addresses, self._grad_addresses = np.zeros((2, len(self.segments)), dtype=np.int64)
+        self._follower = Follower(self.segments, self._param_addresses, self._grad_addresses)
         self._is_filled = False  # for tensors of the form that the follower has seen
         # segments, layouts, tiles; where each begins; kinds, tiles and number of tiles of each launch
         self._fixed = Mirror(np.zeros(0, dtype=np.int64), self._device)
         self._layouts_at = 0
         self._launches: list[tuple[int, int, int]] = []
-        # scalars, or what they are computed from; then the addresses of each parameter and its gradient
+        # scalars, or what they are computed from; then the address of each gradient
         self._moving = Mirror(np.zeros(0, dtype=np.int64), self._device)
         self._scalars = torch.empty(0, dtype=torch.int64, device=self._device)
         self._captured: list[Tensor] = []
@@ -131,10 +139,9 @@ class Plan:
             return
         num_hypers = 1 << (len(hypers) - 1).bit_length()  # a power of two, for the kernel that computes scalars
         num_words = num_hypers * _SCALAR_WORDS
-        addresses = self._addresses.view(np.int64)
-        if len(self._moving.words) != num_words + len(addresses):
-            self._moving = Mirror(np.zeros(num_words + len(addresses), dtype=np.int64), self._device)
-        self._moving.words[num_words:] = addresses
+        if len(self._moving.words) != num_words + len(self.segments):
+            self._moving = Mirror(np.zeros(num_words + len(self.segments), dtype=np.int64), self._device)
+        self._moving.words[num_words:] = self._grad_addresses
         words = self._moving.words[:num_words]
         converted: list[Tensor] = []  # alive until the kernels are enqueued
         on_device = any(self._is_here(x) for h in hypers for x in (h.lr, h.step, h.grad_scale, h.found_inf))
@@ -144,8 +151,7 @@ class Plan:
             else:
                 self._write_scalars(words.view(kernels.SCALAR)[at : at + 1], hyper)
         if is_capturing:
-            moving = self._moving.captured(self._captured, is_fixed=False)
-            fixed = self._fixed.captured(self._captured, is_fixed=True)
+            moving, fixed = self._moving.captured(self._captured), self._fixed.captured(self._captured)
         else:
             moving, fixed = self._moving.on_device(num_words), self._fixed.on_device(0)
         scalars = self._compute_scalars(moving, num_hypers, is_capturing) if on_device else moving
@@ -235,6 +241,7 @@ class Plan:
             param_layouts.append(contiguous if in_memory_order else layouts.add(param))
             grad_layouts.append(contiguous if in_memory_order else layouts.add(grad))
             like_param.append(is_whole and not exp_avg.is_contiguous() and not in_memory_order)
+        table["param"] = self._param_addresses
         table["indices"] = [tables.address(s.indices) for s in self.segments]
         table["index_bytes"] = [0 if s.indices is None else s.indices.itemsize for s in self.segments]
         table["exp_avg"] = [s.exp_avg.data_ptr() for s in self.segments]

@@ -15,7 +15,7 @@ from ..constants import BF16, FP16, FP32, FP64, HAS_BF16, HAS_FP16, HAS_FP32, HA
 from ..coordinates import TILE_FIRST, TILE_LAST, TILE_SEGMENT, TILE_WORDS, load_index, storage_offset
 from ..launch import device_function
 
-# One segment. Addresses of what it may lack are 0; its two addresses that move from step to step are a row of their own
+# One segment. Addresses of what it may lack are 0; that of its gradient moves from step to step, and is elsewhere
 SEGMENT_INDICES = tl.constexpr(0)
 SEGMENT_INDEX_BYTES = tl.constexpr(1)
 SEGMENT_EXP_AVG = tl.constexpr(2)
@@ -30,13 +30,9 @@ SEGMENT_PARAM_NDIM = tl.constexpr(10)
 SEGMENT_PARAM_LAYOUT = tl.constexpr(11)  # where in the layouts it begins
 SEGMENT_GRAD_NDIM = tl.constexpr(12)
 SEGMENT_GRAD_LAYOUT = tl.constexpr(13)
+SEGMENT_PARAM = tl.constexpr(14)
 SEGMENT_WORDS = tl.constexpr(16)
 SEGMENT = row_dtype("SEGMENT", globals())
-
-ADDRESS_PARAM = tl.constexpr(0)
-ADDRESS_GRAD = tl.constexpr(1)
-ADDRESS_WORDS = tl.constexpr(2)
-ADDRESS = row_dtype("ADDRESS", globals())
 
 # The kind of a segment is its parameter's dtype, or that of a 16-bit parameter whose gradient is fp32
 BF16_FP32 = tl.constexpr(len(DTYPE_CODES))
@@ -249,7 +245,7 @@ def _block(
 @device_function
 def _tile(
     segment,
-    moving,
+    grad_address,
     layouts,
     hyper,
     first,
@@ -271,8 +267,8 @@ def _tile(
         tl.load(hyper + SCALAR_EPS).to(OPMATH),
         tl.load(hyper + SCALAR_INVERSE_GRAD_SCALE).to(OPMATH),
     )
-    param = tl.load(moving + ADDRESS_PARAM)
-    grad = tl.load(moving + ADDRESS_GRAD)
+    param = tl.load(segment + SEGMENT_PARAM)
+    grad = tl.load(grad_address)
     exp_avg = tl.load(segment + SEGMENT_EXP_AVG)
     exp_avg_sq = tl.load(segment + SEGMENT_EXP_AVG_SQ)
     max_exp_avg_sq = tl.load(segment + SEGMENT_MAX_EXP_AVG_SQ)
@@ -308,7 +304,7 @@ def _tile(
 @triton.jit
 def sparse_adamw_kernel(
     scalars,
-    addresses,  # of parameters and gradients: a row per segment
+    grads,  # their addresses, one per segment
     segments,
     layouts,
     tiles,
@@ -336,25 +332,25 @@ def sparse_adamw_kernel(
     first = tl.load(tile + TILE_FIRST)
     last = tl.load(tile + TILE_LAST)
     segment = segments + number * SEGMENT_WORDS
-    moving = addresses + number * ADDRESS_WORDS
+    grad = grads + number
     hyper = scalars.to(tl.pointer_type(tl.float64)) + tl.load(segment + SEGMENT_HYPER) * SCALAR_WORDS
     kind = tl.load(segment + SEGMENT_KIND)
     if skip == 0:
         if HAS_FP32 & KINDS:
             if kind == FP32:
-                _tile(segment, moving, layouts, hyper, first, last, tl.float32, tl.float32, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.float32, tl.float32, BLOCK, DIRECT_BLOCK)
         if HAS_BF16 & KINDS:
             if kind == BF16:
-                _tile(segment, moving, layouts, hyper, first, last, tl.bfloat16, tl.bfloat16, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.bfloat16, tl.bfloat16, BLOCK, DIRECT_BLOCK)
         if HAS_FP16 & KINDS:
             if kind == FP16:
-                _tile(segment, moving, layouts, hyper, first, last, tl.float16, tl.float16, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.float16, tl.float16, BLOCK, DIRECT_BLOCK)
         if HAS_FP64 & KINDS:
             if kind == FP64:
-                _tile(segment, moving, layouts, hyper, first, last, tl.float64, tl.float64, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.float64, tl.float64, BLOCK, DIRECT_BLOCK)
         if HAS_BF16_FP32 & KINDS:
             if kind == BF16_FP32:
-                _tile(segment, moving, layouts, hyper, first, last, tl.bfloat16, tl.float32, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.bfloat16, tl.float32, BLOCK, DIRECT_BLOCK)
         if HAS_FP16_FP32 & KINDS:
             if kind == FP16_FP32:
-                _tile(segment, moving, layouts, hyper, first, last, tl.float16, tl.float32, BLOCK, DIRECT_BLOCK)
+                _tile(segment, grad, layouts, hyper, first, last, tl.float16, tl.float32, BLOCK, DIRECT_BLOCK)

@@ -29,9 +29,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ...dtypes import DTYPE_CODES
 from ...reference import key_to_float
 from ...types import TopK
+from ..constants import HAS_BF16, HAS_FP16, HAS_FP64
 from ..launch import INTERPRETED, launch, to_device
 from . import exact_kernels as exact
 from . import guess_kernels as guess
@@ -66,6 +66,8 @@ if INTERPRETED:  # few, large numpy operations
         small_numel=2**10,
     )
 
+SIDE = 1 << (guess.SAMPLE_BITS.value // 2)  # of the sample's histogram, as a square
+
 
 class _Run:
     """One call: the tables, the workspace and the launches."""
@@ -75,21 +77,20 @@ class _Run:
         self.device = tensors[0].device
         self.num_tensors = len(tensors)
         self.k = k
-        self.numel = sum(t.numel() for t in tensors)
-        self.dtypes = sum({1 << DTYPE_CODES[t.dtype] for t in tensors})
-        self.key64 = any(t.dtype == torch.float64 for t in tensors)
-        self.max_key = 2**63 - 1 if self.key64 else 2**31 - 1
         self.pieces = pieces = cut(tensors, self.tuning.sizes)
+        self.numel, self.dtypes = pieces.numel, pieces.dtypes
+        self.key64 = bool(self.dtypes & HAS_FP64.value)
+        self.max_key = 2**63 - 1 if self.key64 else 2**31 - 1
         num_sampled = min(pieces.num_lines, self.tuning.sample_lines)
         self.num_sampled = num_sampled if self.numel > self.tuning.small_numel and k else 0
-        grains = {torch.bfloat16: 2**16, torch.float16: 2**13}  # zero bits at the end of the common key
-        grain = 1 if self.key64 else min(grains.get(t.dtype, 1) for t in tensors)
+        # zero bits at the end of the common key; fp32 and fp64 have none
+        grains = {HAS_BF16.value: 2**16, HAS_FP16.value: 2**13, HAS_BF16.value | HAS_FP16.value: 2**13}
         self.capacity = min(self.numel, self.tuning.small_numel + min(self.numel // 64, k))
         header = np.zeros(1, rows.HEADER)
         header["k"], header["numel"], header["max_ndim"] = k, self.numel, pieces.max_ndim
         header["num_lines"], header["num_sampled_lines"] = pieces.num_lines, num_sampled
         header["num_pieces"], header["num_tiles"] = pieces.num_pieces, pieces.num_tiles
-        header["grain"], header["capacity"] = grain, self.capacity
+        header["grain"], header["capacity"] = grains.get(self.dtypes, 1), self.capacity
         table = to_device(np.concatenate([header.view(np.int64), pieces.table]), self.device)
         self.header, self.table = table, table[rows.HEADER_WORDS.value :]
         self.layouts = self.table[pieces.layouts_offset :]
@@ -97,14 +98,17 @@ class _Run:
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        self.result = torch.zeros(rows.STATE_WORDS.value + self.num_tensors, dtype=torch.int64, device=self.device)
-        self.state, self.selected = self.result[: rows.STATE_WORDS.value], self.result[rows.STATE_WORDS.value :]
+        # all that starts from zero; the sample's histogram is of int32
+        sizes = [exact.NUM_DIGITS.value, SIDE * SIDE // 2 if self.num_sampled else 0, rows.STATE_WORDS.value]
+        zeros = torch.zeros(sum(sizes) + self.num_tensors, dtype=torch.int64, device=self.device)
+        self.digits, histogram, self.result = zeros.split([*sizes[:2], sizes[2] + self.num_tensors])
+        self.histogram = histogram.view(torch.int32)
+        self.state, self.selected = self.result.split([sizes[2], self.num_tensors])
         self.sure_words = empty(pieces.num_words, dtype=torch.int32)
         self.band_words = empty(pieces.num_words, dtype=torch.int32)
         self.counts = empty(2, pieces.num_tiles)
         self.tallies = empty(2, pieces.num_tiles)
         self.listed = empty(self.capacity, dtype=torch.int64 if self.key64 else torch.int32)
-        self.digits = torch.zeros(exact.NUM_DIGITS.value, dtype=torch.int64, device=self.device)
         self.indices = empty(k)
 
     def by_kind(self) -> list[tuple[int, Tensor, int, int]]:
@@ -127,19 +131,19 @@ class _Run:
             if self.k == 0:
                 self.state[rows.STATE_LO.value].fill_(self.max_key)
             return
-        side = 1 << (guess.SAMPLE_BITS.value // 2)
-        histogram = torch.zeros(side * side, dtype=torch.int32, device=self.device)
         lines = self.tuning.lines_per_program
         launch(
             guess.sample_kernel,
             triton.cdiv(self.num_sampled, lines),
-            *(self.header, self.table, self.layouts, self.state, histogram),
+            *(self.header, self.table, self.layouts, self.state, self.histogram),
             DTYPES=self.dtypes,
             LINES=lines,
             LINE=self.tuning.sizes.line,
             num_warps=4,
         )
-        launch(guess.bracket_kernel, 1, self.header, self.state, histogram, KEY64=self.key64, SIDE=side, num_warps=8)
+        launch(
+            guess.bracket_kernel, 1, self.header, self.state, self.histogram, KEY64=self.key64, SIDE=SIDE, num_warps=8
+        )
 
     def filter(self) -> None:
         """Words and counts for the bracket."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ... import tables
 from ...dtypes import DTYPE_CODES, FLOAT_DTYPES
-from ...tables import Words
+from ...tables import Table, Words
+from ..coordinates import align
 from . import rows
 
 GATHERED = rows.GATHERED.value
@@ -45,6 +46,8 @@ class Pieces:
     """
 
     table: Words  # pieces, layouts, spans by kind: one copy to the device
+    numel: int
+    dtypes: int  # a bit for each, by its code
     num_pieces: int
     layouts_offset: int
     max_ndim: int  # of the layouts; 0 when every tensor is contiguous
@@ -55,7 +58,7 @@ class Pieces:
 
 
 _ALIGNMENT = 64  # bytes; a vector load needs 16
-_PADDING = 16  # table parts start at multiples of this: pointers into it stay aligned
+_PADDING = 16  # words: parts of the table start at multiples of it, on cache lines
 
 
 def cut(tensors: Sequence[Tensor], sizes: Sizes) -> Pieces:
@@ -109,23 +112,23 @@ def cut(tensors: Sequence[Tensor], sizes: Sizes) -> Pieces:
     every_span["first_piece"] = first_piece
     every_span["num_pieces"] = np.diff(np.append(first_piece, num_pieces))
 
-    table = [_padded(pieces), _padded(layouts)]
-    offset = sum(map(len, table))
-    groups = []
-    for value in np.unique(kind):
+    kinds = np.unique(kind).tolist()
+    groups: list[Table] = []
+    for value in kinds:
         chosen = kind == value
         spans = every_span[chosen]
         spans["first_tile"] = np.cumsum(num_tiles[chosen]) - num_tiles[chosen]
         spans["num_spans"] = len(spans)
-        groups.append(Spans(int(value), offset, int(num_tiles[chosen].sum())))
-        table.append(_padded(spans))
-        offset += len(table[-1])
+        groups.append(spans)
+    table, (_, layouts_offset, *offsets) = align([pieces, layouts, *groups], _PADDING)
     return Pieces(
-        np.concatenate(table),
+        table,
+        int(numel.sum()),
+        sum(1 << value for value in set(code.tolist())),
         num_pieces,
-        len(table[0]),
+        layouts_offset,
         max_ndim,
-        groups,
+        [Spans(value, at, int(num_tiles[kind == value].sum())) for value, at in zip(kinds, offsets, strict=True)],
         int(num_tiles.sum()),
         int(num_words.sum()),
         int(lines.sum()),
@@ -146,8 +149,3 @@ def _layouts(
     max_ndim = max(len(key) // 2 for key in index)
     words = [key + (1, 0) * (max_ndim - len(key) // 2) for key in index]
     return np.array(words, dtype=np.int64), layout * (2 * max_ndim), max_ndim if len(index) > 1 else 0
-
-
-def _padded(table: tables.Table | Words) -> Words:
-    words = table.view(np.int64).reshape(-1)
-    return np.pad(words, (0, -len(words) % _PADDING))
