@@ -245,7 +245,9 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
 
 
 def uneven_gradients(rank: int, mesh: Any) -> list[str]:
-    """One rank has no gradient, or one of zeros where others have some."""
+    """One rank has no gradient, or one of zeros where others have some; or all have parts of a sum."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     me, wrong = mesh.get_local_rank(), []
     whole = torch.zeros(8, 3)
     whole[0] = torch.tensor([3.0, 2.0, 1.0])
@@ -262,6 +264,18 @@ def uneven_gradients(rank: int, mesh: Any) -> list[str]:
             wrong.append(f"{is_none}: mask")
         if not torch.equal(local(alike(one.detach(), other)), local(other.detach())) and not (is_none and me):
             wrong.append(f"{is_none}: weights")
+    # partial sums, as tensor parallelism leaves them to parameters that all ranks have
+    one, whole = nn.Parameter(torch.ones(8, 3)), whole + 1
+    other = nn.Parameter(DTensor.from_local(torch.ones(8, 3), mesh, [Replicate()]))
+    (third,) = make([torch.ones(8, 3)], mesh, 0, torch.float32)
+    fourth = nn.Parameter(torch.ones(8, 3))
+    expected, optimizer = SparseAdamW([one, fourth], k=5), SparseAdamW([other, third], k=5)
+    one.grad, fourth.grad, third.grad = whole.clone(), whole.clone(), alike(whole, third)
+    other.grad = DTensor.from_local(whole if me == 0 else torch.zeros(8, 3), mesh, [Partial()])
+    expected.step()
+    optimizer.step()
+    if optimizer.mask != expected.mask or not torch.equal(local(other.detach()), one.detach()):
+        wrong.append("partial sums")
     return wrong
 
 
