@@ -7,10 +7,12 @@ from .integrations.timm import register_timm
 from .layers.sparse_grad import SparseGrad, sparse_grad
 from .mask import SparseMask
 from .ops import TopK, gather, scatter_, sddmm, sparse_adamw_, topk_magnitude
+from .optim.optimizer_state import OptimizerState
 from .optim.sparse_adamw import SparseAdamW
 from .selection.select_mask import select
 
 __all__ = [
+    "OptimizerState",
     "Originals",
     "SparseAdamW",
     "SparseDelta",

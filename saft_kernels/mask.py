@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -142,6 +143,13 @@ class SparseMask(Mapping[str, Tensor]):
     def density(self) -> float:
         """k / numel."""
         return self.k / self.numel if self.numel else 0.0
+
+    def digest(self) -> str:
+        """A text that is the same for equal masks, and hardly for others."""
+        found = hashlib.blake2b(json.dumps(self.shapes).encode(), digest_size=16)
+        for index in self._indices.values():
+            found.update(index.numpy().tobytes())
+        return found.hexdigest()
 
     def summary(self) -> MaskSummary:
         """Selected elements per tensor; print it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 import torch
 from conftest import assert_message, assert_same_bits, sparse_memory
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from training import (
     TwoTowers,
@@ -31,7 +35,7 @@ from training import (
     two_towers,
 )
 
-from saft_kernels import SparseAdamW, SparseMask, select
+from saft_kernels import OptimizerState, SparseAdamW, SparseMask, select
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -735,6 +739,108 @@ def test_distributed_checkpoint_state_dict(dtype: torch.dtype) -> None:
     train(resumed, fresh, data[2:])
     assert_same_parameters(resumed, model)
     assert_same_state(fresh, optimizer)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["mask", "dense"])
+def test_distributed_checkpoint_through_files(tmp_path: Path, how: str, dtype: torch.dtype, flatten: bool) -> None:
+    """A fresh optimizer has state of the sizes to load, where it knows what is trained."""
+    mask = select(two_towers(), batches(1), loss_fn, density=0.1, progress=False)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    data = batches(4, dtype=dtype)
+
+    def build() -> tuple[TwoTowers, SparseAdamW]:
+        model = two_towers(dtype=dtype)
+        model.unused.requires_grad_(False)  # torch's functions want a state of what requires a gradient
+        how_much: dict[str, Any] = {"mask": mask} if how == "mask" else {"density": 1.0}
+        return model, SparseAdamW(model.named_parameters(), lr=1e-2, **how_much)
+
+    model, optimizer = build()
+    train(model, optimizer, data[:2])
+    weights, states = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path, no_dist=True)
+    resumed, fresh = build()
+    weights, states = get_state_dict(resumed, fresh, options=options)
+    found = {"model": weights, "optimizer": states}
+    dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        resumed,
+        fresh,
+        model_state_dict=found["model"],
+        optim_state_dict=found["optimizer"],
+        options=options,
+    )
+    train(model, optimizer, data[2:])
+    train(resumed, fresh, data[2:])
+    assert_same_parameters(resumed, model)
+    assert_same_state(fresh, optimizer)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("how", ["density", "row", "head", "dense", "mask", "amsgrad"])
+def test_optimizer_state(tmp_path: Path, how: str, dtype: torch.dtype, steps: int) -> None:
+    """Every optimizer resumes, whatever it knows of its sizes before its first step."""
+    options: dict[str, Any] = {
+        "density": {"density": 0.1},
+        "row": {"density": 0.1, "scope": "row"},
+        "head": {"density": 0.1},
+        "dense": {"density": 1.0},
+        "mask": {"mask": select(two_towers(), batches(1), loss_fn, density=0.1, progress=False)},
+        "amsgrad": {"k": 50, "amsgrad": True},
+    }[how]
+    data = batches(steps + 3, dtype=dtype)
+
+    def build(seed: int) -> tuple[TwoTowers, SparseAdamW]:
+        model = two_towers(seed, dtype=dtype)
+        named: Any = list(model.named_parameters())
+        if how == "head":
+            named = [{"params": named[:-2]}, {"params": named[-2:], "density": 1.0, "lr": 0.1}]
+        return model, SparseAdamW(named, 0.01, **options)
+
+    model, optimizer = build(0)
+    train(model, optimizer, data[:steps])
+    optimizer.param_groups[0]["lr"] = 0.02
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    resumed, fresh = build(1)
+    weights = resumed.state_dict()
+    dcp.load({"model": weights, "optimizer": OptimizerState(resumed, fresh)}, checkpoint_id=tmp_path, no_dist=True)
+    resumed.load_state_dict(weights)
+    assert fresh.mask == optimizer.mask
+    train(model, optimizer, data[steps:])
+    train(resumed, fresh, data[steps:])
+    assert_same_parameters(resumed, model)
+    assert_same_state(fresh, optimizer)
+
+
+def test_optimizer_state_refuses() -> None:
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), density=0.1, selection_steps=3)
+    with pytest.raises(ValueError, match="got none that is param_groups") as error:
+        OptimizerState(model.text, optimizer)
+    assert_message(error, ["`model`", "pass the model"])
+    train(model, optimizer, batches(1))
+    with pytest.raises(ValueError, match="amid selection_steps"):
+        OptimizerState(model, optimizer).state_dict()
+
+
+def test_weights_loaded_after_a_step_of_zeros() -> None:
+    """torch.distributed.checkpoint's: what fp32 copies it made of 16-bit weights is of the old ones."""
+    runs = []
+    for fake in (False, True):
+        model = two_towers(dtype=torch.bfloat16)
+        optimizer = SparseAdamW(model.named_parameters(), lr=1e-2, density=1.0)
+        if fake:
+            get_optimizer_state_dict(model, optimizer)
+        model.load_state_dict(two_towers(1, torch.bfloat16).state_dict())
+        train(model, optimizer, batches(2, dtype=torch.bfloat16))
+        runs.append(model)
+    assert_same_parameters(*runs)
 
 
 def test_flattened_distributed_checkpoint_is_refused() -> None:

@@ -133,7 +133,8 @@ def test_zero_gradients_make_no_first_step() -> None:
     optimizer = SparseAdamW(model.named_parameters(), LR, mask=make_mask(model), release_grads=True)
     (0.0 * loss_fn(model, batches(1)[0])).backward()
     optimizer.step()
-    assert not any(optimizer.state.values())
+    assert {float(state["step"]) for state in optimizer.state.values()} == {0.0}
+    assert not any(state["exp_avg"].any() for state in optimizer.state.values())
 
 
 def test_parameters_of_every_layout() -> None:

@@ -12,6 +12,7 @@ from . import backends, checks
 from .adamw import AdamWHyper, AdamWPlan, AdamWSegment
 from .backends import BACKENDS, describe, why_unavailable
 from .dtypes import opmath_dtype
+from .reference import magnitude_keys
 from .types import TopK
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_backend",
     "describe",
     "gather",
+    "magnitude_keys",
     "scatter_",
     "sddmm",
     "sparse_adamw_",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..ops.dtypes import index_dtype, opmath_dtype
-from ..selection.budget import budget, select_indices
-from ..selection.gradients import any_nonzero, check_dense, check_finite
-from .members import NOTHING, Member, ParamGroups, Position, or_whole
+from ..selection.budget import budget
+from ..selection.gradients import check_dense
+from ..selection.parts import Ranks, ranks_of, whole_counts
+from ..selection.shards import any_nonzero, check_finite, select_indices
+from .members import NOTHING, Member, ParamGroups, Position
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Selection:
     k: int | None
     scope: str
     steps: int
+    mask: str = ""  # digest of the mask that is the budget
     sums: dict[Position, Tensor] = field(default_factory=dict)
     num_sums: int = 0
     summed: dict[Position, Tensor] = field(default_factory=dict)  # the parameters
@@ -102,9 +105,10 @@ class Selection:
         this one raises.
         """
         pools = self.pools(param_groups, pending=True)
-        scores: dict[Position, Tensor] = {}
-        names: dict[Position, str] = {}
-        for member in (member for pool in pools if not pool.is_dense for member in pool.of(members)):
+        by_position = {member.position: member for member in members}
+        mine = [member for pool in pools if not pool.is_dense for member in pool.of(members)]
+        ranks = ranks_of(member.part for member in members)
+        for member in mine:
             parameter = member.parameter
             if self.summed.get(member.position, parameter) is not parameter:
                 raise ValueError(
@@ -112,18 +116,15 @@ class Selection:
                     f"adding up, got another's, of shape {tuple(parameter.shape)}; call optimizer.reselect() after a "
                     "change of parameters: the sums then start anew"
                 )
-            if parameter.requires_grad and parameter.grad is not None:
-                check_dense(member.name, parameter.grad)
-                scores[member.position] = parameter.grad.resolve_neg()
-                names[member.position] = member.name
+        scores = _gradients(mine, ranks)
         accumulating = self.num_sums > 0 or self.steps > 1
-        if accumulating and not any_nonzero(scores.values()):
+        if accumulating and not any_nonzero(scores.values(), ranks):
             if self.num_sums:
                 return None  # gradients of zeros are no step
             accumulating = False
         if accumulating:
             if self.num_sums < self.steps:
-                self._add_to_sums(names, scores, grad_scale)
+                self._add_to_sums(by_position, scores, grad_scale)
                 self.summed = {m.position: m.parameter for m in members if m.position in self.sums}
             if self.num_sums < self.steps:
                 return None
@@ -134,14 +135,17 @@ class Selection:
             if not pool.is_dense:
                 candidates = [member for member in mine if member.parameter.requires_grad]
                 found = {m.position: scores[m.position] for m in candidates if m.position in scores}
-                if not any_nonzero(found.values()):
+                if not any_nonzero(found.values(), ranks):
                     continue
                 picked.indices.update(self._pick(pool, candidates, found, backend))
             picked.add(pool, mine, candidates)
         return picked
 
-    def _add_to_sums(self, names: dict[Position, str], gradients: dict[Position, Tensor], grad_scale: float) -> None:
-        check_finite([names[position] for position in gradients], list(gradients.values()))
+    def _add_to_sums(
+        self, members: Mapping[Position, Member], gradients: dict[Position, Tensor], grad_scale: float
+    ) -> None:
+        mine = [members[position] for position in gradients]
+        check_finite([m.name for m in mine], list(gradients.values()), [m.part for m in mine])
         for position, gradient in gradients.items():
             if position not in self.sums:
                 self.sums[position] = torch.zeros_like(gradient, dtype=opmath_dtype(gradient.dtype))
@@ -156,22 +160,41 @@ class Selection:
         k = None
         if pool.scope == "global":
             k = budget(pool.density, pool.k, sum(m.parameter.numel() for m in candidates))
-            available = sum(score.numel() for score in scores.values())
+            available = sum(m.parameter.numel() for m in candidates if m.position in scores)
             if k > available:
                 raise ValueError(
                     f"selection of {k} elements: expected at least as many with a gradient, got {available}; run "
                     "backward over the whole model before the first step, or freeze what the loss does not reach"
                 )
         scored = [member for member in candidates if member.position in scores]
+        parts = [member.part for member in scored]
         indices = select_indices(
             [member.name for member in scored],
             [scores[member.position] for member in scored],
+            parts,
             pool.density,
             k,
             pool.scope,
             backend,
         )
+        counts = whole_counts([index.numel() for index in indices], parts)
         return {
-            m.position: or_whole(m.parameter, index.to(index_dtype(m.parameter.numel()), copy=True))
-            for m, index in zip(scored, indices, strict=True)
+            m.position: None if 0 < n == m.parameter.numel() else index.to(index_dtype(m.local.numel()), copy=True)
+            for m, index, n in zip(scored, indices, counts, strict=True)
         }
+
+
+def _gradients(members: Sequence[Member], ranks: Ranks | None) -> dict[Position, Tensor]:
+    """Of those that are trained and have one; of zeros, where only another rank has it."""
+    found: dict[Position, Tensor] = {}
+    for member in members:
+        if member.parameter.requires_grad and (gradient := member.gradient) is not None:
+            check_dense(member.name, gradient)
+            found[member.position] = gradient.resolve_neg()
+    if ranks is None:
+        return found
+    has_any = ranks.any([member.position in found for member in members])
+    for member, has in zip(members, has_any, strict=True):
+        if has and member.position not in found:
+            found[member.position] = torch.zeros_like(member.local)
+    return {member.position: found[member.position] for member in members if member.position in found}

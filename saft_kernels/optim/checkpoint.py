@@ -5,7 +5,7 @@ It casts every state tensor but `step` to the parameter's dtype: with bf16 param
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from ..common.names import short
 from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
 from ..selection.budget import budget, budget_of
+from ..selection.parts import Ranks, as_distributed, gather_whole, here, is_distributed, local, part_of
 from .budgets import Pool, Selection
-from .members import Member, ParamGroups, Position, count
+from .members import Member, ParamGroups, Position, State, count, has_state
 from .state import MOMENTS, new_states
 
 _OUR_GROUP_KEYS = ("density", "k", "num_candidates")
@@ -71,8 +72,9 @@ def shield(
     ):
         raise ValueError(
             "`state_dict`: expected the indices that its param_groups say were selected, got an empty state: one saved "
-            "before the first step, or flattened by torch.distributed.checkpoint; pass the mask of that run to "
-            "SparseAdamW, or save without flattening. Nothing was loaded"
+            "before the first step, or one of torch.distributed.checkpoint, loaded without knowing its sizes; pass the "
+            "mask of that run to SparseAdamW, or save without flattening, or save saft_kernels.OptimizerState. Nothing "
+            "was loaded"
         )
     new_groups = []
     for saved, group in zip(groups, param_groups, strict=True):
@@ -201,20 +203,21 @@ def unshield(
             values = states.get(parameter, {})
             if "grad_sum" in values:
                 total, number = (values.pop(key).tensor for key in _SUMS)
+                total = here(total, parameter)
                 sums[i, j] = total.to(parameter.device, opmath_dtype(parameter.dtype), copy=True)
                 num_sums = int(number)
                 if not values:
                     del states[parameter]
             if any(isinstance(value, Uncast) for value in values.values()):
-                found.append(((i, j), parameter, values))
+                found.append(((i, j), parameter, _local_state(parameter, values)))
         indices = [
-            values["indices"].tensor.to(dtype=index_dtype(parameter.numel()), copy=True)
+            values["indices"].tensor.to(dtype=index_dtype(local(parameter).numel()), copy=True)
             if "indices" in values
             else None
             for _, parameter, values in found
         ]
         # masters start from the parameters: a state of torch.optim.AdamW has none
-        fresh = new_states([parameter for _, parameter, _ in found], indices, group)
+        fresh = new_states([local(parameter) for _, parameter, _ in found], indices, group)
         for (position, parameter, values), state in zip(found, fresh, strict=True):
             state["step"].fill_(float(values["step"].tensor))
             for key in MOMENTS:
@@ -224,3 +227,66 @@ def unshield(
             states[parameter] = {**state, **kept}
             loaded[position] = state.get("indices")
     return loaded, sums, num_sums
+
+
+# ---- parameters that are split over ranks ----
+
+
+def whole_states(
+    ranks: Ranks, members: Sequence[Member], states: Mapping[Tensor, State], param_groups: ParamGroups
+) -> dict[int, State]:
+    """By the number of the member, the state of the whole parameter, of those that are split. All ranks call it."""
+    parts = [member.part for member in members]
+    has_any = ranks.any([has_state(states.get(member.parameter)) for member in members])
+    found: dict[int, State] = {}
+    for row, member in enumerate(members):
+        if parts[row] is not None and has_any[row]:
+            mine = states.get(member.parameter)
+            if not has_state(mine):  # no gradient here so far
+                (mine,) = new_states([member.local], [member.index], param_groups[member.position[0]])
+            found[row] = dict(mine)
+    for state, step in zip(found.values(), steps_of(ranks, list(found.values())), strict=True):
+        state["step"] = torch.full_like(state["step"], step)
+    sparse = [row for row, state in found.items() if "indices" in state]
+    for row in found.keys() - {*sparse}:
+        for key in found[row].keys() & {*MOMENTS}:
+            found[row][key] = as_distributed(found[row][key], members[row].parameter)
+    some = [parts[row] for row in sparse]
+    indices = [found[row]["indices"] for row in sparse]
+    keys = [key for key in MOMENTS if any(key in found[row] for row in sparse)]
+    columns = [
+        [
+            found[row][key].flatten() if key in found[row] else torch.zeros_like(index, dtype=torch.uint8)
+            for row, index in zip(sparse, indices, strict=True)
+        ]
+        for key in keys
+    ]
+    whole, *gathered = gather_whole(some, indices, *columns)
+    for at, row in enumerate(sparse):
+        found[row]["indices"] = whole[at].to(index_dtype(members[row].parameter.numel()))
+        for key, column in zip(keys, gathered, strict=True):
+            if key in found[row]:
+                found[row][key] = column[at]
+    return found
+
+
+def steps_of(ranks: Ranks, states: Sequence[State | None]) -> list[float]:
+    """How many steps each parameter has made. A rank where nothing of it is selected has not counted."""
+    steps = [0.0 if state is None or "step" not in state else float(state["step"]) for state in states]
+    found: list[float] = ranks.max(torch.tensor(steps, dtype=torch.float32, device="cpu")).tolist()
+    return found
+
+
+def _local_state(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """What this rank has of a loaded state, of tensors in `Uncast`."""
+    part = part_of(parameter)
+    if part is None and ("indices" in values or not is_distributed(parameter)):
+        return values
+    values, which = dict(values), None
+    if "indices" in values and part is not None:
+        index, which = part.to_local(values["indices"].tensor)
+        values["indices"] = Uncast(index)
+    for key in values.keys() & {*MOMENTS}:
+        value = values[key].tensor
+        values[key] = Uncast(here(value, parameter) if which is None else value[which])
+    return values

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..common.log import say
 from ..common.memory import has_memory
 from ..mask import MaskSummary, SummaryRow
+from ..ops.dtypes import index_dtype
+from ..selection.parts import Part, local, local_gradient, part_of, whole_counts
 
 State = dict[str, Tensor]
 
@@ -50,12 +52,15 @@ class Stage(enum.Enum):
 class Member:
     """What is selected of one parameter, and where it stands; `Members.follow` keeps it true.
 
+    A parameter may be split over ranks, as by `fully_shard`: `local` and `gradient` are what this rank has of it and of
+    its gradient, `index` and `count` are of that, `part` says where it lies in the whole.
+
     Attributes:
         position: Its group, and its place in it.
         name: From `named_parameters()`, or "param.<number>".
         parameter: The tensor that stands there now.
-        index: (k_p,) int32 or int64: flat positions of the selected elements, ascending; None: all are. Until a first
-            selection, none; while another one is pending, those of the last.
+        index: (k_p,) int32 or int64: flat positions of the selected elements, ascending; None: all are, of the whole.
+            Until a first selection, none; while another one is pending, those of the last.
         is_known: Whether there has been a selection.
         stage: See `Stage`.
         version: Rises whenever `index` or whether it counts changes: what was made for an older one is stale.
@@ -95,7 +100,22 @@ class Member:
     @property
     def count(self) -> int:
         """Selected elements."""
-        return count(self.parameter, self.index)
+        return count(self.local, self.index)
+
+    @property
+    def local(self) -> Tensor:
+        """What this rank has of the parameter: all of it, itself, but for a DTensor."""
+        return local(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """What this rank has of the gradient, laid out as `local`."""
+        return local_gradient(self.parameter)
+
+    @property
+    def part(self) -> Part | None:
+        """Where `local` lies in the whole; None: it is the whole."""
+        return part_of(self.parameter)
 
 
 class Members:
@@ -187,11 +207,12 @@ def check_members(members: Iterable[Member]) -> None:
             )
 
 
-def log_selected(members: Iterable[Member]) -> None:
+def log_selected(members: Sequence[Member]) -> None:
     """Says to the logger "saft_kernels", at INFO, how many elements are selected, and in which tensors most are."""
+    counts = whole_counts([0 if m.is_pending else m.count for m in members], [m.part for m in members])
     rows = [
-        SummaryRow(m.name, tuple(m.parameter.shape), m.parameter.numel(), 0 if m.is_pending else m.count)
-        for m in members
+        SummaryRow(m.name, tuple(m.parameter.shape), m.parameter.numel(), n)
+        for m, n in zip(members, counts, strict=True)
     ]
     say(f"SparseAdamW: {MaskSummary(tuple(rows)).headline}")
 
@@ -216,7 +237,7 @@ def has_state(state: State | None) -> TypeGuard[State]:
 
 def check_range(member: Member) -> None:
     """Raises ValueError for an index that is no position in the parameter. Waits for the device."""
-    index, numel = member.index, member.parameter.numel()
+    index, numel = member.index, member.local.numel()
     if index is not None and index.numel() and has_memory(index) and not index.is_meta:
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= numel:
@@ -235,6 +256,21 @@ def count(parameter: Tensor, index: Tensor | None) -> int:
 def or_whole(parameter: Tensor, index: Tensor) -> Tensor | None:
     """None for the index of all elements."""
     return None if 0 < index.numel() == parameter.numel() else index
+
+
+def positions(member: Member) -> Tensor:
+    """Flat positions in `local` of what is selected."""
+    if member.index is not None:
+        return member.index
+    numel = member.local.numel()
+    return torch.arange(numel, dtype=index_dtype(numel), device=member.local.device)
+
+
+def local_index(member: Member, index: Tensor) -> Tensor | None:
+    """Of flat positions in the whole parameter, those that this rank has: in `local`; None: all of the whole are."""
+    if or_whole(member.parameter, index) is None or (part := member.part) is None:
+        return or_whole(member.parameter, index)
+    return part.to_local(index)[0].to(index_dtype(member.local.numel()))
 
 
 def same_index(a: Tensor | None, b: Tensor | None) -> bool:

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch import Tensor, distributed
+import torch
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..selection.parts import Ranks, describe
 from .all_reduce import checksum
-from .members import Member
+from .budgets import Selection
+from .members import Member, ParamGroups
 
 _WAIT = timedelta(seconds=60)
 
@@ -23,26 +26,19 @@ _comparisons: Counter[int] = Counter()
 
 
 def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> None:
-    """Raises for parameters that are a rank's share: below density 1.0 each rank would spend it on its own.
+    """Raises for parameters that are a rank's share unknowingly: below density 1.0 each would spend it on its own.
 
     Raises:
-        TypeError: A DTensor, or a flattened shard of FullyShardedDataParallel.
+        TypeError: A flattened shard of FullyShardedDataParallel.
         ValueError: A ZeroRedundancyOptimizer builds this optimizer.
     """
-    parameters = list(parameters)
-    for i, parameter in enumerate(parameters):
-        if hasattr(parameter, "full_tensor"):
-            raise TypeError(
-                f"{where}['params'][{i}]: expected a whole parameter, got a DTensor, as of fully_shard; its local "
-                "tensor is this rank's share, from which each would select by itself. Use DistributedDataParallel"
-            )
     if is_dense:
         return
     for i, parameter in enumerate(parameters):
         if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter":
             raise TypeError(
                 f"{where}['params'][{i}]: expected a whole parameter, got a flattened one of FullyShardedDataParallel; "
-                "each rank would select from its shard alone. Use DistributedDataParallel, or density=1.0"
+                "each rank would select from its shard alone. Use fully_shard, or density=1.0"
             )
     frame: Any = sys._getframe()
     while frame is not None:
@@ -90,6 +86,38 @@ def compare(members: Sequence[Member]) -> None:
             "with which the replicas would drift apart; select on one rank and send the mask with "
             "torch.distributed.broadcast_object_list, or call saft_kernels.integrations.select_into, which averages"
         )
+
+
+# ---- parameters that are split over ranks, as by fully_shard ----
+
+
+def refuse_split(ranks: Ranks | None, what: str, remedy: str) -> None:
+    """Raises NotImplementedError for what does not work yet with parameters that are split over ranks."""
+    if ranks is not None:
+        raise NotImplementedError(
+            f"{what}: expected whole parameters, got DTensors, split over {ranks.size} ranks, with which it does not "
+            f"work yet; {remedy}"
+        )
+
+
+def facts_of(members: Sequence[Member], param_groups: ParamGroups, selection: Selection) -> dict[str, object]:
+    """What has to be the same on all ranks before they select together."""
+    return {
+        **describe((member.name, member.parameter) for member in members),
+        "mask": selection.mask or "none",
+        "density": selection.density if selection.k is None else None,
+        "k": selection.k,
+        "scope": selection.scope,
+        "selection_steps": (selection.num_sums, selection.steps),
+        "groups": [(group["density"], group["k"], group["num_candidates"]) for group in param_groups],
+    }
+
+
+def norm_over(ranks: Ranks, values: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """The norm of the values of all ranks, in fp32, on every rank; as torch.nn.utils.get_total_norm."""
+    mine = nn.utils.get_total_norm(values, norm_type).double()  # of one dtype, where a rank has no values, too
+    norms = torch.cat(ranks.gather(mine.reshape(1)))
+    return nn.utils.get_total_norm([norms], norm_type, error_if_nonfinite).float()
 
 
 def _group_of(members: Sequence[Member]) -> Any:

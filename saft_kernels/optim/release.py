@@ -17,19 +17,20 @@ from .. import ops
 from ..common.allocator import free, free_gradient, return_holes
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
+from ..selection.parts import as_distributed, is_distributed, local, local_gradient
 from .members import Member, check_range
 from .selected_grad import Selected, SelectedGrad, take
 
 
 def selected_values(member: Member, buffer: GradientBuffer | None) -> Tensor:
     """See `SparseAdamW.selected_grad`; of a member whose selection is pending, all values of its gradient."""
-    parameter, gradient, index = member.parameter, member.parameter.grad, member.counted
+    parameter, gradient, index = member.parameter, member.gradient, member.counted
     if type(gradient) is SelectedGrad:
         return gradient.selected.values
     if gradient is None:
         if buffer is not None and parameter in buffer:
             return buffer[parameter].values.zero_()
-        numel = parameter.numel() if index is None else index.numel()
+        numel = member.local.numel() if index is None else index.numel()
         return torch.zeros(numel, dtype=parameter.dtype, device=parameter.device)
     return gradient.detach().reshape(-1) if index is None else take(gradient, index.to(gradient.device))
 
@@ -208,7 +209,7 @@ class GradientBuffer:
 
     def release(self, parameter: Tensor) -> None:
         """Takes the selected values out of `parameter.grad` and frees it; a dense one is then a SelectedGrad."""
-        selected, gradient = self._selected.get(parameter), parameter.grad
+        selected, gradient = self._selected.get(parameter), local_gradient(parameter)
         if selected is None or gradient is None or type(gradient) is SelectedGrad:
             return
         if gradient.layout is not torch.strided:
@@ -218,11 +219,12 @@ class GradientBuffer:
         if self._left_holes:
             self._left_holes = False
             return_holes()
-        if not selected.stored.numel():
+        if not selected.stored.numel() and not is_distributed(parameter):  # else other ranks may have some
             del gradient
             free_gradient(parameter)
             return
-        parameter.grad = self._gradient(parameter, selected)
+        replacement: Tensor = self._gradient(parameter, selected)
+        parameter.grad = as_distributed(replacement, parameter) if is_distributed(parameter) else replacement
         if (queue := selected.queue) is not None:
             queue.put(selected, [gradient])
             return
@@ -260,11 +262,11 @@ class GradientBuffer:
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # torch 2.10: what p.grad has to be
         if gradient is None or gradient.dtype != dtype or gradient.device != parameter.device:
             selected.move(parameter.device, opmath_dtype(parameter.dtype))
-            if parameter.device.type in _MOST_WAITING:
+            if parameter.device.type in _MOST_WAITING and not is_distributed(parameter):
                 selected.queue = self._queues.setdefault(parameter.device, _Queue(parameter.device))
             else:
                 selected.queue = None
-            gradient = selected.gradient = SelectedGrad(parameter, selected, dtype)
+            gradient = selected.gradient = SelectedGrad(local(parameter), selected, dtype)
         return gradient
 
 

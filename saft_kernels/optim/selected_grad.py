@@ -216,7 +216,7 @@ def step_gradient(member: Member, gradient: Tensor) -> Tensor:
 
 def _check_form(member: Member, gradient: Tensor) -> None:
     """Assignment to `p.grad` checks its form, but `p.grad.data = other` does not."""
-    parameter = member.parameter
+    parameter = member.local
     fits = gradient.dtype == parameter.dtype or (parameter.itemsize == 2 and gradient.dtype == torch.float32)
     if gradient.shape != parameter.shape or gradient.device != parameter.device or not fits:
         raise ValueError(
@@ -228,7 +228,7 @@ def _check_form(member: Member, gradient: Tensor) -> None:
 
 def check_selectable(member: Member) -> None:
     """Raises for a gradient that selection cannot use."""
-    gradient = member.parameter.grad
+    gradient = member.gradient
     if gradient is not None and type(gradient) is not SelectedGrad:
         check_dense(member.name, gradient)
         _check_form(member, gradient)

@@ -14,26 +14,28 @@ from .. import ops
 from ..common.memory import out_of_memory_says
 from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
-from ..ops.dtypes import index_dtype
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
+from ..selection.parts import Ranks, as_distributed, check_parts, gather_whole, is_distributed
 from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
-from .checkpoint import shield, unshield
+from .checkpoint import shield, steps_of, unshield, whole_states
 from .members import (
     NOTHING,
+    STATE_KEYS,
     Member,
     Members,
     Position,
     State,
     check_members,
     has_state,
+    local_index,
     log_selected,
-    or_whole,
+    positions,
     same_index,
 )
-from .ranks import check_whole, compare
+from .ranks import check_whole, compare, facts_of, norm_over, refuse_split
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -90,16 +92,23 @@ class SparseAdamW(Optimizer):
 
     A budget waits until its gradients are not all zero; so does the first step, at any density.
 
+    Parameters may be DTensors that are split along one dimension, as by torch.distributed.fsdp.fully_shard: what is
+    selected is then what one process would select of all, and state is of what is selected of this rank's shard. All
+    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together.
+
     Raises:
         ValueError: An argument out of range, an empty parameter list, a mask of another model; at the first step,
             non-finite gradients.
-        TypeError: A parameter or gradient of unsupported dtype or layout.
+        TypeError: A parameter or gradient of unsupported dtype or layout; a DTensor that is split in another way.
 
     Source: SAFT, ECCV 2024, arXiv 2407.03036; AdamW, ICLR 2019, arXiv 1711.05101.
     """
 
     # whether anyone else may hold what is in `state`, and move its memory
     _is_state_shared = True
+
+    # whether there is state that was made before the first step
+    _has_early_states = False
 
     def __init__(
         self,
@@ -152,6 +161,7 @@ class SparseAdamW(Optimizer):
         self._selection = Selection(density, k, scope, selection_steps)
         self._members = Members()
         self._agreement = Agreement()
+        self._ranks: Ranks | None = None  # over whom the parameters are split
         self._compared: list[int] = []  # versions of what the ranks last found to be the same
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
@@ -237,12 +247,16 @@ class SparseAdamW(Optimizer):
         is_dense = k is None and density == 1.0
         check_whole(where, group["params"], is_dense)
         check_group(where, group, is_dense)
+        ranks = _ranks_of(where, group, self._ranks)
+        if group["differentiable"]:
+            refuse_split(ranks, "differentiable=True", "leave it out")
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
                 f"{where}: expected its own 'density' or 'k', got neither; the optimizer's k, {self._selection.k}, "
                 "is spent on the groups before"
             )
+        self._ranks = ranks
 
     # ---- selection ----
 
@@ -253,7 +267,9 @@ class SparseAdamW(Optimizer):
 
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
+            NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
         """
+        refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -286,24 +302,26 @@ class SparseAdamW(Optimizer):
 
     @property
     def mask(self) -> SparseMask | None:
-        """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ..."""
+        """What is trained, once selected; None before. Parameters without names are "param.0", "param.1", ...
+
+        Of parameters that are split over ranks it is whole, too: the ranks put it together, so all of them have to ask.
+        """
         members = self._checked_members()
         if not self._members.is_known:
             return None
-        indices, shapes = {}, {}
-        for member in members:
-            parameter, index = member.parameter, member.index
-            if index is None:
-                numel = parameter.numel()
-                index = torch.arange(numel, dtype=index_dtype(numel), device="cpu")
-            indices[member.name], shapes[member.name] = index, parameter.shape
-        return SparseMask(indices, shapes)
+        indices = [positions(member) for member in members]
+        if self._ranks is not None:
+            (indices,) = gather_whole([member.part for member in members], indices)
+        return SparseMask(
+            {member.name: index for member, index in zip(members, indices, strict=True)},
+            {member.name: member.parameter.shape for member in members},
+        )
 
     def reselect(self) -> None:
         """Selects anew at the next step() that has gradients, with the same budgets.
 
         Moments of elements that stay selected are kept; newly selected ones start from zero, under the step count of
-        their parameter.
+        their parameter. Where parameters are split over ranks, all of them call it.
         """
         for group in self.param_groups:
             group["num_candidates"] = None
@@ -324,10 +342,9 @@ class SparseAdamW(Optimizer):
         members = self._follow()
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
+        self._selection.mask = "" if self._ranks is None else mask.digest()
         self.defaults.update(density=mask.density, k=mask.k)
-        self._members.select(
-            {m.position: or_whole(m.parameter, index) for m, index in zip(members, indices, strict=True)}
-        )
+        self._members.select({m.position: local_index(m, index) for m, index in zip(members, indices, strict=True)})
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
         log_mask("SparseAdamW", mask)
@@ -351,11 +368,11 @@ class SparseAdamW(Optimizer):
                 has_moments = position[0] == i and has_state(self._states.get(member.parameter))
                 if has_moments and not same_index(member.index, new):
                     check_state(member, self._states[member.parameter])
-                    moved.append((member.parameter, member.index, new))
-            fresh = new_states([p for p, _, _ in moved], [new for _, _, new in moved], group)
-            for (parameter, old, new), state in zip(moved, fresh, strict=True):
-                carry_over(parameter, self._states[parameter], old, state, new)
-                replaced[parameter] = state
+                    moved.append((member, new))
+            fresh = new_states([m.local for m, _ in moved], [new for _, new in moved], group)
+            for (member, new), state in zip(moved, fresh, strict=True):
+                carry_over(member.local, self._states[member.parameter], member.index, state, new)
+                replaced[member.parameter] = state
         # all memory is there: from here on nothing fails
         self._states.update(replaced)
         self._members.select(picked.indices)
@@ -384,7 +401,7 @@ class SparseAdamW(Optimizer):
             if member.is_known and not member.is_pending and has_or_may_get_gradient:
                 fresh.setdefault(i, []).append(member)
         for i, mine in fresh.items():
-            states = new_states([m.parameter for m in mine], [m.index for m in mine], self.param_groups[i])
+            states = new_states([m.local for m in mine], [m.index for m in mine], self.param_groups[i])
             for member, state in zip(mine, states, strict=True):
                 self._states[member.parameter] = {**self._states.get(member.parameter, {}), **state}
 
@@ -454,20 +471,31 @@ class SparseAdamW(Optimizer):
             self._update()
 
     def _awaits_selection(self) -> bool:
-        """Whether a budget is yet to be spent, and gradients are there to tell how."""
-        return any(p.grad is not None for g in self.param_groups if g["num_candidates"] is None for p in g["params"])
+        """Whether a budget is yet to be spent, and gradients are there to tell how: on any rank, perhaps."""
+        return any(
+            p.grad is not None or self._ranks is not None
+            for g in self.param_groups
+            if g["num_candidates"] is None
+            for p in g["params"]
+        )
 
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
-        if not self._has_stepped() and not self._has_gradients():
-            return None  # no gradients, or the fake step of torch.distributed.checkpoint
+        if self._ranks is not None and (self._awaits_selection() or not self._agreement.saw_nonzero):
+            self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
         members = self._checked_members()
+        if not self._has_begun():
+            if any(member.parameter.grad is not None for member in members):
+                self._await_first_step(members)
+            return None
+        self._drop_early_states(members)
         if self._awaits_selection() and not self._select(members, grad_scale):
             return None
         versions = [member.version for member in members]
         if versions != self._compared:
-            compare(members)
+            if self._ranks is None:
+                compare(members)
             self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
@@ -478,8 +506,30 @@ class SparseAdamW(Optimizer):
             )
         return self._prepared
 
+    def _await_first_step(self, members: Sequence[Member]) -> None:
+        """State, of no steps, for what is trained whatever its gradient.
+
+        torch.distributed.checkpoint takes a step with gradients of zeros for it: it loads into state of the same sizes.
+        """
+        for pool in self._selection.pools(self.param_groups, pending=True):
+            if pool.is_dense:
+                picked, mine = Picked({}, {}), pool.of(members)
+                picked.add(pool, mine, mine)
+                self._adopt(picked)
+        self._create_states(self._follow())
+        self._has_early_states = True
+
+    def _drop_early_states(self, members: Sequence[Member]) -> None:
+        """Of no steps: the weights that they have copies of may have been loaded since."""
+        early, self._has_early_states = self._has_early_states and not self._has_stepped(), False
+        for member in members if early else ():
+            state = self._states.get(member.parameter)
+            if has_state(state):
+                self._states[member.parameter] = {k: v for k, v in state.items() if k not in STATE_KEYS}
+
     def _has_stepped(self) -> bool:
-        return any(map(has_state, self._states.values()))
+        """Whether any state is older than what gradients of zeros make."""
+        return any(has_state(state) and float(state["step"]) > 0 for state in self._states.values())
 
     def _select(self, members: Sequence[Member], grad_scale: float) -> bool:
         """Selects for what is pending; False when that takes more steps.
@@ -487,21 +537,42 @@ class SparseAdamW(Optimizer):
         When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
         selects from the sums as they are.
         """
-        for member in members:
-            if member.is_pending:
-                check_selectable(member)
+        error = None
+        try:
+            for member in members:
+                if member.is_pending:
+                    check_selectable(member)
+        except (TypeError, ValueError) as found:
+            error = found
+        if self._ranks is not None:
+            self._ranks.check_all(error)
+        elif error is not None:
+            raise error
         with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:
+                if self._ranks is not None:
+                    states = [self._states.get(member.parameter) for member in members]
+                    for state, step in zip(states, steps_of(self._ranks, states), strict=True):
+                        if has_state(state):
+                            state["step"].fill_(step)
                 self._adopt(picked)
                 log_selected(members)
         return picked is not None
+
+    def _has_begun(self) -> bool:
+        """Whether there has been a step, or there is a gradient for the first one; on any rank."""
+        begun = self._has_stepped() or self._has_gradients()
+        if self._ranks is not None and not self._agreement.saw_nonzero:
+            (begun,) = self._ranks.any([begun])
+            self._agreement.saw_nonzero = begun
+        return begun
 
     def _has_gradients(self) -> bool:
         """Whether any gradient is not all zero."""
         if self._agreement.saw_nonzero or (self._released is not None and self._released.saw_nonzero):
             return True
-        gradients = [(m.name, m.parameter.grad) for m in self._follow() if m.parameter.grad is not None]
+        gradients = [(m.name, gradient) for m in self._follow() if (gradient := m.gradient) is not None]
         for name, gradient in gradients:
             check_dense(name, gradient)
         return any_nonzero(gradient for _, gradient in gradients)
@@ -516,7 +587,8 @@ class SparseAdamW(Optimizer):
         """The selected values of a parameter's gradient, (k_p,), in the order of its indices.
 
         With release_grads=True they are the fp32 values (fp64 for fp64 parameters) themselves: what is written to them
-        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient.
+        is stepped with. Else, and for a dense gradient, a copy in its dtype. Zeros where there is no gradient. Of a
+        parameter that is split over ranks, this rank's values.
 
         Raises:
             ValueError: Not a parameter of this optimizer, or its selection is pending.
@@ -538,7 +610,8 @@ class SparseAdamW(Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Scales all gradients so that the norm of the selected values is at most `max_norm`; returns the norm before.
 
-        Before selection all values count, as in torch.nn.utils.clip_grad_norm_.
+        Before selection all values count, as in torch.nn.utils.clip_grad_norm_. Where parameters are split over ranks,
+        those of all ranks do; all of them call it.
 
         Raises:
             RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
@@ -548,9 +621,14 @@ class SparseAdamW(Optimizer):
             if member.parameter.grad is not None:
                 gradients.append(member.parameter)
                 index = member.counted
+                if self._ranks is not None and not self._ranks.is_first and member.part is None:
+                    continue  # all ranks have it, and one counts it
                 if index is None or index.numel():  # an empty one changes in what order the norms are added up
                     values.append(selected_values(member, self._released))
-        norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        if self._ranks is None:
+            norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+        else:
+            norm = norm_over(self._ranks, values, norm_type, error_if_nonfinite)
         nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
         return norm
 
@@ -577,6 +655,7 @@ class SparseAdamW(Optimizer):
                 rank; a gradient of another selection. Gradients are as they were.
             TypeError: A gradient of sparse layout.
         """
+        refuse_split(self._ranks, "all_reduce_grads()", "leave it out: fully_shard averages them")
         has_nonzero = not self._has_stepped() and self._has_gradients()
         all_reduce_grads(self._checked_members(), self._released, self._agreement, has_nonzero, group)
 
@@ -585,16 +664,25 @@ class SparseAdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.Optimizer's, with `param_shapes` in each group.
 
-        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`.
+        While `selection_steps` gathers gradients their sums are in it, as `grad_sum`. Where parameters are split over
+        ranks, all of them call it, and get the same: indices and values of the whole, k of them; what has a value for
+        every element of a parameter is a DTensor.
         """
         state_dict = super().state_dict()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, member in zip(ids, self._follow(), strict=True):
+        members = self._follow()
+        if self._ranks is not None:
+            states = whole_states(self._ranks, members, self._states, self.param_groups)
+            state_dict["state"].update({ids[row]: state for row, state in states.items()})
+        for key, member in zip(ids, members, strict=True):
             if member.position in self._selection.sums:
                 count = torch.tensor(float(self._selection.num_sums), dtype=torch.float32, device="cpu")
-                sums = {"grad_sum": self._selection.sums[member.position], "num_grads": count}
+                total = self._selection.sums[member.position]
+                if member.part is not None:
+                    total = as_distributed(total, member.parameter)
+                sums = {"grad_sum": total, "num_grads": count}
                 state_dict["state"][key] = {**state_dict["state"].get(key, {}), **sums}
         return state_dict
 
@@ -634,6 +722,9 @@ class SparseAdamW(Optimizer):
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
             self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
+        self._ranks = None
+        for i, group in enumerate(self.param_groups):
+            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
         for group in self.param_groups:
             for name, default in (
                 ("maximize", False),
@@ -651,6 +742,13 @@ class SparseAdamW(Optimizer):
         if sums:
             self._selection.sums, self._selection.num_sums = sums, num_sums
         self._update_released()
+
+
+def _ranks_of(where: str, group: dict[str, Any], ranks: Ranks | None) -> Ranks | None:
+    """Over whom parameters are split: those of a group, and those before. TypeError for a split that is not known."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    split = [(i, p) for i, p in enumerate(group["params"]) if is_distributed(p)]
+    return check_parts(((f"{where}['params'][{i}] {names[i]}".rstrip(), p) for i, p in split), ranks)
 
 
 def _state_of(optimizer: SparseAdamW) -> defaultdict[Tensor, Any]:

@@ -60,12 +60,14 @@ class PreparedStep:
         self._members = [member for member in selected if member.parameter.grad is not None]
         self._waiting = [member.parameter for member in selected if member.parameter.grad is None]
         self._params = [member.parameter for member in self._members]
+        self._locals = [member.local for member in self._members]
+        self._is_split = not same_objects(self._params, self._locals)
         self.positions: frozenset[Position] = frozenset(member.position for member in self._members)
         mine = [states[parameter] for parameter in self._params]
         self._check_gradients()
         for member, state in zip(self._members, mine, strict=True):
             check_state(member, state)
-            _lay_out(member.parameter, state)
+            _lay_out(member.local, state)
         _check_positions(self._members, mine)
         self._parts: list[_Part | TorchPart] = []
         torchs = torch_rows(self._members, param_groups)
@@ -73,8 +75,8 @@ class PreparedStep:
             rows = [row for row in torchs if self._members[row].position[0] == i]
             self._parts.append(TorchPart(i, rows, [(self._members[row], mine[row]) for row in rows]))
         kernels = sorted({*range(len(self._params))}.difference(torchs))
-        for device in dict.fromkeys(p.device for p in self._params):
-            rows = [row for row in kernels if self._params[row].device == device]
+        for device in dict.fromkeys(p.device for p in self._locals):
+            rows = [row for row in kernels if self._locals[row].device == device]
             for capturable in (False, True):
                 alike = [row for row in rows if _is_capturable(self._members[row], param_groups) == capturable]
                 if alike:
@@ -110,6 +112,10 @@ class PreparedStep:
             and self._forms == self._forms_now()
         ):
             return None
+        if self._is_split:
+            gradients = self.current_gradients()
+            is_same = same_objects([member.local for member in self._members], self._locals)
+            return gradients if is_same and len(gradients) == len(self._params) else None
         if not self._releases:
             return gradients_of(self._params)
         if have_gradients(self._params, self._released):
@@ -129,7 +135,7 @@ class PreparedStep:
 
     def current_gradients(self) -> list[Tensor]:
         """The gradients as they are, dense or compact; fewer than the parameters where some have none."""
-        return [step_gradient(m, gradient) for m in self._members if (gradient := m.parameter.grad) is not None]
+        return [step_gradient(m, gradient) for m in self._members if (gradient := m.gradient) is not None]
 
     def run(
         self,
@@ -157,7 +163,7 @@ class PreparedStep:
     def _check_gradients(self) -> None:
         """Raises for the first parameter or gradient that cannot be stepped with, and names it."""
         for member in self._members:
-            parameter, gradient = member.parameter, member.parameter.grad
+            parameter, gradient = member.local, member.gradient
             check_memory(f"parameter {member.name!r}", parameter)
             if gradient is not None:
                 check_dense(member.name, gradient)
@@ -187,7 +193,7 @@ class _Part:
         self._hypers: list[tuple[int, int]] = []  # a group, and which of the counts
         table = []
         for at, ((member, state), number) in enumerate(zip(segments, counts, strict=True)):
-            i, parameter = member.position[0], member.parameter
+            i, parameter = member.position[0], member.local
             row = hyper_rows.setdefault((i, number), len(hyper_rows))
             if row == len(self._hypers):
                 self._hypers.append((i, at))
@@ -319,7 +325,7 @@ def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None
             last.setdefault(indices.device, []).append((member, indices[-1].long()))
     for found in last.values():
         for (member, _), at in zip(found, torch.stack([at for _, at in found]).tolist(), strict=True):
-            numel = member.parameter.numel()
+            numel = member.local.numel()
             if at >= numel:
                 raise ValueError(
                     f"state of {member.name!r}: expected indices below {numel}, its number of elements, got {at}; "
@@ -329,7 +335,7 @@ def _check_positions(members: Iterable[Member], states: Iterable[State]) -> None
 
 def check_state(member: Member, state: State) -> None:
     """Raises ValueError for a state that code outside has moved, cast, replaced or freed."""
-    parameter = member.parameter
+    parameter = member.local
     keys = ["exp_avg", "exp_avg_sq"] + ["master"] * (parameter.itemsize == 2)
     keys += ["max_exp_avg_sq"] * ("max_exp_avg_sq" in state)
     indices = state.get("indices")

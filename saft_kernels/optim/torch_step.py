@@ -46,7 +46,7 @@ class TorchPart:
         self._group = group
         self._params, self._states = [], []
         for member, state in segments:
-            self._params.append(member.parameter)
+            self._params.append(member.local)
             self._states.append(state)
         self._forms = [(p.dtype, p.shape, p.device) for p in self._params]
         self.device = self._params[0].device

@@ -18,9 +18,11 @@ from ..common.names import listing, short
 from ..common.pause import releasing_paused
 from ..mask import SparseMask, log_mask
 from ..ops.dtypes import FLOAT_DTYPES, opmath_dtype
-from .budget import DEFAULT_DENSITY, budget, check_budget, select_indices
-from .gradients import any_nonzero, check_dense, check_finite
+from .budget import DEFAULT_DENSITY, budget, check_budget
+from .gradients import check_dense
+from .parts import check_parts, describe, gather_whole, local, local_gradient, part_of
 from .scores import SCORES, Score
+from .shards import any_nonzero, check_finite, select_indices
 from .streaming import Candidates, Streaming, check_streaming, offer_blocks, offer_one_pass, sum_on_host
 
 __all__ = ["SparseMask", "select"]
@@ -74,12 +76,17 @@ def select(
             selected. Lines go to the logger "saft_kernels" where that is at INFO; the last one in any case.
         backend: See `saft_kernels.ops.topk_magnitude`.
 
+    Where parameters are split over ranks, as by `fully_shard`, every rank calls it, with its own batches, as many as
+    the others; all get the mask of the whole model. Without streaming, and with any score but "random".
+
     Returns:
         A SparseMask over all parameters of the model, in the order of `named_parameters()`.
 
     Raises:
         ValueError: A budget or glob that cannot be met, no batches, a gradient that is not finite, or none but zeros.
-        TypeError: `loss_fn` returned something else than a scalar tensor; a complex parameter; a sparse gradient.
+        TypeError: `loss_fn` returned something else than a scalar tensor; a complex parameter; a sparse gradient; a
+            DTensor that is split otherwise than along one dimension.
+        NotImplementedError: A streaming mode, or the score "random", with parameters that are split over ranks.
         torch.OutOfMemoryError: It names the `streaming` to use instead. Parameters and gradients are as they were.
 
     Memory: one gradient per candidate element, in fp32 (fp64 for fp64 parameters), while it runs; for 16-bit
@@ -98,9 +105,20 @@ def select(
     for device_type in {"cpu"} if streaming == "host" else {p.device.type for p in candidates.values()}:
         ops.check_backend(backend, "topk_magnitude", device_type)  # an error now, not after all batches
 
+    parts = [part_of(parameter) for parameter in candidates.values()]
+    ranks = check_parts((f"parameter {name!r}", parameter) for name, parameter in candidates.items())
+    if ranks is not None:
+        if streaming is not False or score == "random":
+            raise NotImplementedError(
+                f"select(): expected streaming=False and another score than 'random' with parameters that are split "
+                f"over {ranks.size} ranks, got streaming={streaming!r} and score={score!r}, which do not work there yet"
+            )
+        options = {"density": density, "k": k, "score": score, "scope": scope}
+        ranks.check_same("select()", {**describe(candidates.items()), **options})
+
     def pick(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        indices = select_indices(list(scores), list(scores.values()), density, k, scope, backend)
-        return dict(zip(scores, indices, strict=True))
+        indices = select_indices(list(scores), list(scores.values()), parts, density, k, scope, backend)
+        return dict(zip(scores, gather_whole(parts, indices)[0], strict=True))
 
     def passes(batches: Iterable[Any]) -> Iterator[None]:
         assert loss_fn is not None
@@ -116,7 +134,7 @@ def select(
         out_of_memory_says("select()", _remedy(streaming, blocks)),
     ):
         if batches is None:
-            picked = pick({name: _score_of_weight(scoring, parameter) for name, parameter in candidates.items()})
+            picked = pick({n: _score_of_weight(scoring, local(parameter)) for n, parameter in candidates.items()})
         elif streaming in (True, "blocks"):
             top = Candidates({n: p.numel() for n, p in candidates.items()}, density, k, scope, backend)
             if streaming is True:
@@ -128,12 +146,13 @@ def select(
         else:
             host = streaming == "host"
             sums = sum_on_host(batches, passes, named, candidates) if host else accumulate(candidates)
-            _check_any(any_nonzero(sums.values()), candidates)
+            _check_any(any_nonzero(sums.values(), ranks), candidates)
             if scoring.of_mean is not None:
                 # before the weights make something else of inf and NaN
-                check_finite(list(sums), list(sums.values()))
+                check_finite(list(sums), list(sums.values()), parts)
                 with torch.no_grad():
-                    sums = {n: scoring.of_mean(total, candidates[n].to(total.dtype)) for n, total in sums.items()}
+                    weights = {name: local(parameter) for name, parameter in candidates.items()}
+                    sums = {n: scoring.of_mean(total, weights[n].to(total.dtype)) for n, total in sums.items()}
             picked = pick(sums)
     empty = torch.empty(0, dtype=torch.int64, device="cpu")
     mask = SparseMask({name: picked.get(name, empty) for name in named}, {name: p.shape for name, p in named.items()})
@@ -242,18 +261,18 @@ def _accumulate(
             if parameter.grad is not None:
                 check_dense(name, parameter.grad)
         for name, parameter in one_by_one.items():
-            if parameter.grad is not None:
-                grad = parameter.grad.detach().to(opmath_dtype(parameter.dtype))
+            if (gradient := local_gradient(parameter)) is not None:
+                grad = gradient.detach().to(opmath_dtype(parameter.dtype))
                 grad = grad if scoring.of_batch is None else scoring.of_batch(grad)
                 sums[name] = sums[name].add_(grad) if name in sums else grad
                 parameter.grad = None
         for parameter in others:
             parameter.grad = None
     for name, parameter in candidates.items():
-        if parameter.grad is not None:
-            sums[name] = parameter.grad.detach().resolve_neg()
+        if (gradient := local_gradient(parameter)) is not None:
+            sums[name] = gradient.detach().resolve_neg()
         elif name not in sums:
-            sums[name] = torch.zeros_like(parameter)  # the loss does not reach it
+            sums[name] = torch.zeros_like(local(parameter))  # the loss does not reach it
     return {name: sums[name] for name in candidates}
 
 

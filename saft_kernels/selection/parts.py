@@ -1,0 +1,309 @@
+"""What a rank has of a model that is split over several: of a DTensor, as of `fully_shard`, a range of one dimension.
+
+An index is local, a flat position in what this rank has, or whole: a flat position in the tensor as one process has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from ..common.names import short
+
+
+class Ranks:
+    """The ranks that a model is split over. All of them have to call each method, in the same order."""
+
+    def __init__(self, group: Any, device_type: str) -> None:
+        self._group = group
+        self.numbers: tuple[int, ...] = tuple(distributed.get_process_group_ranks(group))
+        self._device = torch.device(device_type)
+        if device_type != "cpu":
+            self._device = torch.device(device_type, torch.accelerator.current_device_index())
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.numbers)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all in what all of them have."""
+        return distributed.get_rank() == self.numbers[0]
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Of each number, the sum over all ranks, where the numbers are. They may be overwritten."""
+        return self._reduce(numbers, distributed.ReduceOp.SUM)
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, whether any rank has it."""
+        return [bool(flag) for flag in self.max(_numbers(flags)).tolist()]
+
+    def max(self, numbers: Tensor) -> Tensor:
+        """Of each number, the largest of all ranks, where the numbers are. They may be overwritten."""
+        return self._reduce(numbers, distributed.ReduceOp.MAX)
+
+    def _reduce(self, numbers: Tensor, op: Any) -> Tensor:
+        shared = numbers.contiguous().to(self._device)
+        distributed.all_reduce(shared, op, self._group)
+        return shared.to(numbers.device)
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The one-dimensional values of each rank, of any length, in the order of ranks."""
+        counts = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in self.numbers]
+        distributed.all_gather(counts, torch.full_like(counts[0], values.numel()), self._group)
+        lengths = torch.cat(counts).tolist()
+        mine = torch.zeros(max(lengths), dtype=values.dtype, device=self._device)
+        mine[: values.numel()] = values
+        found = [torch.empty_like(mine) for _ in self.numbers]
+        distributed.all_gather(found, mine, self._group)
+        return [some[:length].to(values.device) for some, length in zip(found, lengths, strict=True)]
+
+    def check_all(self, error: Exception | None) -> None:
+        """Raises this rank's error, and an error on all others where a rank has one: none is left waiting."""
+        failed = torch.cat(self.gather(_numbers([error is not None]))).tolist()
+        if error is not None:
+            raise error
+        if any(failed):
+            numbers = [number for number, has_failed in zip(self.numbers, failed, strict=True) if has_failed]
+            raise RuntimeError(f"ranks {numbers} failed, and nothing was changed here; see their errors")
+
+    def check_same(self, what: str, facts: Mapping[str, object]) -> None:
+        """Raises ValueError on every rank where a fact is not the same on all. Its keys have to be.
+
+        Digests are compared first: they have one length, whatever the ranks disagree on.
+        """
+        texts = [f"{name} {fact}" for name, fact in facts.items()]
+        digests = [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=7).digest(), "big") for t in texts]
+        found_digests = self.gather(_numbers(digests))
+        if len({each.numel() for each in found_digests}) > 1:
+            raise ValueError(f"{what}: expected the same call on all ranks, got others; call it on all, in order")
+        by_rank = torch.stack(found_digests)
+        for at in (by_rank != by_rank[0]).any(0).nonzero().flatten().tolist():
+            found: list[Any] = [None for _ in self.numbers]
+            distributed.all_gather_object(found, _shortened(texts[at]), self._group)
+            other = next(i for i, row in enumerate(by_rank) if row[at] != by_rank[0, at])
+            raise ValueError(
+                f"{what}: expected the same on all ranks, got {found[0]} on rank {self.numbers[0]}, and {found[other]} "
+                f"on rank {self.numbers[other]}; build the same model and optimizer on every rank"
+            )
+
+
+def _numbers(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor([*numbers], dtype=torch.int64, device="cpu")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which elements of a whole tensor this rank has: seen as (outer, size, inner), those of [start, stop) of `size`.
+
+    Attributes:
+        ranks: Who have the rest.
+        dim: The dimension that is split.
+    """
+
+    ranks: Ranks
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Of what this rank has."""
+        return (*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :])
+
+    @property
+    def numel(self) -> int:
+        """Of the whole."""
+        return math.prod(self.shape)
+
+    @property
+    def _inner(self) -> int:
+        return math.prod(self.shape[self.dim + 1 :])
+
+    def to_whole(self, index: Tensor) -> Tensor:
+        """int64 whole positions of local ones; ascending, if they are."""
+        run = (self.stop - self.start) * self._inner  # what lies together, here
+        index = index.long()
+        if not run:
+            return index
+        outer = index.div(run, rounding_mode="floor")
+        return index + outer * (self.shape[self.dim] * self._inner - run) + self.start * self._inner
+
+    def to_local(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 local positions of those whole ones that lie here, ascending, if they are; and which of them do."""
+        whole_run, run = self.shape[self.dim] * self._inner, (self.stop - self.start) * self._inner
+        index = index.long()
+        outer = index.div(max(1, whole_run), rounding_mode="floor")
+        rest = index - outer * whole_run - self.start * self._inner
+        is_here = (rest >= 0) & (rest < run)
+        return (outer * run + rest)[is_here], is_here
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor: of a DTensor its memory, the same object in every call; else itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """What this rank has of `parameter.grad`, laid out as `local(parameter)`."""
+    gradient = parameter.grad
+    return gradient if gradient is None or not is_distributed(gradient) else _laid_out(gradient, parameter)
+
+
+def _laid_out(tensor: Any, parameter: Any) -> Tensor:
+    """What this rank has of a DTensor that is laid out as a parameter."""
+    with torch.no_grad():
+        if tensor.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
+            tensor = tensor.redistribute(parameter.device_mesh, parameter.placements)
+        found = tensor.to_local()
+    return found.wait() if hasattr(found, "wait") else found  # type: ignore[no-any-return]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def part_of(tensor: Tensor) -> Part | None:
+    """Which part of a DTensor this rank has; None: all of it, as of a tensor of one process. See `check_parts`."""
+    placements = getattr(tensor, "placements", ())
+    found = [i for i, placement in enumerate(placements) if placement.is_shard()]
+    if not found:
+        return None
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    dim = placements[found[0]].dim % tensor.dim()
+    size, rank = tensor.shape[dim], mesh.get_local_rank(found[0])
+    length = -(-size // mesh.size(found[0]))
+    start, stop = min(rank * length, size), min((rank + 1) * length, size)
+    return Part(Ranks(mesh.get_group(found[0]), mesh.device_type), tuple(tensor.shape), dim, start, stop)
+
+
+def ranks_of(parts: Iterable[Part | None]) -> Ranks | None:
+    """Over whom any of the parts are split; None: all are whole."""
+    return next((part.ranks for part in parts if part is not None), None)
+
+
+def whole_counts(counts: Sequence[int], parts: Sequence[Part | None]) -> list[int]:
+    """Of each tensor, the sum of the counts of all ranks; what is whole counts once."""
+    ranks = ranks_of(parts)
+    if ranks is None:
+        return list(counts)
+    mine = [n if part is not None or ranks.is_first else 0 for n, part in zip(counts, parts, strict=True)]
+    found: list[int] = ranks.sum(_numbers(mine)).tolist()
+    return found
+
+
+def check_parts(named: Iterable[tuple[str, Tensor]], ranks: Ranks | None = None) -> Ranks | None:
+    """Over which ranks tensors are split; None: none is.
+
+    Args:
+        named: Tensors, DTensors or not, and what errors call them.
+        ranks: Over which others are split.
+
+    Raises:
+        TypeError: A DTensor that is not split along one dimension as torch.chunk does, or over other ranks than others.
+    """
+    for name, tensor in named:
+        if not is_distributed(tensor):
+            continue
+        placements = tensor.placements  # type: ignore[attr-defined]
+        kinds = [type(placement).__name__ for placement in placements]
+        if kinds.count("Shard") > 1 or not {*kinds} <= {"Shard", "Replicate"}:
+            raise TypeError(
+                f"{name}: expected a DTensor that is split along one mesh dimension (Shard) and copied along others "
+                f"(Replicate), got placements {placements}; use fully_shard, with replicas or without, by itself"
+            )
+        part = part_of(tensor)
+        if part is None:
+            continue
+        if local(tensor).shape != part.local_shape:
+            raise TypeError(
+                f"{name}: expected the shard of torch.chunk, of shape {part.local_shape}, for placements {placements}, "
+                f"got {tuple(local(tensor).shape)}; shard with fully_shard or distribute_tensor"
+            )
+        ranks = ranks or part.ranks
+        if part.ranks.numbers != ranks.numbers:
+            raise TypeError(
+                f"{name}: expected a DTensor that is split over ranks {[*ranks.numbers]}, as those before, got "
+                f"placements {placements} over {[*part.ranks.numbers]}; give it to an optimizer of its own"
+            )
+    return ranks
+
+
+def describe(named: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
+    """Facts that have to be the same on all ranks, for `Ranks.check_same`."""
+    named = list(named)
+    return {
+        "number of parameters": len(named),
+        "names": [name for name, _ in named],
+        "shapes": [tuple(tensor.shape) for _, tensor in named],
+        "dtypes": [short(tensor.dtype) for _, tensor in named],
+        "requires_grad": [tensor.requires_grad for _, tensor in named],
+        "placements": [str(getattr(tensor, "placements", "whole")) for _, tensor in named],
+    }
+
+
+def gather_whole(
+    parts: Sequence[Part | None], indices: Sequence[Tensor], *columns: Sequence[Tensor]
+) -> tuple[list[Tensor], ...]:
+    """Whole indices of all ranks together, ascending; and values in their order. What is whole here stays as it is.
+
+    Args:
+        parts: Which part of each tensor this rank has.
+        indices: Local ones, ascending.
+        columns: A value for each index, of one dtype per tensor and column.
+    """
+    found = [list(indices), *map(list, columns)]
+    ranks = ranks_of(parts)
+    rows = [row for row, part in enumerate(parts) if part is not None]
+    if ranks is None:
+        return tuple(found)
+    found[0] = [i if part is None else part.to_whole(i) for i, part in zip(indices, parts, strict=True)]
+    counts = [c.tolist() for c in ranks.gather(_numbers(indices[row].numel() for row in rows))]
+    orders: dict[int, Tensor] = {}
+    for column in found:
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for at, row in enumerate(rows):
+            by_dtype.setdefault(column[row].dtype, []).append(at)
+        for alike in by_dtype.values():
+            flat = ranks.gather(torch.cat([column[rows[at]] for at in alike]))
+            sizes = [[of_rank[at] for at in alike] for of_rank in counts]
+            by_row = zip(*(f.split(s) for f, s in zip(flat, sizes, strict=True)), strict=True)
+            for row, some in zip((rows[at] for at in alike), by_row, strict=True):
+                column[row] = torch.cat(some)
+                if row not in orders:  # the indices come first
+                    orders[row] = column[row].argsort()
+                column[row] = column[row][orders[row]]
+    return tuple(found)
+
+
+def as_distributed(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank has of a tensor that is split as a parameter is, as that tensor."""
+    from torch.distributed.tensor import DTensor
+
+    wanted: Any = parameter
+    spec = wanted._spec
+    if value.dtype != parameter.dtype:
+        spec = dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=value.dtype))
+    return DTensor(value, spec, requires_grad=False)  # from_local() would take a view
+
+
+def here(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank has of a tensor of the parameter's shape, split or whole."""
+    if is_distributed(value):
+        return _laid_out(value, parameter)
+    part = part_of(parameter)
+    return value if part is None else value.narrow(part.dim, part.start, part.stop - part.start)

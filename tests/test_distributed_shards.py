@@ -1,0 +1,563 @@
+"""A model split over ranks, as by fully_shard: one process's selection to the bit, and its weights."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._pytree import tree_map
+from training import TwoTowers, backward, batches, leave_process_group, loss_fn
+
+from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels.optim.release import SelectedGrad
+from saft_kernels.selection import shards
+from saft_kernels.selection.budget import select_indices as of_one_process
+from saft_kernels.selection.parts import gather_whole, is_distributed, local, part_of
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
+
+RANKS = 4
+WORLDS = (1, 2, 3, 4)
+
+
+def split(tensors: Sequence[Tensor], mesh: Any, seed: int) -> list[Tensor]:
+    """Some along one dimension or another, some whole, as DTensors or not."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found = []
+    for i, tensor in enumerate(tensors):
+        kind = (seed + i) % 5
+        if kind == 4:
+            found.append(tensor)
+            continue
+        placement = Replicate() if kind == 3 or not tensor.dim() else Shard(kind % tensor.dim())
+        placements = [placement] if mesh.ndim == 1 else [Replicate(), placement]  # and copies
+        found.append(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+    return found
+
+
+def scores(dtype: torch.dtype, kind: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(7, 9), (3,), (), (0, 4), (5, 2, 6), (40,), (1, 11), (4, 300), (300, 4)]
+    found = [torch.randn(shape, generator=generator) for shape in shapes]
+    if kind == "ties":
+        found = [tensor.round() for tensor in found]
+    if kind == "on_one_rank":
+        found = [tensor * (30 if i == 8 else 1) for i, tensor in enumerate(found)]
+        found[8][:40] *= 30
+    return [tensor.to(dtype) for tensor in found]
+
+
+def selections(rank: int, mesh: Any) -> list[str]:
+    """What differs from one process."""
+    wrong = []
+    budgets = [("global", 0.001), ("global", 0.1), ("global", 0.9), ("tensor", 0.1), ("row", 0.2)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for seed, (dtype, kind) in enumerate(itertools.product(dtypes, ("random", "ties", "on_one_rank"))):
+        whole = scores(dtype, kind)
+        if dtype == torch.float64:
+            whole[0] = whole[0].float()
+        shards._MARGIN, shards._SLACK = (0.5, 0) if seed % 2 else (1.25, 64)  # first guesses that fail
+        names = [str(i) for i in range(len(whole))]
+        tensors = split(whole, mesh, seed)
+        parts, here = [*map(part_of, tensors)], [*map(local, tensors)]
+        for scope, density in budgets:
+            expected = of_one_process(names, whole, density, None, scope, None)
+            mine = shards.select_indices(names, here, parts, density, None, scope, None)
+            values = [tensor.take(index) for tensor, index in zip(here, mine, strict=True)]
+            found, values = gather_whole(parts, mine, values)
+            same = all(map(torch.equal, found, expected))
+            same &= all(torch.equal(t.take(i), v) for t, i, v in zip(whole, found, values, strict=True))
+            if not same:
+                wrong.append(f"{dtype} {kind} {seed} {scope} {density}")
+    shards._MARGIN, shards._SLACK = 1.25, 64
+    return wrong
+
+
+def make(whole: Sequence[Tensor], mesh: Any, seed: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    return [nn.Parameter(tensor) for tensor in split([tensor.to(dtype) for tensor in whole], mesh, seed)]
+
+
+def alike(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What a rank has of a whole tensor, where it is split as a parameter is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_distributed(parameter):
+        return whole.clone()
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """As one process has it."""
+    return tree_map(lambda v: v.full_tensor() if isinstance(v, Tensor) and is_distributed(v) else v, state)
+
+
+def training(rank: int, mesh: Any, seed: int) -> list[str]:
+    """Runs that differ from those of one process: seven steps with the same gradients, of which a part is a rank's."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(7, 9), (3,), (), (5, 2, 6), (40,), (1, 11), (4, 30), (30, 4)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    mask = torch.Generator().manual_seed(6)
+    some = {f"p{i}": torch.rand(shape, generator=mask) < 0.2 for i, shape in enumerate(shapes)}
+    some["p7"][:] = True
+    head = {"head": {"density": 1.0}}
+    cases: dict[str, dict[str, Any]] = {
+        "density": {"density": 0.1},
+        "bfloat16": {"density": 0.1, "dtype": torch.bfloat16},
+        "float64": {"k": 33, "dtype": torch.float64, "amsgrad": True},
+        "tensor": {"density": 0.1, "scope": "tensor", "late": True},
+        "row": {"density": 0.3, "scope": "row"},
+        "steps": {"density": 0.1, "selection_steps": 3},
+        "reselect": {"density": 0.1, "reselect": 4},
+        "resume": {"density": 0.1, "resume": 4, "amsgrad": True, "dtype": torch.bfloat16},
+        "resume_dense": {"density": 1.0, "resume": 4},
+        "resume_steps": {"density": 0.1, "selection_steps": 4, "resume": 2},
+        "dense": {"density": 1.0, "weight_decay": 0.1},
+        "dense_head": {"density": 0.05, "groups": True, **head},
+        "own_budget": {"density": 0.05, "groups": True, "head": {"k": 7}},
+        "mask": {"mask": SparseMask.from_dense(some)},
+    }
+    wrong = []
+    for case, options in cases.items():
+        options = dict(options)
+        dtype = options.pop("dtype", torch.float32)
+        groups, late = options.pop("groups", False), options.pop("late", False)
+        at, resumes_at = options.pop("reselect", -1), options.pop("resume", -1)
+        own = options.pop("head", {})
+        runs: list[Any] = []
+        restart: dict[int, Callable[[], SparseAdamW]] = {}
+        for parameters in (
+            [nn.Parameter(tensor.to(dtype)) for tensor in start],
+            make(start, mesh, seed, dtype),
+        ):
+            named: Any = [(f"p{i}", parameter) for i, parameter in enumerate(parameters)]
+            if groups:
+                named = [{"params": named[:5]}, {"params": named[5:], **own}]
+            runs.append((parameters, SparseAdamW(named, 0.1, **options)))
+            restart[len(runs) - 1] = lambda named=named, options=options: SparseAdamW(named, 0.1, **options)
+        gradients = torch.Generator().manual_seed(8)
+        for step in range(7):
+            for (i, one), other in zip(enumerate(runs[0][0]), runs[1][0], strict=True):
+                gradient = torch.randn(one.shape, generator=gradients).mul_(4).round_().to(dtype)
+                if late and (i == 3 or step == 0):  # no gradient, and a first step of none at all
+                    continue
+                one.grad, other.grad = gradient, alike(gradient, other)
+            if step == resumes_at:  # each from the state of the other
+                saved = [whole_state(optimizer.state_dict()) for _, optimizer in runs]
+                runs = [(parameters, restart[i]()) for i, (parameters, _) in enumerate(runs)]
+                runs[0][1].load_state_dict(saved[1])
+                runs[1][1].load_state_dict(saved[0])
+            for _, optimizer in runs:
+                if step == at:
+                    optimizer.reselect()
+                optimizer.step()
+        for i, (one, other) in enumerate(zip(*(parameters for parameters, _ in runs), strict=True)):
+            if not torch.equal(local(alike(one.detach(), other)), local(other.detach())):
+                wrong.append(f"{case}: weights {i}")
+        masks = [optimizer.mask for _, optimizer in runs]  # which all ranks have to ask for
+        if masks[0] != masks[1]:
+            wrong.append(f"{case}: mask")
+        state = sum(v.numel() for s in runs[1][1].state.values() for v in s.values())
+        most = sum(v.numel() for s in runs[0][1].state.values() for v in s.values())
+        assert state <= most
+    return wrong
+
+
+def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
+    """What each call says, on this rank."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    me, last = mesh.get_local_rank(), mesh.size() - 1
+
+    def attempt(call: Callable[[], object]) -> str:
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "ok"
+
+    def optimizer(shape: Sequence[int] = (8, 3), count: int = 2, **options: Any) -> SparseAdamW:
+        start = [torch.ones(tuple(shape)) for _ in range(count)]
+        return SparseAdamW([(f"p{i}", p) for i, p in enumerate(make(start, mesh, 0, torch.float32))], **options)
+
+    def step(optimizer: SparseAdamW, value: float = 1.0, where: int = last) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = alike(torch.ones(parameter.shape), parameter)
+            if me == where and local(parameter).numel():
+                local(parameter.grad).view(-1)[0] = value
+        optimizer.step()
+
+    def mask(at: int) -> SparseMask:
+        return SparseMask({f"p{i}": torch.tensor([at]) for i in range(2)}, {f"p{i}": (8, 3) for i in range(2)})
+
+    def moved() -> None:
+        other = optimizer()
+        if me == last:
+            for parameter in other.param_groups[0]["params"]:
+                parameter.grad = alike(torch.ones(parameter.shape), parameter)
+                parameter.grad._local_tensor = torch.ones(99)
+            other.step()
+        else:
+            step(other)
+
+    def placed(*placements: Any) -> None:
+        whole = torch.distributed.device_mesh.DeviceMesh("cpu", mesh.mesh.view(1, -1))
+        SparseAdamW([("odd", nn.Parameter(DTensor.from_local(torch.ones(4, 4), whole, placements)))])
+
+    odd = DTensor.from_local(torch.ones(1), mesh, [Shard(0)], shape=(2 * mesh.size(),), stride=(1,))
+    calls: dict[str, Callable[[], object]] = {
+        "k": lambda: step(optimizer(k=3 + (me == last))),
+        "number": lambda: step(optimizer(count=2 + (me == last))),
+        "shapes": lambda: step(optimizer((8 + 2 * (me == last), 3))),
+        "mask": lambda: step(optimizer(mask=mask(int(me == last)))),
+        "mask_or_density": lambda: step(optimizer(**({"mask": mask(0)} if me == last else {"k": 2}))),
+        "nonfinite": lambda: step(optimizer(), float("inf")),
+        "nonfinite_sum": lambda: step(optimizer(selection_steps=2), float("nan")),
+        "moved": moved,
+        "partial": lambda: placed(Shard(0), Partial()),
+        "twice": lambda: placed(Shard(0), Shard(1)),
+        "odd": lambda: SparseAdamW([("odd", nn.Parameter(odd))]),
+        "members": lambda: optimizer().members(),
+        "delta": lambda: SparseDelta.from_optimizer(optimizer(), {f"p{i}": torch.zeros(8, 3) for i in range(2)}),
+        "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
+        "differentiable": lambda: optimizer(differentiable=True, density=1.0),
+        "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
+        "random": lambda: select(towers(mesh), score="random", progress=False),
+        "select": lambda: select(towers(mesh), score="weight", k=7 + (me == last), progress=False),
+        "fine": lambda: step(optimizer()),
+    }
+    return {name: attempt(call) for name, call in calls.items()}
+
+
+def uneven_gradients(rank: int, mesh: Any) -> list[str]:
+    """One rank has no gradient, or one of zeros where others have some; or all have parts of a sum."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    me, wrong = mesh.get_local_rank(), []
+    whole = torch.zeros(8, 3)
+    whole[0] = torch.tensor([3.0, 2.0, 1.0])
+    for is_none in (False, True):
+        one, (other,) = nn.Parameter(torch.ones(8, 3)), make([torch.ones(8, 3)], mesh, 0, torch.float32)
+        expected, optimizer = SparseAdamW([one], k=5), SparseAdamW([other], k=5)
+        for _ in range(3):
+            one.grad, other.grad = whole.clone(), alike(whole, other)
+            if is_none and me:
+                other.grad = None
+            expected.step()
+            optimizer.step()
+        if optimizer.mask != expected.mask:
+            wrong.append(f"{is_none}: mask")
+        if not torch.equal(local(alike(one.detach(), other)), local(other.detach())) and not (is_none and me):
+            wrong.append(f"{is_none}: weights")
+    # partial sums, as tensor parallelism leaves them to parameters that all ranks have
+    one, whole = nn.Parameter(torch.ones(8, 3)), whole + 1
+    other = nn.Parameter(DTensor.from_local(torch.ones(8, 3), mesh, [Replicate()]))
+    (third,) = make([torch.ones(8, 3)], mesh, 0, torch.float32)
+    fourth = nn.Parameter(torch.ones(8, 3))
+    expected, optimizer = SparseAdamW([one, fourth], k=5), SparseAdamW([other, third], k=5)
+    one.grad, fourth.grad, third.grad = whole.clone(), whole.clone(), alike(whole, third)
+    other.grad = DTensor.from_local(whole if me == 0 else torch.zeros(8, 3), mesh, [Partial()])
+    expected.step()
+    optimizer.step()
+    if optimizer.mask != expected.mask or not torch.equal(local(other.detach()), one.detach()):
+        wrong.append("partial sums")
+    return wrong
+
+
+def trainings(rank: int, mesh: Any) -> list[str]:
+    return training(rank, mesh, seed=mesh.size())
+
+
+class Towers(TwoTowers):
+    """With a temperature that fully_shard can split: of one element, on one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([2.0]))
+
+
+def towers(mesh: Any = None, dtype: torch.dtype = torch.float32) -> Towers:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Towers().to(dtype)
+    if mesh is not None:
+        fully_shard(model.visual, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def fully_sharded(rank: int, mesh: Any) -> dict[str, Any]:
+    """What a script with fully_shard gets, and one process from the same gradients."""
+    model = towers(mesh)
+    share = [batches(4, seed)[mesh.get_local_rank()] for seed in range(7)]
+    mask = select(model, [share[0]], loss_fn, density=0.1, progress=False)
+    backward(model, share[0])
+    whole = [torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
+    assert all(map(torch.equal, mask.values(), of_one_process([""] * len(whole), whole, 0.1, None, "global", None)))
+    found = {}
+    for name, options in {"density": {"density": 0.1}, "mask": {"mask": mask}}.items():
+        whole, model = towers(), towers(mesh)
+        optimizer = SparseAdamW(model.named_parameters(), 0.01, **options)
+        expected = SparseAdamW(whole.named_parameters(), 0.01, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        norms = []
+        for step, batch in enumerate(share):
+            optimizer.zero_grad()
+            scaler.scale(loss_fn(model, batch)).backward()
+            if step == 3 and mesh.get_local_rank() == mesh.size() - 1:
+                local(model.text.weight.grad).fill_(float("inf"))
+            scaler.unscale_(optimizer)
+            for one, other in zip(whole.parameters(), model.parameters(), strict=True):
+                one.grad = None if other.grad is None else other.grad.full_tensor().clone()
+            norms.append((expected.clip_grad_norm_(0.1), optimizer.clip_grad_norm_(0.1)))
+            scaler.step(optimizer)
+            scaler.update()
+            if step != 3:
+                expected.step()
+        found[name] = (
+            {n: p.detach() for n, p in whole.named_parameters()},
+            {n: p.full_tensor().detach() for n, p in model.named_parameters()},
+            [dict(o.mask) for o in (expected, optimizer)],
+            norms,
+        )
+    return found
+
+
+def released(rank: int, mesh: Any) -> list[str]:
+    """Runs with release_grads that differ from one without: accumulation, an inf of one rank, torch's clipping."""
+    mask = select(towers(), batches(1), loss_fn, density=0.1, progress=False)
+    wrong = []
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = []
+        for release, torch_clips in ((False, False), (True, False), (True, True)):
+            model = towers(mesh, dtype)
+            optimizer = SparseAdamW(model.named_parameters(), 0.01, mask=mask, release_grads=release)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            norms = []
+            for step in range(5):
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+                for seed in range(1 + (step > 1)):
+                    batch = batches(4, 10 * step + seed, dtype)[mesh.get_local_rank()]
+                    scaler.scale(loss_fn(model, batch)).backward()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                assert any(type(local(g)) is SelectedGrad for g in gradients) == release
+                if step == 3 and mesh.get_local_rank() == mesh.size() - 1:
+                    if release:
+                        optimizer.selected_grad(model.visual[3].weight).fill_(float("inf"))
+                    else:
+                        local(model.visual[3].weight.grad).fill_(float("inf"))
+                scaler.unscale_(optimizer)
+                if torch_clips:
+                    norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).full_tensor().float())
+                else:
+                    norms.append(optimizer.clip_grad_norm_(0.1))
+                scaler.step(optimizer)
+                scaler.update()
+            assert scaler.get_scale() == 4
+            runs.append([*norms, *(local(p.detach()) for p in model.parameters())])
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # fp32 sums, and norms in 16 bits
+        for name, run in {"ours": runs[1], "torch": runs[2]}.items():
+            for i, (value, expected) in enumerate(zip(run, runs[0], strict=True)):
+                if not torch.allclose(value, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+                    wrong.append(f"{dtype} {name} {i}")
+    return wrong
+
+
+def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
+    """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
+    sent: list[int] = []
+    offered: list[int] = []
+    all_reduce, largest = distributed.all_reduce, shards._largest
+
+    def counting(tensor: Tensor, *args: Any) -> None:
+        sent.append(tensor.nbytes)
+        all_reduce(tensor, *args)
+
+    def looking(scores: Any, parts: Any, ranks: Any, offers: Sequence[Tensor], *args: Any) -> list[Tensor]:
+        offered.append(sum(map(len, offers)))
+        return largest(scores, parts, ranks, offers, *args)
+
+    generator = torch.Generator().manual_seed(rank)
+    tensors = split([torch.randn(200, 500, generator=generator) for _ in range(2)], mesh, 0)
+    distributed.all_reduce, shards._largest = counting, looking
+    try:
+        here, parts = [*map(local, tensors)], [*map(part_of, tensors)]
+        shards.select_indices(["a", "b"], here, parts, None, 2000, "global", None)
+    finally:
+        distributed.all_reduce, shards._largest = all_reduce, largest
+    return sent, max(offered)
+
+
+def continued(model: nn.Module, optimizer: SparseAdamW, first: int, last: int) -> None:
+    """Steps with the same batches on every rank: as many ranks as are a power of two make the same gradients."""
+    for step in range(first, last):
+        optimizer.zero_grad()
+        backward(model, batches(1, step)[0])
+        optimizer.step()
+
+
+def checkpoints(rank: int, folder: str) -> list[str]:
+    """Saved by four ranks, loaded by two; as one process trains."""
+    mask = select(towers(), batches(1), loss_fn, density=0.3, progress=False)
+    cases: dict[str, dict[str, Any]] = {"mask": {"mask": mask}, "dense": {"density": 1.0}}
+    cases |= {"packed": {"density": 0.3}, "packed_dense": {"density": 1.0, "amsgrad": True}}
+    wrong = []
+    for name, flatten in itertools.product(cases, (False, True)):
+        how, path = StateDictOptions(flatten_optimizer_state_dict=flatten), f"{folder}/{name}_{flatten}"
+        for world in (4, 2):
+            mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
+            if rank >= world:
+                continue
+            model = towers(mesh)
+            model.unused.requires_grad_(False)
+            optimizer = SparseAdamW(model.named_parameters(), 0.01, **cases[name])
+            if world == 4:
+                continued(model, optimizer, 0, 3)
+            if name.startswith("packed"):
+                found = {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
+            else:
+                found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
+            if world == 4:
+                dcp.save(found, checkpoint_id=path, process_group=mesh.get_group())
+                continue
+            dcp.load(found, checkpoint_id=path, process_group=mesh.get_group())
+            set_model_state_dict(model, found["model"])
+            if not name.startswith("packed"):
+                set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
+            continued(model, optimizer, 3, 6)
+            whole = towers()
+            whole.unused.requires_grad_(False)
+            continued(whole, SparseAdamW(whole.named_parameters(), 0.01, **cases[name]), 0, 6)
+            for (key, value), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+                if not torch.equal(value.full_tensor(), expected):
+                    wrong.append(f"{name} {flatten} {key}")
+    return wrong
+
+
+SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, traffic)
+
+
+def _run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    limit = timedelta(minutes=5)  # ranks that wait for each other
+    distributed.init_process_group("gloo", f"file://{folder}/ranks", limit, RANKS, rank)
+    results: dict[str, dict[int, Any]] = {scenario.__name__: {} for scenario in SCENARIOS}
+    for world in WORLDS:
+        mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
+        for scenario in SCENARIOS if rank < world else ():
+            results[scenario.__name__][world] = scenario(rank, mesh)
+        distributed.barrier()
+    mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    results["hybrid"] = {RANKS: training(rank, mesh, 0)}
+    results["errors"] = {RANKS: errors(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
+    results["checkpoints"] = {RANKS: checkpoints(rank, folder)}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    leave_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[int, Any]]]:
+    """What each rank found, by the number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_selects_what_one_process_does(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["selections"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_trains_as_one_process_does(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["trainings"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("how", ["density", "mask"])
+def test_fully_shard(ranks: list[dict[str, dict[int, Any]]], world: int, how: str) -> None:
+    for result in ranks[:world]:
+        expected, weights, (mask, own_mask), norms = result["fully_sharded"][world][how]
+        for name in expected:
+            torch.testing.assert_close(weights[name], expected[name])  # norms are added up in another order
+            assert torch.equal(mask[name], own_mask[name]), name
+        for norm, own_norm in norms:
+            torch.testing.assert_close(own_norm, norm)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_release_grads(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["released"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_traffic(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    """Three histograms and two flags; no more offers than an equal share, and some."""
+    for result in ranks[:world]:
+        sent, offered = result["traffic"][world]
+        assert sent == [2048 * 8] * 3 + [2 * 8]
+        assert offered == min(2000, 2000 * 1.25 // world + 64)
+
+
+def test_checkpoints_between_numbers_of_ranks(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    assert [result["checkpoints"][RANKS] for result in ranks] == [[]] * RANKS
+
+
+def test_copies_of_shards(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    assert [result["hybrid"][RANKS] for result in ranks] == [[]] * RANKS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["uneven_gradients"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize(
+    ("what", "texts"),
+    {
+        "k": ["ValueError: SparseAdamW: expected the same on all ranks", "got k 3 on rank 0, and k 4 on rank 3"],
+        "number": ["ValueError", "number of parameters 2", "number of parameters 3 on rank 3"],
+        "shapes": ["ValueError", "shapes [(8, 3), (8, 3)]", "shapes [(10, 3), (10, 3)]"],
+        "mask": ["ValueError", "mask "],
+        "mask_or_density": ["ValueError", "mask none on rank 0, and mask "],
+        "nonfinite": ["ValueError: gradient of 'p0' at selection", "1 inf or NaN of 24"],
+        "nonfinite_sum": ["ValueError: gradient of 'p0' at selection", "1 inf or NaN of 24"],
+        "partial": ["TypeError: param_groups[0]['params'][0] odd:", "Partial(sum)"],
+        "twice": ["TypeError: param_groups[0]['params'][0] odd:", "Shard(dim=1)"],
+        "odd": ["TypeError: param_groups[0]['params'][0] odd: expected the shard of torch.chunk"],
+        "members": ["NotImplementedError: members()"],
+        "delta": ["NotImplementedError: members()"],
+        "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
+        "differentiable": ["NotImplementedError: differentiable=True"],
+        "streaming": ["NotImplementedError: select()", "streaming=True"],
+        "random": ["NotImplementedError: select()", "random"],
+        "select": ["ValueError: select(): expected the same on all ranks", "k 7", "k 8"],
+        "fine": ["ok"],
+    }.items(),
+)
+def test_errors_of_all_ranks(ranks: list[dict[str, dict[int, Any]]], what: str, texts: list[str]) -> None:
+    for result in ranks:
+        message = result["errors"][RANKS][what]
+        assert all(text in message for text in texts), message
+
+
+def test_an_error_of_one_rank(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    *others, last = (result["errors"][RANKS]["moved"] for result in ranks)
+    assert last.startswith("ValueError: gradient of 'p0': expected float32 of shape")
+    assert {*others} == {"RuntimeError: ranks [3] failed, and nothing was changed here; see their errors"}
