@@ -16,7 +16,7 @@ from .._version import __version__
 _PACKAGES = ("numpy", "triton", "safetensors", "open_clip_torch", "timm")
 
 TESTED = {"python": ((3, 11), (3, 12)), "torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
-"""Oldest and newest version that the tests have passed with, but for those of a GPU: see the benches' rows for these."""
+"""Oldest and newest version that the tests have passed with. On GPUs fewer: the rows of bench/results say which."""
 
 
 def _version(package: str) -> str:
