@@ -35,7 +35,7 @@ from .members import (
     positions,
     same_index,
 )
-from .ranks import check_whole, compare, facts_of, norm_over, refuse_split
+from .ranks import check_split, check_whole, compare, facts_of, norm_over, refuse_split
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -246,6 +246,7 @@ class SparseAdamW(Optimizer):
         density, k = (group["density"], group["k"]) if own is None else (own.density, own.k)
         is_dense = k is None and density == 1.0
         check_whole(where, group["params"], is_dense)
+        check_split(where, group["params"])
         check_group(where, group, is_dense)
         ranks = _ranks_of(where, group, self._ranks)
         if group["differentiable"]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..common.names import short
 
@@ -175,6 +176,14 @@ def _laid_out(tensor: Any, parameter: Any) -> Tensor:
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "_local_tensor")
+
+
+def reshard(model: nn.Module) -> None:
+    """Splits what fully_shard has gathered for a forward pass without backward, so that its parameters are DTensors."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nobody has called it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def part_of(tensor: Tensor) -> Part | None:

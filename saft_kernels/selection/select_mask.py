@@ -20,7 +20,7 @@ from ..mask import SparseMask, log_mask
 from ..ops.dtypes import FLOAT_DTYPES, opmath_dtype
 from .budget import DEFAULT_DENSITY, budget, check_budget
 from .gradients import check_dense
-from .parts import check_parts, describe, gather_whole, local, local_gradient, part_of
+from .parts import check_parts, describe, gather_whole, local, local_gradient, part_of, reshard
 from .scores import SCORES, Score
 from .shards import any_nonzero, check_finite, select_indices
 from .streaming import Candidates, Streaming, check_streaming, offer_blocks, offer_one_pass, sum_on_host
@@ -99,6 +99,7 @@ def select(
     check_budget(density, k, scope)
     scoring = _check_score(score, batches, loss_fn)
     check_streaming(streaming, score, blocks, batches)
+    reshard(model)
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
