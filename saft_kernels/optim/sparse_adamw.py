@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from .. import ops
@@ -259,6 +259,11 @@ class SparseAdamW(Optimizer):
             )
         self._ranks = ranks
 
+    def _find_ranks(self) -> None:
+        self._ranks = None
+        for i, group in enumerate(self.param_groups):
+            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
+
     # ---- selection ----
 
     def members(self) -> list[Member]:
@@ -270,6 +275,7 @@ class SparseAdamW(Optimizer):
             ValueError: A parameter took the place of another after selection, without its state.
             NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
         """
+        self._follow()
         refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
@@ -280,13 +286,16 @@ class SparseAdamW(Optimizer):
         return members
 
     def _follow(self) -> list[Member]:
-        return self._members.follow(
+        members = self._members.follow(
             self.param_groups,
             self._states,
             dense_groups=self._selection.dense_groups(self.param_groups),
             summed=self._selection.sums,
             prepared=() if self._prepared is None else self._prepared.positions,
         )
+        if self._ranks is None and any(is_distributed(member.parameter) for member in members):
+            self._find_ranks()  # they have been split since
+        return members
 
     @property
     def released(self) -> GradientBuffer | None:
@@ -343,9 +352,12 @@ class SparseAdamW(Optimizer):
         members = self._follow()
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
-        self._selection.mask = "" if self._ranks is None else mask.digest()
+        # parameters may be split later, and ranks then compare masks
+        self._selection.mask = mask.digest() if distributed.is_available() and distributed.is_initialized() else ""
         self.defaults.update(density=mask.density, k=mask.k)
-        self._members.select({m.position: local_index(m, index) for m, index in zip(members, indices, strict=True)})
+        self._members.select(
+            {m.position: local_index(m.parameter, index) for m, index in zip(members, indices, strict=True)}
+        )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
         log_mask("SparseAdamW", mask)
@@ -483,6 +495,7 @@ class SparseAdamW(Optimizer):
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
+        self._follow()
         if self._ranks is not None and (self._awaits_selection() or not self._agreement.saw_nonzero):
             self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
         members = self._checked_members()
@@ -723,9 +736,7 @@ class SparseAdamW(Optimizer):
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
             self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
-        self._ranks = None
-        for i, group in enumerate(self.param_groups):
-            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
+        self._find_ranks()
         for group in self.param_groups:
             for name, default in (
                 ("maximize", False),
