@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import bench_distributed
 import bench_memory
 import bench_release_malloc
 import bench_topk_magnitude
@@ -260,3 +261,29 @@ def test_profiled_kernels_are_those_that_took_device_time() -> None:
     for without in ([], [event(kernel, 0)]):
         with pytest.raises(RuntimeError, match=f"got {len(without)} events without"):
             profile_topk_magnitude.per_run(without, 2)
+
+
+def test_selection_of_ranks_sends_counts(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three histograms of 16 KB, small numbers, and nothing in a step; gathering all sends all."""
+    tiny = ["--ranks", "2", "--layers", "2", "--width", "256", "--density", "0.01", "--repeats", "1", "--name", "mine"]
+    monkeypatch.setattr(sys, "argv", ["bench_distributed.py", *tiny])
+    bench_distributed.main()
+    rows = {row.call: row for row in harness.read_rows(results / "mine.csv", bench_distributed.Row)}
+    numel = 2 * 256**2
+    assert {row.numel for row in rows.values()} == {numel}
+    assert rows["step()"].collectives == 0
+    assert "3 x allreduce 16,384 B" in rows[bench_distributed.SELECTION].what
+    assert 3 * 16384 / 2**20 <= rows[bench_distributed.SELECTION].mib < 3 * 17000 / 2**20
+    assert rows[bench_distributed.GATHER_ALL].mib == 4 * numel / 2 / 2**20
+    assert all(rows[call].p50_ms > 0 for call in bench_distributed.TIMED)
+
+
+def test_committed_counts_are_those_of_any_number_of_ranks() -> None:
+    rows = harness.read_rows(harness.RESULTS / "distributed_cpu.csv", bench_distributed.Row)
+    assert {row.ranks for row in rows} == {1, 2, 4}
+    for row in rows:
+        if row.call == "step()":
+            assert (row.collectives, row.mib) == (0, 0.0)
+        if row.call == bench_distributed.SELECTION:
+            assert "3 x allreduce 16,384 B" in row.what
+            assert row.mib < 0.06

@@ -164,6 +164,8 @@ class Members:
                 record = Member(position, name, tensor)
             records[position] = record
             was_pending, index = record.is_pending, record.index
+            if index is not None and _is_split_of(tensor, record.parameter):
+                record.index = local_index(tensor, index)
             record.position, record.name, record.parameter = position, name, tensor
             if param_groups[position[0]]["num_candidates"] is None:
                 record.stage = Stage.SUMMING if position in summed else Stage.PENDING
@@ -227,6 +229,12 @@ def _places(param_groups: ParamGroups) -> Iterator[tuple[Position, str, Tensor]]
         number += len(group["params"])
 
 
+def _is_split_of(tensor: Tensor, before: Tensor) -> bool:
+    """Whether a parameter has been split over ranks since, as accelerate does with those of an optimizer."""
+    is_new = tensor is not before and tensor.shape == before.shape
+    return is_new and part_of(tensor) is not None and part_of(before) is None
+
+
 def has_state(state: State | None) -> TypeGuard[State]:
     """Whether a parameter has a state of AdamW, or part of one."""
     return state is not None and not STATE_KEYS.isdisjoint(state)
@@ -266,11 +274,11 @@ def positions(member: Member) -> Tensor:
     return torch.arange(numel, dtype=index_dtype(numel), device=member.local.device)
 
 
-def local_index(member: Member, index: Tensor) -> Tensor | None:
+def local_index(parameter: Tensor, index: Tensor) -> Tensor | None:
     """Of flat positions in the whole parameter, those that this rank has: in `local`; None: all of the whole are."""
-    if or_whole(member.parameter, index) is None or (part := member.part) is None:
-        return or_whole(member.parameter, index)
-    return part.to_local(index)[0].to(index_dtype(member.local.numel()))
+    if or_whole(parameter, index) is None or (part := part_of(parameter)) is None:
+        return or_whole(parameter, index)
+    return part.to_local(index)[0].to(index_dtype(local(parameter).numel()))
 
 
 def same_index(a: Tensor | None, b: Tensor | None) -> bool:

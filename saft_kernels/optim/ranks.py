@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..selection.parts import check_unflattened, describe
+from ..selection.parts import check_unflattened, describe, is_distributed
 from ..selection.ranks import Ranks
 from .all_reduce import checksum
 from .budgets import Selection
@@ -86,6 +86,24 @@ def compare(members: Sequence[Member]) -> None:
 
 
 # ---- parameters that are split over ranks, as by fully_shard ----
+
+
+def check_split(where: str, parameters: Sequence[Tensor]) -> None:
+    """Raises for parameters that fully_shard has made whole for a while: they never get a gradient.
+
+    Raises:
+        ValueError: The optimizer is built after a forward pass without backward.
+    """
+    places = {id(parameter): i for i, parameter in enumerate(parameters) if not is_distributed(parameter)}
+    if not places or "torch.distributed.fsdp" not in sys.modules or not distributed.is_initialized():
+        return
+    for found in gc.get_objects():
+        if type(found).__name__ == "FSDPParam" and (key := id(getattr(found, "_unsharded_param", None))) in places:
+            raise ValueError(
+                f"{where}['params'][{places[key]}]: expected the DTensor of fully_shard, got the whole parameter that "
+                "it has gathered for a forward pass, and that gets no gradient; build the optimizer before the first "
+                "one, or call reshard() on each FSDPModule of the model"
+            )
 
 
 def refuse_split(ranks: Ranks | None, what: str, remedy: str) -> None:

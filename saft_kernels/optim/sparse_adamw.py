@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from .. import ops
@@ -36,7 +36,7 @@ from .members import (
     positions,
     same_index,
 )
-from .ranks import check_whole, compare, facts_of, norm_over, refuse_split
+from .ranks import check_split, check_whole, compare, facts_of, norm_over, refuse_split
 from .release import GradientBuffer, selected_values
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
@@ -247,6 +247,7 @@ class SparseAdamW(Optimizer):
         density, k = (group["density"], group["k"]) if own is None else (own.density, own.k)
         is_dense = k is None and density == 1.0
         check_whole(where, group["params"], is_dense)
+        check_split(where, group["params"])
         check_group(where, group, is_dense)
         ranks = _ranks_of(where, group, self._ranks)
         if group["differentiable"]:
@@ -259,6 +260,11 @@ class SparseAdamW(Optimizer):
             )
         self._ranks = ranks
 
+    def _find_ranks(self) -> None:
+        self._ranks = None
+        for i, group in enumerate(self.param_groups):
+            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
+
     # ---- selection ----
 
     def members(self) -> list[Member]:
@@ -270,6 +276,7 @@ class SparseAdamW(Optimizer):
             ValueError: A parameter took the place of another after selection, without its state.
             NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
         """
+        self._follow()
         refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
@@ -280,13 +287,16 @@ class SparseAdamW(Optimizer):
         return members
 
     def _follow(self) -> list[Member]:
-        return self._members.follow(
+        members = self._members.follow(
             self.param_groups,
             self._states,
             dense_groups=self._selection.dense_groups(self.param_groups),
             summed=self._selection.sums,
             prepared=() if self._prepared is None else self._prepared.positions,
         )
+        if self._ranks is None and any(is_distributed(member.parameter) for member in members):
+            self._find_ranks()  # they have been split since
+        return members
 
     @property
     def released(self) -> GradientBuffer | None:
@@ -344,9 +354,12 @@ class SparseAdamW(Optimizer):
         members = self._follow()
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
-        self._selection.mask = "" if self._ranks is None else mask.digest()
+        # parameters may be split later, and ranks then compare masks
+        self._selection.mask = mask.digest() if distributed.is_available() and distributed.is_initialized() else ""
         self.defaults.update(density=mask.density, k=mask.k)
-        self._members.select({m.position: local_index(m, index) for m, index in zip(members, indices, strict=True)})
+        self._members.select(
+            {m.position: local_index(m.parameter, index) for m, index in zip(members, indices, strict=True)}
+        )
         for group in self.param_groups:
             group["num_candidates"] = sum(p.numel() for p in group["params"])
         log_mask("SparseAdamW", mask)
@@ -486,6 +499,7 @@ class SparseAdamW(Optimizer):
     def _prepare(self, grad_scale: float) -> PreparedStep | None:
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
+        self._follow()
         if self._ranks is None or not (self._awaits_selection() or not self._agreement.saw_nonzero):
             return self._prepare_here(grad_scale)
         with self._ranks.together("step()"):
@@ -728,9 +742,7 @@ class SparseAdamW(Optimizer):
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
             self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
-        self._ranks = None
-        for i, group in enumerate(self.param_groups):
-            self._ranks = _ranks_of(f"param_groups[{i}]", group, self._ranks)
+        self._find_ranks()
         for group in self.param_groups:
             for name, default in (
                 ("maximize", False),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.names import short
 from .ranks import Ranks, integers
@@ -89,6 +90,14 @@ def _laid_out(tensor: Any, parameter: Any) -> Tensor:
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "_local_tensor")
+
+
+def reshard(model: nn.Module) -> None:
+    """Splits what fully_shard has gathered for a forward pass without backward, so that its parameters are DTensors."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # else nobody has called it
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def is_flattened(parameter: Tensor) -> bool:

@@ -30,6 +30,7 @@ from .parts import (
     local,
     local_gradient,
     part_of,
+    reshard,
 )
 from .ranks import together
 from .scores import SCORES, Score
@@ -112,6 +113,7 @@ def select(
     check_budget(density, k, scope)
     scoring = _check_score(score, batches, loss_fn)
     check_streaming(streaming, score, blocks, batches)
+    reshard(model)
     named = dict(model.named_parameters())
     candidates = _candidates(named, include, exclude)
     budget(density, k, sum(p.numel() for p in candidates.values()), "the candidate parameters")
