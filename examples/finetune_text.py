@@ -181,6 +181,7 @@ def load_task(args: argparse.Namespace) -> TextTask:
     """Finds and reads model and data."""
     from transformers import AutoModel, AutoTokenizer, logging
 
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     data = read_wordnet(args.wordnet)
     spec = importlib.util.find_spec(PACKAGE) if args.model is None else None

@@ -103,7 +103,7 @@ def build_parser(description: str | None, epilog: str, lrs: str, scopes: Sequenc
     add("--shots", type=whole, default=16, help="training examples per class; 0: all")
     add("--density", type=_share, nargs="+", default=[1e-3], help="shares of the parameters that saft and random train")
     add("--lr", type=_lr, nargs="+", metavar="LR", help=f"for all methods, or METHOD=LR,LR,...; the best on the "
-        f"selection split counts; default {lrs}")  # fmt: skip
+        f"selection split counts; default {lrs}; lp_ft begins with a linear probe at that one's default")  # fmt: skip
     add("--wise", type=_alpha, nargs="*", default=[0.25, 0.5, 0.75], metavar="ALPHA", help="WiSE-FT: also test pre-"
         "trained + ALPHA * (fine-tuned - pre-trained)")  # fmt: skip
     add("--epochs", type=count, default=20, help="passes over the training examples")
@@ -127,10 +127,11 @@ def build_parser(description: str | None, epilog: str, lrs: str, scopes: Sequenc
 
 
 def take_lrs(args: argparse.Namespace, defaults: Mapping[str, float]) -> None:
-    """Makes ``args.lr`` the list of learning rates of each method."""
+    """Makes ``args.lr`` the learning rates of each method, and ``args.probe_lr`` that of lp_ft's first stage."""
     given: dict[str | None, list[float]] = {}
     for method, rates in args.lr or []:
         given.setdefault(method, []).extend(rates)
+    args.probe_lr = defaults["linear_probe"]
     args.lr = {
         method: list(dict.fromkeys(given.get(method) or given.get(None) or [defaults[method]])) for method in METHODS
     }
@@ -338,7 +339,7 @@ def _lp_ft(run: FineTuning) -> Trained:
     """LP-FT (Kumar et al., ICLR 2022, arXiv 2202.10054): the linear probe first, then with it the tower."""
     task = run.task
     if not run.resumed:  # else the checkpoint has what follows
-        probe = replace(run.setting, method="linear_probe", lr=task.args.lr["linear_probe"][0])
+        probe = replace(run.setting, method="linear_probe", lr=task.args.probe_lr)
         FineTuning(task, probe, run.folder, first_of=run.setting).train()
         task.model.requires_grad_(True)
     tower = {name: p for name, p in task.parameters.items() if name.startswith(task.tower)}

@@ -33,8 +33,8 @@ from tqdm import tqdm
 SELECT, VAL = "select", "val"
 ZERO_SHOT = "zero-shot"
 REFERENCE = "full"
-MOST_COLUMNS = 7  # of a table on the terminal
-NAMES = {"saft": "SAFT", "random": "random mask", "linear_probe": "linear probe", "lp_ft": "LP-FT", "lora": "LoRA"}
+MOST_COLUMNS = 6  # of a table on the terminal
+NAMES = {"saft": "SAFT", "random": "random", "linear_probe": "linear probe", "lp_ft": "LP-FT", "lora": "LoRA"}
 COLOURS = {
     "saft": ("#0b6fa4", "#45a6d9", "#0a3d62", "#8cc8e8"),  # one per density
     "random": ("#6c757d", "#a3aab1", "#3d4348", "#c4c9ce"),
@@ -304,8 +304,7 @@ def set_table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     points = [line.point for line in lines if line.point.alpha == 1 or line.point.method == ZERO_SHOT]
     tests = [name for name in points[0].accuracy if name != SELECT]
     cells = [
-        ["val (in distribution)" if name == VAL else name]
-        + [_pm(p.of(lambda row, name=name: row.accuracy.get(name)), len(p.rows)) for p in points]
+        [name] + [_pm(p.of(lambda row, name=name: row.accuracy.get(name)), len(p.rows)) for p in points]
         for name in tests
     ]
     return ["test set", *(p.label for p in points)], cells
@@ -332,7 +331,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     best = best_trade(lines)
     titles = ("Accuracy (%), rates and alphas chosen on the selection split", "Cost", "Accuracy (%) by test set")
     for title, (header, cells) in zip(titles, _tables(lines), strict=True):
-        if len(header) > MOST_COLUMNS:
+        if title == titles[2] and len(header) > MOST_COLUMNS:
             console.print(f"{title}: in results.md")
             continue
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -383,12 +382,34 @@ def save_figure(file: Path, rows: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8.4, 5), layout="constrained")
-    plot(axis, rows)
-    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
+    closer = close_up(rows)
+    panels = 1 if closer is None else 2
+    figure, axes = plt.subplots(1, panels, figsize=(4 * panels + 3.2, 4.6), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        plot(axis, rows)
+    if closer is not None:
+        (left, right), (low, high) = closer
+        axes[0, 1].set(xlim=(left, right), ylim=(low, high), ylabel="", title="")
+        axes[0, 1].set_title("closer", loc="left", fontsize=11)
+        axes[0, 0].add_patch(plt.Rectangle((left, low), right - left, high - low, fill=False, ec="#999", lw=0.8))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4 + panels)
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+def close_up(rows: Sequence[Row]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Limits around the chosen points that are nearly as good in distribution as the best, where they lie densely."""
+    chosen = [line.point.at for line in summarise(rows) if line.point.method != ZERO_SHOT]
+    everything = [p.at for p in points_of(rows)]
+    widths = [max(values) - min(values) for values in zip(*everything, strict=True)]
+    best = max(chosen)[0]
+    near = [at for at in chosen if at[0] >= best - widths[0] / 8]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*near, strict=True))
+    if len(near) < 2 or high - low > widths[1] / 2:
+        return None
+    side = (max(1.0, (right - left) / 4), max(1.0, (high - low) / 4))
+    return (left - side[0], right + side[0]), (low - side[1], high + side[1])
 
 
 def plot(axis: Any, rows: Sequence[Row]) -> None:

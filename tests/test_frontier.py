@@ -195,6 +195,20 @@ def test_the_picture_has_the_chosen_the_curves_and_the_front():
     plt.close(figure)
 
 
+def test_a_close_up_where_the_best_lie_densely():
+    rows = [
+        ZERO_SHOT,
+        _row(val=90, shifted=(70,)),
+        _row("saft", val=89, shifted=(74,)),
+        _row("random", val=60, shifted=(50,)),
+    ]
+    (left, right), (low, high) = frontier.close_up(rows)
+    assert 60 < left < 89 < 90 < right
+    assert 50 < low < 70 < 74 < high
+    assert frontier.close_up(rows[:2]) is None
+    assert frontier.close_up([*rows, _row("lora", val=90, shifted=(20,))]) is None  # not densely
+
+
 def test_command_line_joins_files(tmp_path, capsys):
     rows = _frontier()
     for name, some in (("a", rows[:8]), ("b", rows[4:])):
