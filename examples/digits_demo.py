@@ -3,11 +3,11 @@
 ``finetune_clip.py`` without ``--data`` uses this module. It makes, once, a cache folder with
 
 * ``images/``: scikit-learn's 1,797 real handwritten digits (8 x 8), enlarged to 32 x 32 RGB and drawn in several
-  renderings: ``train`` and ``val`` in one of them, one further folder per shifted rendering;
+  renderings: ``train``, ``select`` and ``val`` in one of them, one further folder per shifted rendering;
 * ``digits-clip.json`` and ``digits-clip.safetensors``: an open_clip model (both towers, 0.6 M parameters),
   pre-trained here with the contrastive loss on digits and captions.
 
-Three disjoint sets of digits: 900 for pre-training, 300 for fine-tuning, 597 for every test set.
+Four disjoint sets of digits: 900 for pre-training, 200 for fine-tuning, 100 for selection, 597 for every test set.
 
 What fine-tuning has to learn. Pre-training captions nearly always write a digit as a numeral ("a photo of the digit
 7."); the class names of the downstream task are the words ("seven"), which one caption in 1,200 uses. So the image
@@ -38,7 +38,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from finetune_report import progress, say
+from frontier import progress, say
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from safetensors.torch import save_file
@@ -257,15 +257,16 @@ class Digits:
     labels: Tensor
 
 
-def load_splits(test_digits: int = 597) -> tuple[Digits, Digits, Digits]:
-    """Disjoint, stratified sets of digits: for pre-training, for fine-tuning, for testing."""
+def load_splits(test_digits: int = 597) -> tuple[Digits, Digits, Digits, Digits]:
+    """Disjoint, stratified sets of digits: for pre-training, for fine-tuning, for selection, for testing."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)
     pretrain, rest = train_test_split(torch.arange(len(labels)), train_size=900, stratify=labels, random_state=0)
     tune, test = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=0)
-    first, second, third = (Digits(images[i], labels[i]) for i in (pretrain, tune, test[:test_digits]))
-    return first, second, third
+    tune, select = train_test_split(tune, train_size=200, stratify=labels[tune], random_state=0)
+    first, second, third, fourth = (Digits(images[i], labels[i]) for i in (pretrain, tune, select, test[:test_digits]))
+    return first, second, third, fourth
 
 
 def _normalise(images: Tensor) -> Tensor:
@@ -347,9 +348,10 @@ def write_images(folder: Path, digits: Digits, rendering: Rendering, seed: int) 
 
 
 def _fill(folder: Path, recipe: Recipe) -> None:
-    pretraining, tuning, testing = load_splits(recipe.test_digits)
+    pretraining, tuning, selection, testing = load_splits(recipe.test_digits)
     images = folder / "images"
     write_images(images / "train", tuning, RENDERINGS[FINE_TUNED], seed=1)
+    write_images(images / "select", selection, RENDERINGS[FINE_TUNED], seed=1 + len(RENDERINGS) + 1)
     say(f"drawing the demo's images (once): {len(RENDERINGS)} renderings")
     for i, (name, rendering) in enumerate(RENDERINGS.items()):
         write_images(images / ("val" if name == FINE_TUNED else name), testing, rendering, seed=2 + i)
