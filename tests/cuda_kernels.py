@@ -19,8 +19,13 @@ import torch
 from saft_kernels import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-SANITIZED = os.environ.get("SAFT_CUDA_HOST_SANITIZE") == "1"
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZER = os.environ.get("SAFT_CUDA_HOST_SANITIZER", "")
+SANITIZED = SANITIZER != ""
+SANITIZE_FLAGS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread", "-fno-omit-frame-pointer"],
+}
 
 
 # ---- host: the kernels on the CPU ----
@@ -45,7 +50,7 @@ def host_library(name: str) -> ctypes.CDLL:
         "-Werror",
         "-Wno-unknown-pragmas",
     ]
-    flags += SANITIZE_FLAGS if SANITIZED else []
+    flags += SANITIZE_FLAGS[SANITIZER]
     sources = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/*/*.cu"), *ROOT.glob("tests/cuda_host/*")])
     digest = hashlib.sha256(" ".join([name, *flags]).encode())
     for source in sources:
@@ -61,10 +66,10 @@ def host_library(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def run_sanitized(file: str, keyword: str) -> None:
-    """Tests of `file` in a process of their own, with AddressSanitizer and UndefinedBehaviorSanitizer."""
+def run_sanitized(file: str, keyword: str, sanitizer: str = "address") -> None:
+    """Tests of `file` in a process of their own: "address", and undefined behavior with it, or "thread"."""
     runtimes = []
-    for name in ("libasan.so", "libstdc++.so"):
+    for name in ({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so"):
         found = (
             subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
             if shutil.which("g++")
@@ -73,10 +78,12 @@ def run_sanitized(file: str, keyword: str) -> None:
         if found is None or not Path(found.stdout.strip()).is_absolute():
             pytest.skip(f"g++ or its {name} is missing")
         runtimes.append(found.stdout.strip())
-    environment = dict(os.environ, SAFT_CUDA_HOST_SANITIZE="1", LD_PRELOAD=":".join(runtimes))
+    environment = dict(os.environ, SAFT_CUDA_HOST_SANITIZER=sanitizer, LD_PRELOAD=":".join(runtimes))
     # CPython never frees its globals
     environment.update(
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0", UBSAN_OPTIONS="print_stacktrace=1"
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        TSAN_OPTIONS="halt_on_error=1",
     )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", keyword]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -106,12 +106,24 @@ __device__ __forceinline__ T block_exclusive_sum(T value, T* scratch, T* total) 
 // (read it with __ldcg: L1 is not coherent). Call it once per kernel, from all threads.
 __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   __shared__ uint32_t last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier: for what all threads of the block wrote
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (last != 0) __threadfence();
   return last != 0;
+}
+
+// The next of the items that the blocks claim one after the other, from 0. From all threads; has barriers. Whoever
+// claimed a lower item runs or has run: a block may wait for what becomes of it, however few blocks fit the device.
+__device__ __forceinline__ uint32_t claim_item(uint32_t* next) {
+  __shared__ uint32_t item;
+  __syncthreads();  // the one before has been read
+  if (threadIdx.x == 0) item = atomicAdd(next, 1u);
+  __syncthreads();
+  return item;
 }
 
 // ---- tables whose rows share out a range: tiles, sampled runs ----
@@ -142,6 +154,19 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
   return v;
+#else
+  return *address;
+#endif
+}
+
+// A word that other blocks write while this one waits for it. Orders nothing but itself.
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
+#if defined(__CUDA_ARCH__)
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
+  return word;
+#elif defined(SAFT_CUDA_HOST)
+  return cuda_host::load_relaxed(address);
 #else
   return *address;
 #endif

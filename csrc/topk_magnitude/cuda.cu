@@ -6,9 +6,9 @@
 //            is smaller; lo <= key <= hi: band, position and key. Counts are exact
 //   select   radix select over the band's keys finds the exact k-th key. If the bracket missed it, or if the
 //            band outgrew its cache, it reads the data instead and a second filter uses the exact key
-//   count    per tile, band keys above and equal to the threshold; sums over many tiles
-//   emit     the sums give every tile its place in the output and its share of the ties, which go to the lowest
-//            positions; sorted positions, of tiles that have many in a kernel of their own
+//   emit     per tile, band keys above and equal to the threshold. Sums over the tiles below give every tile its place
+//            in the output and its share of the ties, which go to the lowest positions; sorted positions, of tiles
+//            that have many in a kernel of their own
 //            Kernels that are not needed return at once.
 // Traffic    reads sizeof(scalar_t) B/elem once; writes 2 B (at most 1 bit per element) and then 8 B per
 //            selected element; 6 B (10 B with fp64) per band element, of which N / 100 are typical at most.
@@ -61,15 +61,13 @@ index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, void**
   p.state = carver.take<State<Key>>(1);
   p.sample_histograms = carver.take<uint32_t>(kSamplePasses * 2 * kBins);
   p.select_histograms = carver.take<uint64_t>(kSelectPasses<Key> * kBins);
-  p.group_selected = carver.take<uint64_t>(ceil_div(num_chunks, kGroupChunks));
   *zeroed = carver.bytes();
   *table = carver.take<char>(plan.table_bytes);
   p.tensors = static_cast<const DeviceTensor*>(*table);
   p.tile_tensor = carver.take<uint32_t>(plan.num_tiles);
-  p.tile_counts = carver.take<uint32_t>(plan.num_tiles);
-  p.tile_band_offset = carver.take<uint32_t>(plan.num_tiles);
-  p.tile_selected = carver.take<uint32_t>(plan.num_tiles);
-  p.chunk_selected = carver.take<uint64_t>(num_chunks);
+  p.survivors = carver.take<Survivors>(plan.num_tiles);
+  p.chunk_sums = carver.take<uint64_t>(num_chunks);
+  p.group_sums = carver.take<uint64_t>(ceil_div(num_chunks, kGroupChunks));
   p.large_tiles = carver.take<LargeTile>(plan.num_tiles);
   p.sample = carver.take<Key>(plan.num_sampled_runs * kRunNumel);
   p.band_keys = carver.take<Key>(plan.band_capacity);
@@ -148,7 +146,7 @@ void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace
   const unsigned filter_grid = grid(ceil_div(plan.num_tiles, kWarps), kFilterBlocksPerSm<Key>);
   const unsigned select_grid = grid(ceil_div(plan.num_tiles, kWarps), kBlocksPerSm);
   const unsigned large_grid = grid(ceil_div(plan.num_tiles, kWarps), kLargeBlocksPerSm);
-  const unsigned chunk_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kChunkBlocksPerSm);
+  const unsigned emit_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kEmitBlocksPerSm);
 
   upload_table(plan, tensors, table, stream);
   cuda_check(cudaMemsetAsync(workspace, 0, size_t(zeroed), stream), "cudaMemsetAsync");
@@ -161,8 +159,7 @@ void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace
     SAFT_LAUNCH(select_kernel<Key>, select_grid, kThreads, stream, p, pass);
   }
   SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 1);
-  SAFT_LAUNCH(count_kernel<Key>, chunk_grid, kThreads, stream, p);
-  SAFT_LAUNCH(emit_kernel<Key>, chunk_grid, kThreads, stream, p);
+  SAFT_LAUNCH(emit_kernel<Key>, emit_grid, kThreads, stream, p);
   SAFT_LAUNCH(emit_large_kernel<Key>, large_grid, kThreads, stream, p);
 }
 

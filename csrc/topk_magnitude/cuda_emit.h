@@ -6,66 +6,12 @@
 namespace saft {
 namespace cuda_topk_magnitude {
 
-// ---- count ----
-
-// topk_magnitude / count: each tile's selected elements and ties; sums over chunks of tiles, and over groups of chunks.
-// Traffic    reads the band's keys out of L2, 8 B per tile; writes 4 B per tile.
-// Algorithm  eight threads per tile. Emit adds up what lies below a chunk: the groups, then the chunks of its own group.
-// Contract   integer sums: no order of blocks shows.
-// Launch     one block per chunk of kChunkTiles, grid-stride.
-template <class Key>
-__global__ void __launch_bounds__(kThreads) count_kernel(Problem<Key> p) {
-  __shared__ uint32_t packed_of[kChunkTiles];
-  const State<Key>& state = *p.state;
-  const Key threshold = state.threshold;
-  const bool single = state.single != 0, is_valid = state.status == 0;
-  const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
-  const int part = int(threadIdx.x) % kTileLanes, in_chunk = int(threadIdx.x) / kTileLanes;
-  for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
-    const index_t t = chunk * kChunkTiles + in_chunk;
-    uint32_t packed = 0;
-    if (t < p.num_tiles && is_valid) {
-      const uint32_t counts = p.tile_counts[t], num_band = counts & 0xffffu;
-      if (part == 0) packed = counts & 0xffff0000u;
-      if (single) {
-        if (part == 0) packed += num_band;
-      } else if (num_band != 0) {
-        const Key* keys = p.band_keys + p.tile_band_offset[t];
-#pragma unroll 4
-        for (uint32_t i = uint32_t(part); i < num_band; i += kTileLanes) {
-          packed += keys[i] > threshold ? 1u << 16 : uint32_t(keys[i] == threshold);
-        }
-      }
-    }
-#pragma unroll
-    for (int offset = kTileLanes / 2; offset > 0; offset /= 2) {
-      packed += __shfl_xor_sync(kFullMask, packed, offset);
-    }
-    if (part == 0) {
-      packed_of[in_chunk] = packed;
-      if (t < p.num_tiles) p.tile_selected[t] = packed;
-    }
-    __syncthreads();
-    if (threadIdx.x < kWarpSize) {
-      const uint32_t greater = __reduce_add_sync(kFullMask, packed_of[threadIdx.x] >> 16);
-      const uint32_t equal = __reduce_add_sync(kFullMask, packed_of[threadIdx.x] & 0xffffu);
-      if (threadIdx.x == 0) {
-        const uint64_t sums = uint64_t(greater) << 32 | equal;
-        p.chunk_selected[chunk] = sums;
-        atomic_add(&p.group_selected[chunk / kGroupChunks], sums);
-      }
-    }
-    __syncthreads();
-  }
-}
-
 // ---- emit ----
 
 constexpr int kTileStrips = kTileNumel / kStripNumel;
-constexpr int kTilesPerWarp = kWarpSize / kTileLanes;
 constexpr int kSmallTile = 32;     // elements selected of a tile that kTileLanes lanes put in order
 constexpr int kStageNumel = 1024;  // positions of a large tile that are written together: 12.5 % of it
-constexpr int kEmitBlocksPerSm = 8, kLargeBlocksPerSm = 4;
+constexpr int kEmitBlocksPerSm = 6, kLargeBlocksPerSm = 4;
 static_assert(kSmallTile <= kStripListCapacity, "the filter made a list of every small tile");
 
 // A warp's. `words`: bits in the order of positions; a lane owns kTileStrips words, and the gap after them lets all
@@ -89,24 +35,6 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int lane) {
 
 __device__ __forceinline__ void set_bit(uint32_t* words, uint32_t position) {
   atomicOr(&words[place_of_word(position / 32)], 1u << (position % 32));
-}
-
-// Elements above (upper half) and equal to the threshold in the chunks below this one. One warp.
-template <class Key>
-__device__ __forceinline__ void sum_below(const Problem<Key>& p, index_t chunk, int lane, uint64_t* greater,
-                                          uint64_t* equal) {
-  const index_t group = chunk / kGroupChunks;
-  uint64_t sum_greater = 0, sum_equal = 0;
-  for (index_t i = lane; i < group; i += kWarpSize) {
-    sum_greater += p.group_selected[i] >> 32;
-    sum_equal += p.group_selected[i] & 0xffffffffu;
-  }
-  for (index_t i = group * kGroupChunks + lane; i < chunk; i += kWarpSize) {
-    sum_greater += p.chunk_selected[i] >> 32;
-    sum_equal += p.chunk_selected[i] & 0xffffffffu;
-  }
-  *greater = warp_sum(sum_greater);
-  *equal = warp_sum(sum_equal);
 }
 
 // Bit i of the lower half to bit 2 i, of the upper half to bit 2 i + 1.
@@ -189,15 +117,16 @@ template <class Key>
 __device__ __forceinline__ void emit_large_tile(const Problem<Key>& p, const LargeTile& large, int lane,
                                                 EmitScratch& scratch) {
   const index_t t = large.tile;
-  const uint32_t packed = p.tile_selected[t], equal = packed & 0xffffu, ties = large.ties;
-  const uint32_t num = (packed >> 16) + ties;
+  const uint32_t equal = large.counts & 0xffffu, ties = large.ties;
+  const uint32_t num = (large.counts >> 16) + ties;
   const Key threshold = p.state->threshold;
   const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
   const Tile tile = make_tile(x, t);
   const int strips = num_strips(tile);
   const bool all_ties = ties == equal;
   const bool some_ties = ties != 0 && !all_ties;
-  const uint32_t counts = p.tile_counts[t], num_sure = counts >> 16, num_band = counts & 0xffffu;
+  const Survivors found = p.survivors[t];
+  const uint32_t num_sure = found.counts >> 16, num_band = found.counts & 0xffffu;
   const char* slab = p.slab + slab_offset(x, t);
   uint32_t* const words = scratch.words;
   uint32_t* const tie_words = all_ties ? words : scratch.tie_words;
@@ -217,11 +146,10 @@ __device__ __forceinline__ void emit_large_tile(const Problem<Key>& p, const Lar
     load_in_order<8>(slab, strips, lane, words);
   }
   if (p.state->single == 0) {
-    const index_t offset = num_band == 0 ? 0 : p.tile_band_offset[t];
 #pragma unroll 4
     for (uint32_t i = uint32_t(lane); i < num_band; i += kWarpSize) {
-      const Key key = p.band_keys[offset + i];
-      const uint32_t position = p.band_positions[offset + i];
+      const Key key = p.band_keys[index_t(found.band_offset) + i];
+      const uint32_t position = p.band_positions[index_t(found.band_offset) + i];
       if (key > threshold) {
         set_bit(words, position);
       } else if (key == threshold && ties != 0) {
@@ -271,67 +199,111 @@ __device__ __forceinline__ void emit_large_tile(const Problem<Key>& p, const Lar
   }
 }
 
-// kTilesPerWarp tiles that have at most kSmallTile selected elements each, by kTileLanes lanes each; `num` is 0 where
-// there is none. A position's rank is how many are below it: no bits, and one load of each kind in a row.
-template <class Key>
-__device__ __forceinline__ void emit_small_tiles(const Problem<Key>& p, index_t t, uint32_t num,
-                                                 bool has_ties, index_t at, int lane, uint16_t* stage) {
-  const Key threshold = p.state->threshold;
-  const int part = lane % kTileLanes, slot = lane / kTileLanes;
-  uint16_t* const positions = stage + slot * kSmallTile;
-  const uint32_t counts = num == 0 ? 0 : p.tile_counts[t], num_sure = counts >> 16;
-  const uint32_t num_band = num == num_sure ? 0 : counts & 0xffffu;
-  index_t first = 0;
-  const uint16_t* list = nullptr;
-  if (num != 0) {
-    const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
-    first = make_tile(x, t).first;
-    list = reinterpret_cast<const uint16_t*>(p.slab + slab_offset(x, t));
-  }
-  const index_t offset = num_band == 0 ? 0 : p.tile_band_offset[t];
+// What blocks tell each other of a chunk, and add up for a group: how many chunks it has (1 until kGroupChunks), and their
+// elements above and equal to the threshold.
+__device__ __forceinline__ uint64_t sums_of(uint32_t greater, uint32_t equal) {
+  return uint64_t(1) << (2 * kSumBits) | uint64_t(greater) << kSumBits | equal;
+}
 
-  __syncwarp();  // what was in the stage has been read
+// The elements above and equal to the threshold in the chunks below this one, when all of those are counted. One warp.
+template <class Key>
+__device__ __forceinline__ void sum_below(const Problem<Key>& p, index_t chunk, int lane, uint64_t* greater,
+                                          uint64_t* equal) {
+  constexpr uint64_t kMask = (uint64_t(1) << kSumBits) - 1;
+  const index_t num_groups = chunk / kGroupChunks, num_words = num_groups + chunk % kGroupChunks;
+  bool are_ready;
+  do {
+    *greater = *equal = 0;
+    are_ready = true;
+#pragma unroll 4
+    for (index_t i = lane; i < num_words; i += kWarpSize) {
+      const bool is_group = i < num_groups;
+      const uint64_t sums = load_relaxed(
+          is_group ? p.group_sums + i : p.chunk_sums + num_groups * kGroupChunks + (i - num_groups));
+      *greater += sums >> kSumBits & kMask;
+      *equal += sums & kMask;
+      are_ready &= sums >> (2 * kSumBits) == uint64_t(is_group ? kGroupChunks : 1);
+    }
+    if (!are_ready) __nanosleep(20);
+  } while (!are_ready);
+  __syncwarp();
+  *greater = warp_sum(*greater);
+  *equal = warp_sum(*equal);
+}
+
+// Elements of a tile above (upper half) and equal to the threshold, by kTileLanes lanes.
+template <class Key>
+__device__ __forceinline__ uint32_t count_tile(const Problem<Key>& p, const Survivors& found, int part) {
+  const uint32_t num_sure = found.counts >> 16, num_band = found.counts & 0xffffu;
+  uint32_t counts = 0;
+  if (p.state->single != 0) {
+    if (part == 0) counts = num_band;
+  } else {
+    const Key threshold = p.state->threshold;
+#pragma unroll 4
+    for (uint32_t i = uint32_t(part); i < num_band; i += kTileLanes) {
+      const Key key = p.band_keys[index_t(found.band_offset) + i];
+      counts += key > threshold ? 1u << 16 : uint32_t(key == threshold);
+    }
+  }
+#pragma unroll
+  for (int offset = kTileLanes / 2; offset > 0; offset /= 2) {
+    counts += __shfl_xor_sync(kFullMask, counts, offset);
+  }
+  return counts + (num_sure << 16);
+}
+
+// The positions of a tile's elements above the threshold, then of those equal to it; of more than kSmallTile, some. By
+// kTileLanes lanes. `list`: of the sure ones; `num_band`: 0 where none of the band counts.
+template <class Key>
+__device__ __forceinline__ void stage_small_tile(const Problem<Key>& p, const uint16_t* list,
+                                                 uint32_t num_sure, uint32_t greater, uint32_t band_offset,
+                                                 uint32_t num_band, int lane, uint16_t* positions) {
+  const Key threshold = p.state->threshold;
+  const int part = lane % kTileLanes, first_lane = lane - part;
 #pragma unroll
   for (uint32_t i = uint32_t(part); i < kSmallTile; i += kTileLanes) {
     if (i < num_sure) positions[i] = list[i];
   }
-  uint32_t filled = num_sure;
+  uint32_t at_greater = num_sure, at_equal = greater;
   for (uint32_t i = uint32_t(part); __any_sync(kFullMask, i - uint32_t(part) < num_band); i += kTileLanes) {
-    bool is_selected = false;
+    bool is_greater = false, is_equal = false;
     uint16_t position = 0;
     if (i < num_band) {
-      const Key key = p.band_keys[offset + i];
-      position = p.band_positions[offset + i];
-      is_selected = key > threshold || (key == threshold && has_ties);
+      const Key key = p.band_keys[index_t(band_offset) + i];
+      position = p.band_positions[index_t(band_offset) + i];
+      is_greater = key > threshold;
+      is_equal = key == threshold;
     }
-    const uint32_t selected =
-        __ballot_sync(kFullMask, is_selected) >> (slot * kTileLanes) & ((1u << kTileLanes) - 1);
-    if (is_selected) positions[filled + uint32_t(__popc(selected & ((1u << part) - 1)))] = position;
-    filled += uint32_t(__popc(selected));
-  }
-  __syncwarp();
-  for (uint32_t i = uint32_t(part); i < num; i += kTileLanes) {
-    const uint32_t position = positions[i];
-    uint32_t rank = 0;
-#pragma unroll 4
-    for (uint32_t j = 0; j < num; ++j) rank += positions[j] < position;
-    p.indices[at + rank] = first + position;
+    constexpr uint32_t kMask = (1u << kTileLanes) - 1;
+    const uint32_t greater_lanes = __ballot_sync(kFullMask, is_greater) >> first_lane & kMask;
+    const uint32_t equal_lanes = __ballot_sync(kFullMask, is_equal) >> first_lane & kMask;
+    const uint32_t below = (1u << part) - 1;
+    const uint32_t at = is_greater ? at_greater + uint32_t(__popc(greater_lanes & below))
+                                   : at_equal + uint32_t(__popc(equal_lanes & below));
+    if ((is_greater || is_equal) && at < uint32_t(kSmallTile)) positions[at] = position;
+    at_greater += uint32_t(__popc(greater_lanes));
+    at_equal += uint32_t(__popc(equal_lanes));
   }
 }
 
-// topk_magnitude / emit: where every tile's positions go, and each tensor's; the sorted positions of tiles that have few;
-// the result's head.
+// topk_magnitude / emit: each tile's selected elements and ties, where its positions go, and each tensor's; the sorted
+// positions of tiles that have few; the result's head.
 // Traffic    reads 12 B per tile and what the filter wrote of small tiles; writes 8 B per selected element. For N = 1e9,
 //            both kernels, in whole sectors of 32 B: 10 MB at k/N = 1e-4, 21 at 1e-3, 117 at 1e-2, 954 at 1e-1; at the
-//            rate of a copy on an H200 (4.3 TB/s) 2, 5, 27 and 222 us. Below 1e-3 three loads in a row are what it takes.
-// Algorithm  eight lanes per tile, ranks by comparison. Tiles of more elements, and those of whose ties some are left out or
-//            have to be looked for, are listed for emit_large: in any order.
+//            rate of a copy on an H200 (4.3 TB/s) 2, 5, 27 and 222 us. Below 1e-3 four loads in a row are what it takes.
+// Algorithm  a scan in one pass: blocks claim chunks in order, tell the sums of theirs, and wait for those of the chunks
+//            below (decoupled look-back: Merrill & Garland 2016; flat here: 64 words at most, and one per group). Eight
+//            lanes per tile, ranks by comparison: no bits. Tiles of more elements, and those of whose ties some are left
+//            out or have to be looked for, are listed for emit_large: in any order.
 // Contract   ties go to the lowest positions: of all elements equal to the threshold, the first ones. Nothing is written
-//            past the k-th index whatever the data did meanwhile; that the last tile ends there is the status.
-// Launch     one block per chunk of kChunkTiles, four tiles per warp, grid-stride; no block barrier.
+//            past the k-th index whatever the data did meanwhile; that the last tile ends there is the status. Every
+//            chunk that is claimed is told: no block waits for ever.
+// Launch     resident blocks; a chunk of kChunkTiles at a time, four tiles per warp.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Problem<Key> p) {
-  __shared__ uint16_t stages[kWarps][kTilesPerWarp * kSmallTile];
+  __shared__ uint32_t counts_of[kChunkTiles];
+  __shared__ uint16_t stages[kChunkTiles][kSmallTile];
   State<Key>& state = *p.state;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -341,45 +313,73 @@ __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Proble
     if (state.status != 0) p.result[kResultStatus] = state.status;
   }
   if (state.status != 0) return;
+  // kTileLanes lanes: one of the chunk's tiles
+  const int part = lane % kTileLanes, in_chunk = int(threadIdx.x) / kTileLanes;
+  uint16_t* const positions = stages[in_chunk];
   const index_t num_chunks = ceil_div(p.num_tiles, kChunkTiles);
-  for (index_t chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
-    // lane i: tile i of the chunk
-    const index_t first_tile = chunk * kChunkTiles;
-    const uint32_t packed = first_tile + lane < p.num_tiles ? p.tile_selected[first_tile + lane] : 0;
+  for (;;) {
+    const index_t chunk = claim_item(&state.next_chunk);
+    if (chunk >= num_chunks) return;
+    const index_t t = chunk * kChunkTiles + in_chunk;
+    const bool exists = t < p.num_tiles;
+    const Survivors found = exists ? p.survivors[t] : Survivors{};
+    const uint32_t tensor = exists ? p.tile_tensor[t] : 0;
+    const uint32_t counts = count_tile(p, found, part), greater = counts >> 16, equal = counts & 0xffffu;
+    if (part == 0) counts_of[in_chunk] = counts;
+    __syncthreads();
+    const uint32_t counts_of_lane = counts_of[lane];  // tile `lane` of the chunk
+    if (warp == 0) {
+      const uint32_t chunk_greater = __reduce_add_sync(kFullMask, counts_of_lane >> 16);
+      const uint32_t chunk_equal = __reduce_add_sync(kFullMask, counts_of_lane & 0xffffu);
+      if (lane == 0) {
+        atomic_add(&p.chunk_sums[chunk], sums_of(chunk_greater, chunk_equal));
+        atomic_add(&p.group_sums[chunk / kGroupChunks], sums_of(chunk_greater, chunk_equal));
+      }
+    }
+
+    // while the others tell theirs
+    const DeviceTensor& x = p.tensors[tensor];
+    const bool may_be_small = counts != 0 && greater <= uint32_t(kSmallTile);
+    if (__any_sync(kFullMask, may_be_small)) {
+      const uint32_t num_sure = may_be_small ? found.counts >> 16 : 0;
+      const bool has_band = may_be_small && state.single == 0 && counts != num_sure << 16;
+      stage_small_tile(p, reinterpret_cast<const uint16_t*>(p.slab + slab_offset(x, t)), num_sure, greater,
+                       found.band_offset, has_band ? found.counts & 0xffffu : 0, lane, positions);
+    }
+
     uint64_t greater_below, equal_below;
     sum_below(p, chunk, lane, &greater_below, &equal_below);
-    greater_below += warp_exclusive_sum(packed >> 16, lane);
-    equal_below += warp_exclusive_sum(packed & 0xffffu, lane);
-
-    // kTileLanes lanes: one of the warp's tiles
-    const int part = lane % kTileLanes, in_chunk = warp * kTilesPerWarp + lane / kTileLanes;
-    const index_t t = first_tile + in_chunk;
-    const uint32_t mine = __shfl_sync(kFullMask, packed, in_chunk), equal = mine & 0xffffu;
-    greater_below = __shfl_sync(kFullMask, greater_below, in_chunk);
-    equal_below = __shfl_sync(kFullMask, equal_below, in_chunk);
+    greater_below += __shfl_sync(kFullMask, warp_exclusive_sum(counts_of_lane >> 16, lane), in_chunk);
+    equal_below += __shfl_sync(kFullMask, warp_exclusive_sum(counts_of_lane & 0xffffu, lane), in_chunk);
     const uint64_t num_ties = state.select_rank;  // to select among the elements equal to the threshold
     const uint64_t ties_below = equal_below < num_ties ? equal_below : num_ties;
     const uint32_t ties = num_ties - ties_below < equal ? uint32_t(num_ties - ties_below) : equal;
-    const index_t offset = index_t(greater_below + ties_below), end = offset + (mine >> 16) + ties;
-    if (part == 0 && t < p.num_tiles) {
-      const uint32_t tensor = p.tile_tensor[t];
-      if (p.tensors[tensor].first_tile == t) p.result[kResultOffsets + tensor] = offset;
+    const index_t offset = index_t(greater_below + ties_below), end = offset + greater + ties;
+    if (part == 0 && exists) {
+      if (x.first_tile == t) p.result[kResultOffsets + tensor] = offset;
       if (t == p.num_tiles - 1) p.result[kResultStatus] = end != p.k;
     }
-    const uint32_t num = end <= p.k ? (mine >> 16) + ties : 0;
+    const uint32_t num = end <= p.k ? greater + ties : 0;
     const bool is_large =
         num > uint32_t(kSmallTile) || (num != 0 && ties != 0 && (ties != equal || state.single != 0));
     const uint32_t large = __ballot_sync(kFullMask, is_large && part == 0);
     if (large != 0) {
-      uint32_t first = 0;
-      if (lane == 0) first = atomicAdd(&state.num_large, uint32_t(__popc(large)));
-      first = __shfl_sync(kFullMask, first, 0);
+      uint32_t place = 0;
+      if (lane == 0) place = atomicAdd(&state.num_large, uint32_t(__popc(large)));
+      place = __shfl_sync(kFullMask, place, 0);
       if (is_large && part == 0) {
-        p.large_tiles[first + uint32_t(__popc(large & ((1u << lane) - 1)))] = {offset, uint32_t(t), ties};
+        p.large_tiles[place + uint32_t(__popc(large & ((1u << lane) - 1)))] = {offset, uint32_t(t), counts,
+                                                                               ties};
       }
     }
-    if (__any_sync(kFullMask, num != 0 && !is_large)) {
-      emit_small_tiles(p, t, is_large ? 0 : num, ties != 0, offset, lane, stages[warp]);
+    const index_t first = (t - x.first_tile) * kTileNumel - x.shift;
+    __syncwarp();
+    for (uint32_t i = uint32_t(part); i < (is_large ? 0 : num); i += kTileLanes) {
+      const uint32_t position = positions[i];
+      uint32_t rank = 0;
+#pragma unroll 4
+      for (uint32_t j = 0; j < num; ++j) rank += positions[j] < position;
+      p.indices[offset + rank] = first + position;
     }
   }
 }

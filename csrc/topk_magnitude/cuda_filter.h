@@ -234,6 +234,7 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
     if (lane == 0) atomic_add(&p.state->num_nonfinite[again], num_nonfinite);
   }
   const uint32_t total = __reduce_add_sync(kFullMask, counts.packed);
+  if (lane == 0) p.survivors[t].counts = total;
   if (total == 0) return 0;
   const uint32_t below = warp_exclusive_sum(counts.packed, lane);
 
@@ -258,7 +259,7 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
     }
     offset = __shfl_sync(kFullMask, offset, 0);
     if (offset + num_band <= uint64_t(p.band_capacity)) {
-      if (lane == 0) p.tile_band_offset[t] = uint32_t(offset);
+      if (lane == 0) p.survivors[t].band_offset = uint32_t(offset);
       uint32_t at = uint32_t(offset) + (below & 0xffffu);
       visit_bits(band_words, counts.strips >> 16, lane, itemsize, [&](int position) {
         p.band_positions[at] = uint16_t(position);
@@ -325,12 +326,9 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocksPerSm<Key>)
     const LaneCounts counts = compare_tile(p, t, lane, sure_words[warp], band_words[warp]);
     __syncwarp();  // also keeps the compiler from holding the tile's description in registers during the read
     const uint32_t total = store_tile(p, t, again, lane, counts, sure_words[warp], band_words[warp]);
-    if (lane == 0) {
-      p.tile_counts[t] = total;
-      if (total != 0) {
-        atomic_add(&sums[0], total >> 16);
-        atomic_add(&sums[1], total & 0xffffu);
-      }
+    if (lane == 0 && total != 0) {
+      atomic_add(&sums[0], total >> 16);
+      atomic_add(&sums[1], total & 0xffffu);
     }
   }
   __syncthreads();

@@ -75,6 +75,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Problem<Key> p) {
   const index_t num_threads = index_t(gridDim.x) * kThreads;
   for (index_t t = thread; t < p.num_tiles; t += num_threads) {
     p.tile_tensor[t] = uint32_t(find_row(p.tensors, p.num_tensors, &DeviceTensor::first_tile, t));
+    if (t % kChunkTiles == 0) p.chunk_sums[t / kChunkTiles] = 0;
+    if (t % (kChunkTiles * kGroupChunks) == 0) p.group_sums[t / (kChunkTiles * kGroupChunks)] = 0;
   }
   const bool all = p.num_sampled_runs == p.num_runs;
 #pragma unroll 1

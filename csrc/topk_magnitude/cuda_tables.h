@@ -24,17 +24,16 @@ constexpr int kThreads = 256;
 // Loads in flight per multiprocessor: 128 KB with 64 registers per thread, 48 KB with 80 for 8-byte keys.
 template <class Key>
 constexpr int kFilterBlocksPerSm = sizeof(Key) == 4 ? 4 : 3;
-constexpr int kBlocksPerSm = 4;         // of sample and select, which wait for memory more than they compute
-constexpr int kChunkBlocksPerSm = 256;  // of count and emit: chunks differ, so the hardware hands them out
-constexpr int kVectorsInFlight = 8;     // 16-byte loads per thread
-constexpr int kRunNumel = 8;            // elements sampled together: 32 bytes of fp32
+constexpr int kBlocksPerSm = 4;      // of sample and select, which wait for memory more than they compute
+constexpr int kVectorsInFlight = 8;  // 16-byte loads per thread
+constexpr int kRunNumel = 8;         // elements sampled together: 32 bytes of fp32
 constexpr int kSampledRunsLog2 = SAFT_CUDA_SAMPLED_RUNS_LOG2;
 constexpr int kLargeSampledRunsLog2 = kSampledRunsLog2 + 2;  // above kLargeNumel
 constexpr index_t kLargeNumel = 2000000000;
 // Half-width of the bracket in binomial standard deviations. Gradients are correlated along both dimensions of a matrix:
 // structured gradients gave rank errors up to 2.4 sigma with such a sample.
 constexpr double kSigmas = 6.0;
-constexpr int kChunkTiles = 32;                       // counted and emitted together
+constexpr int kChunkTiles = 32;                       // emitted together
 constexpr int kGroupChunks = SAFT_CUDA_GROUP_CHUNKS;  // summed together
 
 // ---- sizes that follow ----
@@ -51,10 +50,11 @@ constexpr int kSamplePasses = 3;
 constexpr int kDtypes = 4;
 static_assert(kTileNumel % (2 * kStripNumel) == 0 && kTileNumel <= 16 * kStripNumel,
               "strips of a tile are bits of 16");
-constexpr int kTileLanes = kThreads / kChunkTiles;  // of a tile in count and emit
+constexpr int kTileLanes = kThreads / kChunkTiles;  // of a tile in emit
 static_assert(kChunkTiles == kWarpSize && kWarpSize % kTileLanes == 0, "emit: a lane per tile of a chunk");
-static_assert(uint64_t(kGroupChunks) * kChunkTiles * kTileNumel < uint64_t(1) << 32,
-              "a group's sums are halves of a word");
+constexpr int kSumBits =
+    25;  // of the sums over a group, two of which share a word with the number of its chunks
+static_assert(kGroupChunks * kChunkTiles * index_t(kTileNumel) < index_t(1) << kSumBits, "");
 
 template <class Key>
 constexpr int kSelectPasses = (CommonKey<Key>::kBits + kDigitBits - 1) / kDigitBits;
@@ -89,11 +89,18 @@ struct NativeBracket {
   Key first_band, first_sure, inf;
 };
 
+// What the filter found in a tile.
+struct Survivors {
+  uint32_t counts;       // sure << 16 | band
+  uint32_t band_offset;  // into band_keys
+};
+
 // A tile that emit leaves to emit_large.
 struct LargeTile {
   index_t offset;  // into indices
   uint32_t tile;
-  uint32_t ties;  // to select of it
+  uint32_t counts;  // above the threshold << 16 | equal to it
+  uint32_t ties;    // to select of it
 };
 
 // Zeroed before the first kernel.
@@ -116,7 +123,7 @@ struct State {
   Key select_lo, select_hi;
   Key threshold;
   // emit
-  uint32_t num_large;
+  uint32_t next_chunk, num_large;
   // result
   uint32_t status, reads;
   uint32_t tickets[kSamplePasses + 2 + kSelectPasses<Key>];
@@ -132,11 +139,9 @@ struct Problem {
   uint32_t* sample_histograms;  // [kSamplePasses][2][kBins]
   uint64_t* select_histograms;  // [kSelectPasses][kBins]
   uint32_t* tile_tensor;
-  uint32_t* tile_counts;       // sure << 16 | band
-  uint32_t* tile_band_offset;  // into band_keys
-  uint32_t* tile_selected;     // above the threshold << 16 | equal to it
-  uint64_t* chunk_selected;    // sums of tile_selected over a chunk: above << 32 | equal
-  uint64_t* group_selected;    // over kGroupChunks chunks
+  Survivors* survivors;
+  uint64_t* chunk_sums;  // see sums_of in cuda_emit.h; zeroed by sample
+  uint64_t* group_sums;  // over kGroupChunks chunks; zeroed by sample
   LargeTile* large_tiles;
   Key* sample;
   Key* band_keys;

@@ -1,10 +1,11 @@
-// cuda_host: runs CUDA kernels on the CPU, for the tests. A fiber per thread, switched at barriers and warp
-// collectives; blocks run one after the other. It stands in for <cuda_runtime.h>.
+// cuda_host: runs CUDA kernels on the CPU, for the tests. A fiber per thread, switched at barriers, warp collectives
+// and sleeps; a few blocks at a time, in turns. It stands in for <cuda_runtime.h>.
 //
 // What it checks that a GPU would not: shared memory holds garbage at the start of a block, the order of
 // threads and blocks is chosen by a seed, a collective that some lanes of the warp never reach or reach by
-// another call is an error, and AddressSanitizer sees every access. What it cannot show: races between
-// blocks, and speed.
+// another call is an error, as is a wait for what nobody will do, AddressSanitizer sees every access, and
+// ThreadSanitizer every race, of threads and of blocks: what orders them is barriers, warp collectives, kernels,
+// and atomics between fences. What it cannot show: speed.
 #pragma once
 
 #include <link.h>
@@ -12,12 +13,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -26,6 +31,15 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
 #endif
 
 #define SAFT_CUDA_HOST 1
@@ -36,7 +50,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 // AddressSanitizer guards static arrays. Without it they are thread-local, so that they lie together in the
-// module's TLS block, which can be filled with garbage.
+// module's TLS block, which can be filled with garbage; blocks that run at the same time have a thread each.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
@@ -113,10 +127,13 @@ inline void make_context(Context& context, char* stack, void (*entry)()) {
 enum class Wait { kNone, kWarp, kBlock, kDone };
 
 struct Fiber {
-  Context context;
+  Context context{};
   char* stack = nullptr;
   Wait wait = Wait::kDone;
   void* fake_stack = nullptr;
+  void* tsan = nullptr;
+  bool has_fence = false;          // since the last barrier: its atomics tell what it knows
+  std::vector<const void*> heard;  // atomics that it has read since its last fence
 };
 
 // Lanes of a warp meet here: the last to arrive releases the others.
@@ -126,18 +143,34 @@ struct Warp {
   const char* operation = nullptr;
 };
 
-struct Scheduler {
-  std::vector<Fiber> fibers;
+// One that runs.
+struct Block {
+  std::deque<Fiber> fibers;
   std::vector<Warp> warps;
+  std::vector<unsigned> order;  // of its threads
+  unsigned index = 0, num_alive = 0, num_at_barrier = 0;
+};
+
+struct Scheduler {
+  std::deque<Block> blocks;       // as many as run at a time, in turns
+  std::vector<unsigned> waiting;  // blocks that have not started, the next one last
+  unsigned num_running = 1, turn = 0, turns_asleep = 0;
+  std::mutex mutex;
+  std::condition_variable turn_changed;
+  Block* block = nullptr;  // whose turn it is
   Context main;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
   void* main_fake_stack = nullptr;
+  void* main_tsan = nullptr;
   const std::function<void()>* body = nullptr;
-  unsigned current = 0;
-  unsigned num_threads = 0, num_alive = 0, num_at_barrier = 0;
+  unsigned current = 0;  // thread of the block
+  unsigned num_threads = 0;
+  bool slept = false;
   uint64_t seed = 0;  // 0: ascending order of threads and blocks; 1: descending; else random
+  unsigned num_resident = 1;
 
+  Fiber& fiber() { return block->fibers[current]; }
   uint64_t random() {
     seed ^= seed << 13;
     seed ^= seed >> 7;
@@ -153,12 +186,61 @@ struct Scheduler {
 
 inline Scheduler scheduler;
 
+// ---- what orders memory, for ThreadSanitizer ----
+
+#if defined(__SANITIZE_THREAD__)
+inline void release(const void* at) { __tsan_release(const_cast<void*>(at)); }
+inline void acquire(const void* at) { __tsan_acquire(const_cast<void*>(at)); }
+#else
+inline void release(const void*) {}
+inline void acquire(const void*) {}
+#endif
+
+// The harness's own memory is no business of ThreadSanitizer's.
+struct Unseen {
+#if defined(__SANITIZE_THREAD__)
+  Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+  ~Unseen() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
+#endif
+  int unused = 0;
+};
+
+inline Fiber& current_fiber() {
+  Unseen unseen;
+  return scheduler.fiber();
+}
+
+// Before and after an atomic operation, which by itself orders nothing.
+inline void before_atomic(const void* at) {
+  Unseen unseen;
+  if (scheduler.fiber().has_fence) release(at);
+}
+inline void after_atomic(const void* at) {
+  Unseen unseen;
+#if defined(__SANITIZE_THREAD__)
+  scheduler.fiber().heard.push_back(at);
+#endif
+  (void)at;
+}
+inline void fence() {
+  Unseen unseen;
+  Fiber& fiber = scheduler.fiber();
+  for (const void* at : fiber.heard) acquire(at);
+  fiber.heard.clear();
+  fiber.has_fence = true;
+}
+
+// ---- threads ----
+
 inline void yield_to_main() {
-  Fiber& fiber = scheduler.fibers[scheduler.current];
+  Fiber& fiber = current_fiber();
 #if defined(__SANITIZE_ADDRESS__)
   const bool done = fiber.wait == Wait::kDone;
   __sanitizer_start_switch_fiber(done ? nullptr : &fiber.fake_stack, scheduler.main_stack,
                                  scheduler.main_stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(scheduler.main_tsan, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_context(fiber.context, scheduler.main);
 #if defined(__SANITIZE_ADDRESS__)
@@ -167,11 +249,14 @@ inline void yield_to_main() {
 }
 
 inline void resume(unsigned thread) {
-  Fiber& fiber = scheduler.fibers[thread];
   scheduler.current = thread;
   threadIdx.x = thread;
+  Fiber& fiber = scheduler.fiber();
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler.main_fake_stack, fiber.stack, kStackBytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
   switch_context(scheduler.main, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -180,9 +265,10 @@ inline void resume(unsigned thread) {
 }
 
 inline void release_barrier_if_full() {
-  if (scheduler.num_at_barrier == 0 || scheduler.num_at_barrier != scheduler.num_alive) return;
-  scheduler.num_at_barrier = 0;
-  for (Fiber& fiber : scheduler.fibers) {
+  Block& block = *scheduler.block;
+  if (block.num_at_barrier == 0 || block.num_at_barrier != block.num_alive) return;
+  block.num_at_barrier = 0;
+  for (Fiber& fiber : block.fibers) {
     if (fiber.wait == Wait::kBlock) fiber.wait = Wait::kNone;
   }
 }
@@ -191,17 +277,30 @@ inline void fiber_entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.main_stack, &scheduler.main_stack_bytes);
 #endif
+  Block* const block = scheduler.block;
+  acquire(&scheduler.body);  // what kernels before this one did
+  acquire(&block->fibers);   // and blocks that had this one's shared memory
   (*scheduler.body)();
-  scheduler.fibers[scheduler.current].wait = Wait::kDone;
-  --scheduler.num_alive;
-  release_barrier_if_full();
+  release(&scheduler.waiting);
+  release(&block->fibers);
+  {
+    Unseen unseen;
+    scheduler.fiber().wait = Wait::kDone;
+    --block->num_alive;
+    release_barrier_if_full();
+  }
   yield_to_main();
   fail("a finished thread was resumed");
 }
 
+// ---- blocks ----
+
 // Shared memory holds whatever the last block left there, or worse.
 inline void spoil_shared_memory() {
 #if !defined(__SANITIZE_ADDRESS__)
+  static thread_local char in_shared_memory;
+  char* volatile touched = &in_shared_memory;  // it exists from here on
+  (void)touched;
   dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void* here) {
         bool mine = false;
@@ -220,38 +319,76 @@ inline void spoil_shared_memory() {
 #endif
 }
 
-inline void run_block(const std::function<void()>& body) {
+inline void start_block(Block& block, unsigned index) {
   Scheduler& s = scheduler;
-  s.body = &body;
-  s.num_alive = s.num_threads;
-  s.num_at_barrier = 0;
-  s.warps.assign((s.num_threads + kLanes - 1) / kLanes, {});
+  block.index = index;
+  block.num_alive = s.num_threads;
+  block.num_at_barrier = 0;
+  block.warps.assign((s.num_threads + kLanes - 1) / kLanes, {});
   spoil_shared_memory();
-  while (s.fibers.size() < s.num_threads) {
+  while (block.fibers.size() < s.num_threads) {
     Fiber fiber;
     fiber.stack = static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (fiber.stack == MAP_FAILED) fail("no memory for stacks");
-    s.fibers.push_back(fiber);
+    block.fibers.push_back(fiber);
   }
+  block.order.resize(s.num_threads);
   for (unsigned t = 0; t < s.num_threads; ++t) {
+    Fiber& fiber = block.fibers[t];
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(s.fibers[t].stack, kStackBytes);
+    __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
-    make_context(s.fibers[t].context, s.fibers[t].stack, fiber_entry);
-    s.fibers[t].wait = Wait::kNone;
+#if defined(__SANITIZE_THREAD__)
+    if (fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
+#endif
+    make_context(fiber.context, fiber.stack, fiber_entry);
+    fiber.wait = Wait::kNone;
+    fiber.has_fence = false;
+    fiber.heard.clear();
+    block.order[t] = t;
   }
-  std::vector<unsigned> order(s.num_threads);
-  for (unsigned t = 0; t < s.num_threads; ++t) order[t] = t;
-  s.shuffle(order);
-  while (s.num_alive > 0) {
-    bool ran = false;
-    for (unsigned t : order) {
-      if (s.fibers[t].wait != Wait::kNone) continue;
-      resume(t);
-      ran = true;
+  s.shuffle(block.order);
+}
+
+// Each thread of a block, until it waits.
+inline void run_threads(Block& block) {
+  Scheduler& s = scheduler;
+  s.block = &block;
+  blockIdx.x = block.index;
+  s.slept = false;
+  bool ran = false;
+  for (unsigned t : block.order) {
+    if (block.fibers[t].wait != Wait::kNone) continue;
+    resume(t);
+    ran = true;
+  }
+  if (!ran) fail("deadlock: threads wait for a barrier or a warp operation that others never reach");
+  s.turns_asleep = s.slept ? s.turns_asleep + 1 : 0;
+  if (s.turns_asleep > 100000) fail("deadlock: blocks wait for what no other one does");
+}
+
+// Blocks one after the other, in the turns of this one of `scheduler.blocks`.
+inline void run_blocks(unsigned slot) {
+  Unseen unseen;
+  Scheduler& s = scheduler;
+  Block& block = s.blocks[slot];
+  for (bool is_done = false; !is_done;) {
+    std::unique_lock<std::mutex> lock(s.mutex);
+    s.turn_changed.wait(lock, [&] { return s.turn == slot; });
+#if defined(__SANITIZE_THREAD__)
+    s.main_tsan = __tsan_get_current_fiber();
+#endif
+    if (block.num_alive == 0 && !s.waiting.empty()) {
+      start_block(block, s.waiting.back());
+      s.waiting.pop_back();
     }
-    if (!ran) fail("deadlock: threads wait for a barrier or a warp operation that others never reach");
+    const bool lags = s.seed > 1 && s.num_running > 1 && s.random() % 4 == 0;
+    if (block.num_alive > 0 && !lags) run_threads(block);
+    is_done = s.waiting.empty() &&
+              std::all_of(s.blocks.begin(), s.blocks.end(), [](const Block& b) { return b.num_alive == 0; });
+    s.turn = (slot + 1) % s.num_running;
+    s.turn_changed.notify_all();
   }
 }
 
@@ -262,34 +399,49 @@ inline void launch(const char* name, unsigned grid, unsigned block, const std::f
   }
   gridDim.x = grid;
   blockDim.x = block;
-  scheduler.num_threads = block;
-  std::vector<unsigned> blocks(grid);
-  for (unsigned b = 0; b < grid; ++b) blocks[b] = b;
-  scheduler.shuffle(blocks);
-  for (unsigned b : blocks) {
-    blockIdx.x = b;
-    run_block(body);
-  }
+  Scheduler& s = scheduler;
+  s.num_threads = block;
+  s.body = &body;
+  s.waiting.resize(grid);
+  for (unsigned b = 0; b < grid; ++b) s.waiting[b] = grid - 1 - b;
+  s.shuffle(s.waiting);
+  s.turn = 0;
+  release(&s.body);
+#if defined(__SANITIZE_ADDRESS__)
+  s.num_running = 1;  // the arrays that it guards are there once
+#else
+  s.num_running = std::min(s.num_resident, grid);
+#endif
+  while (s.blocks.size() < s.num_running) s.blocks.emplace_back();
+  std::vector<std::thread> others;
+  for (unsigned slot = 1; slot < s.num_running; ++slot) others.emplace_back(run_blocks, slot);
+  run_blocks(0);
+  for (std::thread& other : others) other.join();
+  acquire(&s.waiting);
 }
 
 // Every lane of the warp calls this; each gets what all of them brought.
 inline const uint64_t* exchange(unsigned mask, uint64_t value, const char* operation) {
   if (mask != 0xffffffffu) fail("only full masks are supported");
+  Unseen unseen;
+  Block& block = *scheduler.block;
   const unsigned lane = scheduler.current % kLanes;
-  Warp& warp = scheduler.warps[scheduler.current / kLanes];
+  Warp& warp = block.warps[scheduler.current / kLanes];
   if (warp.num_arrived == 0) warp.operation = operation;
   if (std::strcmp(warp.operation, operation) != 0)
     fail("the lanes of a warp are in different warp operations");
   warp.arriving[lane] = value;
+  release(&warp);
   if (++warp.num_arrived == kLanes) {
     warp.num_arrived = 0;
     std::memcpy(warp.values, warp.arriving, sizeof(warp.values));
     const unsigned first = scheduler.current - lane;
-    for (unsigned l = 0; l < kLanes; ++l) scheduler.fibers[first + l].wait = Wait::kNone;
+    for (unsigned l = 0; l < kLanes; ++l) block.fibers[first + l].wait = Wait::kNone;
   } else {
-    scheduler.fibers[scheduler.current].wait = Wait::kWarp;
+    scheduler.fiber().wait = Wait::kWarp;
     yield_to_main();
   }
+  acquire(&warp);
   return warp.values;
 }
 
@@ -307,19 +459,35 @@ T from_word(uint64_t word) {
   return value;
 }
 
+template <class T>
+T load_relaxed(const T* address) {
+  const T value = __atomic_load_n(address, __ATOMIC_RELAXED);
+  after_atomic(address);
+  return value;
+}
+
 }  // namespace cuda_host
 
 // ---- device functions ----
 
 inline void __syncthreads() {
-  cuda_host::Scheduler& s = cuda_host::scheduler;
-  s.fibers[s.current].wait = cuda_host::Wait::kBlock;
-  ++s.num_at_barrier;
+  cuda_host::Unseen unseen;
+  cuda_host::Block& block = *cuda_host::scheduler.block;
+  cuda_host::release(&block);
+  cuda_host::scheduler.fiber().wait = cuda_host::Wait::kBlock;
+  ++block.num_at_barrier;
   cuda_host::release_barrier_if_full();
   cuda_host::yield_to_main();
+  cuda_host::acquire(&block);
+  cuda_host::scheduler.fiber().has_fence = false;  // what the barrier brought came after it
 }
 inline void __syncwarp() { cuda_host::exchange(0xffffffffu, 0, "syncwarp"); }
-inline void __threadfence() {}
+inline void __threadfence() { cuda_host::fence(); }
+inline void __nanosleep(unsigned) {
+  cuda_host::Unseen unseen;
+  cuda_host::scheduler.slept = true;
+  cuda_host::yield_to_main();
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -356,13 +524,15 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = T(before + value);
+  cuda_host::before_atomic(address);
+  const T before = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  cuda_host::after_atomic(address);
   return before;
 }
 inline unsigned atomicOr(unsigned* address, unsigned value) {
-  const unsigned before = *address;
-  *address = before | value;
+  cuda_host::before_atomic(address);
+  const unsigned before = __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+  cuda_host::after_atomic(address);
   return before;
 }
 

@@ -21,8 +21,9 @@ void topk_plan(const saft::TensorDesc* tensors, int64_t num_tensors, int64_t k, 
 }
 
 void topk_run(const saft::TopKCudaPlan* plan, const saft::TensorDesc* tensors, void* workspace,
-              int64_t* indices, int64_t* result, int max_blocks, uint64_t seed) {
+              int64_t* indices, int64_t* result, int max_blocks, uint64_t seed, unsigned num_resident) {
   cuda_host::scheduler.seed = seed;
+  cuda_host::scheduler.num_resident = num_resident;
   saft::topk_magnitude_cuda(*plan, tensors, workspace, indices, result, nullptr, max_blocks);
 }
 
