@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_map
 from training import TwoTowers, backward, batches, loss_fn
 
-from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels import OptimizerState, Originals, SparseAdamW, SparseDelta, SparseMask, select
 from saft_kernels.optim import sparse_adamw
 from saft_kernels.optim.release import SelectedGrad
 from saft_kernels.selection import ranks as ranks_module
@@ -223,6 +223,10 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         whole = torch.distributed.device_mesh.DeviceMesh("cpu", mesh.mesh.view(1, -1))
         SparseAdamW([("odd", nn.Parameter(DTensor.from_local(torch.ones(4, 4), whole, placements)))])
 
+    def on_meta() -> None:
+        parameters = [nn.Parameter(tensor) for tensor in split([torch.empty(8, 3, device="meta")], mesh, 0)]
+        SparseAdamW([("p0", *parameters)], mask=SparseMask({"p0": torch.tensor([1])}, {"p0": (8, 3)}))
+
     def random() -> None:
         torch.manual_seed(int(me == last))
         model = towers(mesh)
@@ -243,7 +247,11 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         "twice": lambda: placed(Shard(0), Shard(1)),
         "odd": lambda: SparseAdamW([("odd", nn.Parameter(odd))]),
         "members": lambda: optimizer().members(),
-        "delta": lambda: SparseDelta.from_optimizer(optimizer(), {f"p{i}": torch.zeros(8, 3) for i in range(2)}),
+        "apply": lambda: SparseDelta.diff(towers(), towers()).apply_(towers(mesh)),
+        "delta": lambda: SparseDelta.from_optimizer(
+            optimizer(), {f"p{i}": torch.zeros(8 + (me == last), 3) for i in range(2)}
+        ),
+        "meta": on_meta,
         "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
         "differentiable": lambda: optimizer(differentiable=True, density=1.0),
         "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
@@ -480,6 +488,31 @@ def tensor_parallel(rank: int, mesh: Any) -> list[str]:
     return wrong
 
 
+def deltas(rank: int, mesh: Any) -> list[str]:
+    """What has changed, from values before that each rank has kept, and from the base: as of whole models."""
+    base, wrong = towers(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        base, model = towers(None, dtype), towers(mesh, dtype)
+        optimizer = SparseAdamW(model.named_parameters(), 0.01, density=0.1)
+        originals = Originals(optimizer)
+        for step in range(3):
+            if step == 2:
+                optimizer.reselect()
+            optimizer.zero_grad()
+            backward(model, batches(1, step, dtype)[0])
+            optimizer.step()
+        tuned = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        expected = SparseDelta.diff(base, tuned)
+        for name, before in {"originals": originals, "base": base}.items():
+            found = SparseDelta.from_optimizer(optimizer, before)
+            if found != expected or found.originals is None:
+                wrong.append(f"{dtype} {name}")
+        expected.apply_(base)
+        if not all(map(torch.equal, base.state_dict().values(), tuned.values())):
+            wrong.append(f"{dtype} apply_")
+    return wrong
+
+
 def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
     """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
     sent: list[int] = []
@@ -633,7 +666,7 @@ def failures(rank: int) -> dict[str, str]:
     return {**found, "warned": "".join(warned)}
 
 
-SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, traffic)
+SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, deltas, traffic)
 
 
 def _run(rank: int, folder: str) -> None:
@@ -697,6 +730,11 @@ def test_tensor_parallel(ranks: list[dict[str, dict[int, Any]]], world: int) -> 
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_deltas(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["deltas"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_traffic(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
     """Three histograms and two flags; no more offers than an equal share, and some."""
     for result in ranks[:world]:
@@ -732,7 +770,9 @@ def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: 
         "twice": ["TypeError: param_groups[0]['params'][0] odd:", "Shard(dim=1)"],
         "odd": ["TypeError: param_groups[0]['params'][0] odd: expected the shard of torch.chunk"],
         "members": ["NotImplementedError: members()"],
-        "delta": ["NotImplementedError: members()"],
+        "apply": ["TypeError: `model`", "got a DTensor; gather the full state dict first"],
+        "delta": ["ValueError: `tuned`: expected shape", "for 'p0'"],
+        "meta": ["ValueError: 'p0': expected memory, got a DTensor on meta; call model.to_empty"],
         "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
         "differentiable": ["NotImplementedError: differentiable=True"],
         "streaming": ["NotImplementedError: select()", "streaming=True"],

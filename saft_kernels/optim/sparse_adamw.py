@@ -261,16 +261,20 @@ class SparseAdamW(Optimizer):
 
     # ---- selection ----
 
-    def members(self) -> list[Member]:
+    def members(self, *, split: bool = False) -> list[Member]:
         """One record per parameter, in order: its name, what is selected of it, and how far it has come.
 
         The records are the optimizer's own, and follow it: read them, and keep them no longer than to the next call.
 
+        Args:
+            split: Whether the caller knows what a record is where a parameter is split over ranks: of this rank's part.
+
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
-            NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
+            NotImplementedError: The parameters are split over ranks, and not `split`.
         """
-        refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
+        if not split:
+            refuse_split(self._ranks, "members(), as for sparse_grad and select_into", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -298,7 +302,7 @@ class SparseAdamW(Optimizer):
         return self._selection.pools(self.param_groups)
 
     def register_selection_hook(self, hook: Callable[[Sequence[Member]], None]) -> None:
-        """Calls `hook(optimizer.members())` when something has been selected, before anything is updated."""
+        """Calls `hook(optimizer.members(split=True))` when something was selected, before anything is updated."""
         self._selection_hooks.append(hook)
 
     @property
@@ -342,6 +346,12 @@ class SparseAdamW(Optimizer):
                 "drop theirs"
             )
         members = self._follow()
+        for member in members:
+            if is_distributed(member.parameter) and member.local.is_meta:
+                raise ValueError(
+                    f"{member.name!r}: expected memory, got a DTensor on meta; call model.to_empty(device=...) and "
+                    "load the weights before the optimizer is built"
+                )
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
         self._selection.mask = "" if self._ranks is None else mask.digest()
