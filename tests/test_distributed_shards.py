@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_map
 from training import TwoTowers, backward, batches, loss_fn
 
-from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels import OptimizerState, Originals, SparseAdamW, SparseDelta, SparseMask, select
 from saft_kernels.optim import sparse_adamw
 from saft_kernels.optim.release import SelectedGrad
 from saft_kernels.selection import ranks as ranks_module
@@ -223,6 +223,10 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         whole = torch.distributed.device_mesh.DeviceMesh("cpu", mesh.mesh.view(1, -1))
         SparseAdamW([("odd", nn.Parameter(DTensor.from_local(torch.ones(4, 4), whole, placements)))])
 
+    def on_meta() -> None:
+        parameters = [nn.Parameter(tensor) for tensor in split([torch.empty(8, 3, device="meta")], mesh, 0)]
+        SparseAdamW([("p0", *parameters)], mask=SparseMask({"p0": torch.tensor([1])}, {"p0": (8, 3)}))
+
     def random() -> None:
         torch.manual_seed(int(me == last))
         model = towers(mesh)
@@ -243,7 +247,11 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         "twice": lambda: placed(Shard(0), Shard(1)),
         "odd": lambda: SparseAdamW([("odd", nn.Parameter(odd))]),
         "members": lambda: optimizer().members(),
-        "delta": lambda: SparseDelta.from_optimizer(optimizer(), {f"p{i}": torch.zeros(8, 3) for i in range(2)}),
+        "apply": lambda: SparseDelta.diff(towers(), towers()).apply_(towers(mesh)),
+        "delta": lambda: SparseDelta.from_optimizer(
+            optimizer(), {f"p{i}": torch.zeros(8 + (me == last), 3) for i in range(2)}
+        ),
+        "meta": on_meta,
         "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
         "differentiable": lambda: optimizer(differentiable=True, density=1.0),
         "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
@@ -480,6 +488,31 @@ def tensor_parallel(rank: int, mesh: Any) -> list[str]:
     return wrong
 
 
+def deltas(rank: int, mesh: Any) -> list[str]:
+    """What has changed, from values before that each rank has kept, and from the base: as of whole models."""
+    base, wrong = towers(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        base, model = towers(None, dtype), towers(mesh, dtype)
+        optimizer = SparseAdamW(model.named_parameters(), 0.01, density=0.1)
+        originals = Originals(optimizer)
+        for step in range(3):
+            if step == 2:
+                optimizer.reselect()
+            optimizer.zero_grad()
+            backward(model, batches(1, step, dtype)[0])
+            optimizer.step()
+        tuned = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        expected = SparseDelta.diff(base, tuned)
+        for name, before in {"originals": originals, "base": base}.items():
+            found = SparseDelta.from_optimizer(optimizer, before)
+            if found != expected or found.originals is None:
+                wrong.append(f"{dtype} {name}")
+        expected.apply_(base)
+        if not all(map(torch.equal, base.state_dict().values(), tuned.values())):
+            wrong.append(f"{dtype} apply_")
+    return wrong
+
+
 def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
     """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
     sent: list[int] = []
@@ -514,40 +547,48 @@ def continued(model: nn.Module, optimizer: SparseAdamW, first: int, last: int) -
 
 
 def checkpoints(rank: int, folder: str) -> list[str]:
-    """Saved by four ranks, loaded by two; as one process trains."""
+    """Trained by one process, then by two ranks, by four, and by one process: as one process trains."""
     mask = select(towers(), batches(1), loss_fn, density=0.3, progress=False)
     cases: dict[str, dict[str, Any]] = {"mask": {"mask": mask}, "dense": {"density": 1.0}}
+    cases |= {"flat_mask": cases["mask"], "flat_dense": cases["dense"]}
     cases |= {"packed": {"density": 0.3}, "packed_dense": {"density": 1.0, "amsgrad": True}}
+    meshes = {world: distributed.device_mesh.DeviceMesh("cpu", [*range(world)]) for world in (2, 4)}
     wrong = []
-    for name, flatten in itertools.product(cases, (False, True)):
-        how, path = StateDictOptions(flatten_optimizer_state_dict=flatten), f"{folder}/{name}_{flatten}"
-        for world in (4, 2):
-            mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
-            if rank >= world:
-                continue
-            model = towers(mesh)
-            model.unused.requires_grad_(False)
-            optimizer = SparseAdamW(model.named_parameters(), 0.01, **cases[name])
-            if world == 4:
-                continued(model, optimizer, 0, 3)
-            if name.startswith("packed"):
-                found = {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
-            else:
-                found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
-            if world == 4:
-                dcp.save(found, checkpoint_id=path, process_group=mesh.get_group())
-                continue
-            dcp.load(found, checkpoint_id=path, process_group=mesh.get_group())
-            set_model_state_dict(model, found["model"])
-            if not name.startswith("packed"):
-                set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
-            continued(model, optimizer, 3, 6)
-            whole = towers()
-            whole.unused.requires_grad_(False)
-            continued(whole, SparseAdamW(whole.named_parameters(), 0.01, **cases[name]), 0, 6)
-            for (key, value), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
-                if not torch.equal(value.full_tensor(), expected):
-                    wrong.append(f"{name} {flatten} {key}")
+
+    def build(world: int, options: dict[str, Any]) -> tuple[Towers, SparseAdamW]:
+        """One process has no DTensors."""
+        model = towers(meshes[world] if world > 1 else None)
+        model.unused.requires_grad_(False)
+        return model, SparseAdamW(model.named_parameters(), 0.01, **options)
+
+    def state_of(name: str, model: Towers, optimizer: SparseAdamW, how: StateDictOptions) -> dict[str, Any]:
+        if name.startswith("packed"):
+            return {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
+
+    for name, options in cases.items():
+        how = StateDictOptions(flatten_optimizer_state_dict=name.startswith("flat"))
+        for stage, world in enumerate((1, 2, 4, 1)):
+            if rank < world:
+                alone: dict[str, Any] = {"no_dist": True}
+                if world > 1:
+                    alone = {"process_group": meshes[world].get_group()}
+                model, optimizer = build(world, options)
+                if stage:
+                    found = state_of(name, model, optimizer, how)
+                    dcp.load(found, checkpoint_id=f"{folder}/{name}_{stage - 1}", **alone)
+                    set_model_state_dict(model, found["model"])
+                    if not name.startswith("packed"):
+                        set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
+                continued(model, optimizer, 2 * stage, 2 * stage + 2)
+                dcp.save(state_of(name, model, optimizer, how), checkpoint_id=f"{folder}/{name}_{stage}", **alone)
+            distributed.barrier()
+        if rank == 0:
+            expected, optimizer = build(1, options)
+            continued(expected, optimizer, 0, 8)
+            for (key, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+                if not torch.equal(value, other):
+                    wrong.append(f"{name} {key}")
     return wrong
 
 
@@ -633,7 +674,7 @@ def failures(rank: int) -> dict[str, str]:
     return {**found, "warned": "".join(warned)}
 
 
-SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, traffic)
+SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, deltas, traffic)
 
 
 def _run(rank: int, folder: str) -> None:
@@ -697,6 +738,11 @@ def test_tensor_parallel(ranks: list[dict[str, dict[int, Any]]], world: int) -> 
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_deltas(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["deltas"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_traffic(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
     """Three histograms and two flags; no more offers than an equal share, and some."""
     for result in ranks[:world]:
@@ -732,7 +778,9 @@ def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: 
         "twice": ["TypeError: param_groups[0]['params'][0] odd:", "Shard(dim=1)"],
         "odd": ["TypeError: param_groups[0]['params'][0] odd: expected the shard of torch.chunk"],
         "members": ["NotImplementedError: members()"],
-        "delta": ["NotImplementedError: members()"],
+        "apply": ["TypeError: `model`", "got a DTensor; gather the full state dict first"],
+        "delta": ["ValueError: `tuned`: expected shape", "for 'p0'"],
+        "meta": ["ValueError: 'p0': expected memory, got a DTensor on meta; call model.to_empty"],
         "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
         "differentiable": ["NotImplementedError: differentiable=True"],
         "streaming": ["NotImplementedError: select()", "streaming=True"],

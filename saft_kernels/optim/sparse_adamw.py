@@ -95,7 +95,7 @@ class SparseAdamW(Optimizer):
 
     Parameters may be DTensors that are split along one dimension, as by torch.distributed.fsdp.fully_shard: what is
     selected is then what one process would select of all, and state is of what is selected of this rank's shard. All
-    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together.
+    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together; where one of them fails, all raise.
 
     Raises:
         ValueError: An argument out of range, an empty parameter list, a mask of another model; at the first step,
@@ -267,17 +267,21 @@ class SparseAdamW(Optimizer):
 
     # ---- selection ----
 
-    def members(self) -> list[Member]:
+    def members(self, *, split: bool = False) -> list[Member]:
         """One record per parameter, in order: its name, what is selected of it, and how far it has come.
 
         The records are the optimizer's own, and follow it: read them, and keep them no longer than to the next call.
 
+        Args:
+            split: Whether the caller knows what a record is where a parameter is split over ranks: of this rank's part.
+
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
-            NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
+            NotImplementedError: The parameters are split over ranks, and not `split`.
         """
         self._follow()
-        refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
+        if not split:
+            refuse_split(self._ranks, "members(), as for sparse_grad and select_into", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -308,7 +312,7 @@ class SparseAdamW(Optimizer):
         return self._selection.pools(self.param_groups)
 
     def register_selection_hook(self, hook: Callable[[Sequence[Member]], None]) -> None:
-        """Calls `hook(optimizer.members())` when something has been selected, before anything is updated."""
+        """Calls `hook(optimizer.members(split=True))` when something was selected, before anything is updated."""
         self._selection_hooks.append(hook)
 
     @property
@@ -352,6 +356,12 @@ class SparseAdamW(Optimizer):
                 "drop theirs"
             )
         members = self._follow()
+        for member in members:
+            if is_distributed(member.parameter) and member.local.is_meta:
+                raise ValueError(
+                    f"{member.name!r}: expected memory, got a DTensor on meta; call model.to_empty(device=...) and "
+                    "load the weights before the optimizer is built"
+                )
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
         # parameters may be split later, and ranks then compare masks
