@@ -1,4 +1,7 @@
-"""What fine-tuning will need in memory, found by running a step without any, and what it took."""
+"""What fine-tuning will need in memory, found by running a step without any, and what it took.
+
+python examples/memory_plan.py      # a 70 B decoder on 8 and 64 GPUs, on paper: the table of docs/distributed.md
+"""
 
 from __future__ import annotations
 
@@ -208,6 +211,87 @@ def plans(
                 yield Plan(mode, checkpointing, streaming, blocks, training, selection)
 
 
+# ---- a decoder that fully_shard splits over GPUs, on paper ----
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder with grouped queries and a gated MLP, bias-free, embedding and output layer apart."""
+
+    hidden: int
+    mlp: int
+    kv: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(in, out) of the linear layers of a block."""
+        attention = [(self.hidden, self.hidden)] * 2 + [(self.hidden, self.kv)] * 2
+        return attention + [(self.hidden, self.mlp)] * 2 + [(self.mlp, self.hidden)]
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        return sum(a * b for a, b in self.linears) + 2 * self.hidden
+
+    @property
+    def numel(self) -> int:
+        """Of all parameters."""
+        return self.layers * self.block + 2 * self.vocabulary * self.hidden + self.hidden
+
+    def lora(self, rank: int) -> int:
+        """Elements of adapters of all linear layers of the blocks."""
+        return self.layers * rank * sum(a + b for a, b in self.linears)
+
+
+LLAMA_70B = Shape(8192, 28672, 1024, 80, 128256)
+MS_PER_BILLION = {4: 1.202, 2: 0.757}
+"""Of selection, by the bytes of an element: on an H200 at density 1e-3, bench/results/topk_magnitude_probe_h200.csv."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Bytes per GPU, without activations and what fully_shard gathers; milliseconds of select()'s read; bytes of all
+    optimizer state in a checkpoint.
+    """
+
+    method: str
+    training: float
+    selecting: float
+    selection_ms: float
+    saved: int
+
+
+def sharded(shape: Shape, ranks: int, itemsize: int, density: float = 1e-3, rank: int = 16) -> list[Sharded]:
+    """By method, for weights and gradients of `itemsize` bytes. docs/distributed.md explains the sums."""
+    n, k, a = shape.numel, round(density * shape.numel), shape.lora(rank)
+    state = 4 + 8 + (4 if itemsize == 2 else 0)  # indices, moments, masters of 16-bit weights
+    saved = (state + 4) * k  # indices of 8 bytes
+    selecting = (itemsize + 4 + (2 if itemsize == 2 else 0)) * n / ranks  # weights, sums, 16-bit gradients
+    ms = MS_PER_BILLION[itemsize] * n / ranks / 1e9
+    dense, released = 2 * itemsize * n + state * k, itemsize * n + (state + 4) * k
+    return [
+        Sharded("AdamW", 4 * itemsize * n / ranks, 0, 0, 2 * itemsize * n),
+        Sharded("`SparseAdamW`", dense / ranks, selecting, ms, saved),
+        Sharded("`SparseAdamW(release_grads=True)`", released / ranks, selecting, ms, saved),
+        Sharded(f"LoRA, r={rank}, AdamW", (itemsize * n + 16 * a) / ranks, 0, 0, 8 * a),
+    ]
+
+
+def sharded_table(shape: Shape = LLAMA_70B, ranks: Sequence[int] = (8, 64)) -> str:
+    """Markdown."""
+    columns = [f"{what}, {p} GPUs" for what in ("GiB", "GiB selecting", "ms selecting") for p in ranks]
+    lines = ["| weights | method | " + " | ".join(columns) + " | state saved, GiB |", "|---" * (3 + len(columns)) + "|"]
+    for itemsize, name in ((4, "fp32"), (2, "bf16")):
+        for found in zip(*(sharded(shape, p, itemsize) for p in ranks), strict=True):
+            cells = [each.training / GIB for each in found] + [each.selecting / GIB for each in found]
+            cells += [each.selection_ms for each in found] + [found[0].saved / GIB]
+            numbers = (f"{cell:.1f}" if cell else "" for cell in cells)
+            lines.append(f"| {name} | {found[0].method} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
+
+
 # ---- what it took ----
 
 
@@ -254,3 +338,10 @@ def _status(key: str) -> int | None:
     status = Path("/proc/self/status")
     match = re.search(rf"{key}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match[1]) * 1024 if match else None
+
+
+if __name__ == "__main__":
+    print(f"{LLAMA_70B.numel:,} parameters, {LLAMA_70B.lora(16):,} of LoRA")
+    gathered = 3 * 2 * LLAMA_70B.block, 2 * 2 * LLAMA_70B.vocabulary * LLAMA_70B.hidden
+    print(f"gathered in bf16: blocks {readable(gathered[0])}, embedding and output layer {readable(gathered[1])}")
+    print(sharded_table())

@@ -1,7 +1,8 @@
-"""examples/fsdp2_train.py: two ranks under torchrun, and one and three that go on from their checkpoint."""
+"""examples/fsdp2_train.py: two ranks under torchrun, one and three that go on; docs/distributed.md's model on paper."""
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import subprocess
@@ -10,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scripts import EXAMPLES, load_example
 from torch import distributed
 
-from saft_kernels import SparseDelta, SparseMask
+from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask
+
+sys.path.insert(0, str(EXAMPLES))
+
+import memory_plan as plan
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 
@@ -76,3 +82,44 @@ def test_any_number_of_ranks_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_bfloat16(tmp_path: Path) -> None:
     found = load_example("fsdp2_train").main([*OPTIONS, "--steps", "6", "--bf16", "--output", str(tmp_path)])
     assert sum(found[3:]) < sum(found[:3]) - 0.1
+
+
+# ---- a model on paper ----
+
+ROOT = EXAMPLES.parent
+
+
+def test_the_docs_have_what_the_script_computes() -> None:
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    assert plan.sharded_table() in text
+    gathered = 3 * 2 * plan.LLAMA_70B.block, 2 * 2 * plan.LLAMA_70B.vocabulary * plan.LLAMA_70B.hidden
+    for number in (f"{plan.LLAMA_70B.numel:,}", f"{plan.LLAMA_70B.lora(16):,}", *map(plan.readable, gathered)):
+        assert number in text
+    with open(ROOT / "bench" / "results" / "topk_magnitude_probe_h200.csv") as file:
+        rows = [row for row in csv.DictReader(file) if (row["numel"], row["k"]) == ("1000000000", "1000000")]
+    for itemsize, dtype in ((4, "float32"), (2, "bfloat16")):
+        assert plan.MS_PER_BILLION[itemsize] in [
+            float(row["p50_ms"]) for row in rows if (row["backend"], row["dtype"]) == ("cuda", dtype)
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_sums_are_those_of_an_optimizer(dtype: torch.dtype, itemsize: int) -> None:
+    """State in memory and in a checkpoint, of a model of one shape."""
+    shape = plan.Shape(hidden=64, mlp=128, kv=16, layers=1, vocabulary=100)
+    sizes = [shape.vocabulary * shape.hidden] * 2 + [a * b for a, b in shape.linears] + [shape.hidden] * 3
+    assert sum(sizes) == shape.numel
+    model = torch.nn.ParameterList(torch.randn(size, dtype=dtype) for size in sizes)
+    optimizer = SparseAdamW(model.named_parameters(), density=0.1, release_grads=True)
+    for parameter in model:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    k = round(0.1 * shape.numel)
+    state = sum(v.nbytes for s in optimizer.state.values() for name, v in s.items() if name != "step")
+    values = sum(optimizer.selected_grad(parameter).numel() for parameter in model) * 4
+    _, dense, released, _ = plan.sharded(shape, 1, itemsize, density=0.1)
+    assert values == 4 * k
+    assert dense.training == 2 * itemsize * shape.numel + state
+    assert released.training == itemsize * shape.numel + state + values
+    packed = OptimizerState(model, optimizer).state_dict()["packed"]
+    assert released.saved == sum(values.nbytes for values in packed.values())

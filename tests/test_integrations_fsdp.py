@@ -1,4 +1,4 @@
-"""fully_shard in people's scripts: an evaluation in between, accelerate, the Trainer of transformers."""
+"""fully_shard in people's scripts: an evaluation in between, accelerate, the Trainer of transformers, Lightning."""
 
 from __future__ import annotations
 
@@ -67,7 +67,49 @@ def test_after_an_evaluation() -> None:
     assert optimizer.mask == expected
 
 
-# ---- accelerate and transformers ----
+def layouts(rank: int) -> list[str]:
+    """What differs from one process, from the same batches, by how a script splits the model."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def split(how: str) -> nn.Module:
+        if how == "tensor parallel":
+            mesh = distributed.init_device_mesh("cpu", (RANKS,))
+            return parallelize_module(net(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        sizes = {"fully_shard": (RANKS,), "hybrid": (1, RANKS), "copies": (RANKS, 1)}[how]
+        names = ("copies", "shards")[-len(sizes) :]
+        return fully_shard(net(), mesh=distributed.init_device_mesh("cpu", sizes, mesh_dim_names=names))
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (model(batch) - batch).square().mean()
+
+    data = [torch.randn(8, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    wrong = []
+    for how in ("tensor parallel", "fully_shard", "hybrid", "copies"):
+        mask = select(split(how), data, loss, density=0.05, progress=False)
+        if mask != select(net(), data, loss, density=0.05, progress=False):
+            wrong.append(f"{how}: select")
+        for name, options in {"mask": {"mask": mask, "release_grads": True}, "density": {"density": 0.05}}.items():
+            ends = []
+            for model in (net(), split(how)):
+                optimizer = SparseAdamW(model.named_parameters(), 0.01, **options)
+                for batch in data:
+                    loss(model, batch).backward()
+                    optimizer.clip_grad_norm_(0.1)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                ends.append([getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()])
+            # products of tensor parallelism are added up in another order
+            if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*ends, strict=True)):
+                wrong.append(f"{how}: {name}")
+    return wrong
+
+
+# ---- accelerate, transformers, Lightning ----
 
 
 def as_on_gpus() -> None:
@@ -251,6 +293,73 @@ def trained(rank: int, folder: str) -> list[str]:
     return wrong
 
 
+def fitted(rank: int, folder: str) -> list[str]:
+    """Runs of Lightning's ModelParallelStrategy that differ: from the plain loop, resumed from whole."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}  # the ranks are there: it starts none
+    inputs = torch.randn(16, generator=torch.Generator().manual_seed(0)).expand(32, 16)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, torch.ones(32, dtype=torch.long)), 4)
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 4))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    mask = select(net(), list(loader)[:1], loss, density=0.05, progress=False)
+
+    class Module(pl.LightningModule):
+        def __init__(self, options: dict[str, Any]) -> None:
+            super().__init__()
+            self.net, self.options = net(), options
+
+        def configure_model(self) -> None:
+            if not hasattr(self.net, "reshard"):
+                fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return loss(self.net, batch)
+
+        def configure_optimizers(self) -> Any:
+            return SparseAdamW(self.net.named_parameters(), 0.02, **self.options)
+
+    def fit(options: dict[str, Any], steps: int, resume: str | None = None) -> Any:
+        strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=RANKS, strategy=strategy, max_steps=steps, enable_checkpointing=False, **quiet
+        )
+        module = Module(options)
+        trainer.fit(module, loader, ckpt_path=resume)
+        return trainer, [p.full_tensor().detach() for p in module.parameters()]
+
+    wrong = []
+    cases = {"mask": {"mask": mask, "release_grads": True}, "density": {"density": 0.05}}
+    for name, options in cases.items():
+        _, weights = fit(options, 4)
+        plain = net()
+        optimizer = SparseAdamW(plain.named_parameters(), 0.02, **options)
+        for batch in list(loader)[:4]:
+            loss(plain, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for (key, expected), weight in zip(plain.named_parameters(), weights, strict=True):
+            if not torch.allclose(weight, expected, rtol=1e-4, atol=1e-5):
+                wrong.append(f"{name}: {key}")
+        if name == "mask":
+            trainer, _ = fit(options, 2)
+            trainer.save_checkpoint(f"{folder}/lightning")
+            _, resumed = fit(options, 4, f"{folder}/lightning")
+            if not all(map(torch.equal, resumed, weights)):
+                wrong.append(f"{name}: resumed")
+    return wrong
+
+
 def _run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "HF_HUB_OFFLINE": "1"}
@@ -258,11 +367,13 @@ def _run(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     os.chdir(folder)
     distributed.init_process_group("gloo", f"file://{folder}/ranks", timedelta(minutes=5), RANKS, rank)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"layouts": layouts(rank)}
     if find_spec("accelerate"):
         results |= {"prepared": prepared(rank, folder), "refused": refused(rank, folder)}
     if find_spec("accelerate") and find_spec("transformers"):
         results["trained"] = trained(rank, folder)
+    if find_spec("lightning"):
+        results["fitted"] = fitted(rank, folder)
     torch.save(results, Path(folder) / f"{rank}.pt")
     leave_process_group()
 
@@ -273,6 +384,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def test_layouts(ranks: list[dict[str, Any]]) -> None:
+    assert [result["layouts"] for result in ranks] == [[]] * RANKS
 
 
 def test_accelerate(ranks: list[dict[str, Any]]) -> None:
@@ -297,3 +412,8 @@ def test_refused(ranks: list[dict[str, Any]], what: str, texts: list[str]) -> No
 def test_trainer(ranks: list[dict[str, Any]]) -> None:
     pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     assert [result["trained"] for result in ranks] == [[]] * RANKS
+
+
+def test_lightning(ranks: list[dict[str, Any]]) -> None:
+    pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
+    assert [result["fitted"] for result in ranks] == [[]] * RANKS
