@@ -464,8 +464,9 @@ class FineTuning:
         step_ms, optimizer_ms = zip(*self.times, strict=True)
         parts: dict[str, int] = {}
         for name, index in (mask or {}).items():
-            part = self.task.part_of(name)
-            parts[part] = parts.get(part, 0) + index.numel()
+            if index.numel():
+                part = self.task.part_of(name)
+                parts[part] = parts.get(part, 0) + index.numel()
         return make_row(
             self.task,
             self.setting,
