@@ -7,7 +7,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/* python/*)
 CPP_FILES := $(wildcard csrc/*.h csrc/*/* python/* tests/cuda_host/* bench/*.cu)
 PYTEST_ARGS ?=
 
-.PHONY: build demo test lint format bench gpu sanitize sdist oldest clean help
+.PHONY: build demo test lint format docs bench gpu sanitize sdist oldest clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,9 @@ format: build  ## rewrites the sources the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: build  ## the documentation as a site, in build/site (no network; links and docstrings are checked)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
 	status=0; for file in bench/bench_*.py; do $(BIN)/python $$file || status=1; done; exit $$status

@@ -65,8 +65,10 @@ int64_t scatter(uintptr_t segments, int64_t num_segments, int num_threads) {
   return saft::scatter_cpu(pointer<const saft::GatherSegment>(segments), num_segments, num_threads);
 }
 
-bool sddmm(uintptr_t params, int num_threads, int isa) {
-  return saft::sddmm_cpu(*pointer<const saft::SddmmParams>(params), num_threads, isa);
+bool sddmm(std::string_view params, int num_threads, int isa) {
+  saft::SddmmParams row;
+  std::memcpy(&row, params.data(), sizeof(row));
+  return saft::sddmm_cpu(row, num_threads, isa);
 }
 
 // Instruction-set levels this processor runs, least first; a name's position is its number.

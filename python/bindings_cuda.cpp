@@ -35,13 +35,18 @@ void launch(const saft::TopKCudaPlan& plan, uintptr_t tensors, uintptr_t workspa
                             pointer<void>(stream), max_blocks);
 }
 
-int64_t sddmm_workspace_bytes(uintptr_t params) {
-  return saft::sddmm_cuda_workspace_bytes(*pointer<const saft::SddmmParams>(params));
+saft::SddmmParams sddmm_params(std::string_view params) {
+  saft::SddmmParams row;
+  std::memcpy(&row, params.data(), sizeof(row));
+  return row;
 }
 
-void sddmm(uintptr_t params, uintptr_t workspace, uintptr_t stream, int max_blocks) {
-  saft::sddmm_cuda(*pointer<const saft::SddmmParams>(params), pointer<void>(workspace), pointer<void>(stream),
-                   max_blocks);
+int64_t sddmm_workspace_bytes(std::string_view params) {
+  return saft::sddmm_cuda_workspace_bytes(sddmm_params(params));
+}
+
+void sddmm(std::string_view params, uintptr_t workspace, uintptr_t stream, int max_blocks) {
+  saft::sddmm_cuda(sddmm_params(params), pointer<void>(workspace), pointer<void>(stream), max_blocks);
 }
 
 int64_t adamw_table_bytes(uintptr_t segments, int64_t num_segments) {

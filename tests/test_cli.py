@@ -23,7 +23,7 @@ from conftest import assert_same_bits
 from torch import Tensor
 
 from saft_kernels import SparseDelta, SparseMask
-from saft_kernels.cli import commands, main, summary
+from saft_kernels.cli import commands, main, report, summary
 from saft_kernels.common import files as common_files
 from saft_kernels.common import tensor_files
 
@@ -432,6 +432,27 @@ def test_alone_it_reports_the_machine(capsys: pytest.CaptureFixture[str]) -> Non
     assert main.main(["info"]) == 0
     assert capsys.readouterr().out == alone
     assert "backends, in order of preference" in alone
+
+
+def test_it_warns_of_versions_that_were_never_tested(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("2.11.0", "2.14.1+cu130", "2.14.2"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert main.main([]) == 0
+        assert f"\ntorch            {version}\n" in capsys.readouterr().out
+    for version in ("2.10.1", "2.15.0.dev20261126+cpu", "3.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert main.main([]) == 0
+        assert f"{version} (never tested: 2.11 to 2.14 are)\n" in capsys.readouterr().out
+
+
+def test_what_is_tested_begins_where_the_package_does() -> None:
+    """The newest is to be raised by whoever has run the tests with it."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for package in ("torch", "triton"):
+        oldest = ".".join(map(str, report.TESTED[package][0]))
+        assert f'"{package}>={oldest}' in project
 
 
 def test_as_a_process() -> None:

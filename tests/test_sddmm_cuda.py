@@ -58,7 +58,8 @@ class HostKernels:
         dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
         values = torch.full(indices.shape, torch.nan, dtype=dtype) if out is None else out
         params = tables.sddmm_params(dy, x, indices, values, out is not None)
-        address = ctypes.c_void_p(params.ctypes.data)
+        row = np.frombuffer(params, tables.SDDMM_PARAMS)
+        address = ctypes.c_void_p(row.ctypes.data)
         size = self.library.sddmm_workspace_bytes(address)
         channels = dy.shape[1] + x.shape[1]
         assert size <= channels * (1 + TOKEN_BLOCK * dy.itemsize) + 8 * len(indices) + 3 * 256

@@ -79,6 +79,19 @@ def test_packed_rows_are_rows_of_the_struct() -> None:
     assert row.tolist()[1:] == tuple(range(2, 10))
 
 
+def test_fields_of_sddmm_params() -> None:
+    """They are packed by position."""
+    dy, x = torch.zeros(5, 3, dtype=torch.float64), torch.zeros(7, 5, dtype=torch.float64).t()
+    indices, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64)
+    (row,) = np.frombuffer(tables.sddmm_params(dy, x, indices, out, True), tables.SDDMM_PARAMS)
+    assert row["dy"].tolist() == (dy.data_ptr(), 3, 1)
+    assert row["x"].tolist() == (x.data_ptr(), 1, 5)
+    assert row["dtype"] == DTYPE_CODES[torch.float64]
+    assert (row["num_tokens"], row["num_outputs"], row["num_inputs"]) == (5, 3, 7)
+    assert (row["indices"], row["index_bytes"], row["values"]) == (indices.data_ptr(), 4, out.data_ptr())
+    assert (row["k"], row["accumulate"]) == (2, 1)
+
+
 def test_layouts_outlive_what_they_describe() -> None:
     layouts = tables.Layouts()
     tensors = [

@@ -55,6 +55,21 @@ def test_values(planned: Callable[..., Any], way: str, mask: str, block_rows: in
 
 
 @ways
+@pytest.mark.parametrize("block_rows", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_written_to_out(planned: Callable[..., Any], way: str, block_rows: int | None, dtype: torch.dtype) -> None:
+    dy, x = factors(TOKENS, OUTPUTS, INPUTS, dtype)
+    compute = planned(MASKS["uniform"], way, block_rows)
+    expected = compute(dy, x)
+    out = torch.full_like(expected, torch.nan)
+    assert compute(dy, x, out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
+    for device_type in ("cpu", "cuda"):  # no autocast rounds the sums, nor that of another device
+        with torch.autocast(device_type, torch.bfloat16):
+            assert torch.equal(compute(dy, x), expected)
+
+
+@ways
 def test_what_is_not_selected_does_not_matter(planned: Callable[..., Any], way: str) -> None:
     dy, x = factors(TOKENS, OUTPUTS, INPUTS)
     compute = planned(torch.tensor([0, 35, 70]), way)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -14,12 +15,25 @@ from .._version import __version__
 
 _PACKAGES = ("numpy", "triton", "safetensors", "open_clip_torch", "timm")
 
+TESTED = {"python": ((3, 11), (3, 12)), "torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
+"""Oldest and newest version that the tests have passed with. On GPUs fewer: the rows of bench/results say which."""
+
 
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def untested(package: str, version: str) -> str:
+    """A warning, in parentheses, for a version outside of what is tested; else empty."""
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    oldest, newest = TESTED.get(package, (found, found))
+    if not found or oldest <= found <= newest:
+        return ""
+    oldest_to_newest = " to ".join(".".join(map(str, bound)) for bound in (oldest, newest))
+    return f" (never tested: {oldest_to_newest} are)"
 
 
 _RESULTS = Path(__file__).parents[2] / "bench" / "results"  # of a checkout
@@ -44,11 +58,11 @@ def _measured() -> list[str]:
 
 def report() -> str:
     """The lines to paste into a bug report."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {package: _version(package) for package in _PACKAGES}
     lines = [
-        f"saft_kernels     {__version__}",
-        f"python           {platform.python_version()} on {platform.platform()}",
-        f"torch            {torch.__version__}",
-        *(f"{package:16} {_version(package)}" for package in _PACKAGES),
+        f"saft_kernels     {__version__} on {platform.platform()}",
+        *(f"{package:16} {version}{untested(package, version)}" for package, version in versions.items()),
         "",
         f"GPU              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}",
         "",

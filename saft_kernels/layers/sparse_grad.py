@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.pause import is_paused
+from ..ops.dtypes import opmath_dtype
 from ..optim.release import GradientBuffer
 from ..optim.selected_grad import Selected
 from ..optim.sparse_adamw import SparseAdamW
@@ -272,6 +273,13 @@ class _Delivery:
     selected: Selected
     buffer: weakref.ref[GradientBuffer]
     around: tuple[int, int] = (0, 0)
+
+    def room(self, dtype: torch.dtype) -> Tensor | None:
+        """Where values of a gradient of this dtype may be written before they are delivered; None: nowhere."""
+        buffer = self.buffer()
+        if buffer is None or any(self.around):
+            return None
+        return buffer.room(self.parameter, self.selected, opmath_dtype(dtype))
 
     def __call__(self, values: Tensor) -> None:
         buffer = self.buffer()

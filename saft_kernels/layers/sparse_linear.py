@@ -26,18 +26,18 @@ class Entries:
 
     Attributes:
         indices: int32 or int64 (k,), ascending flat positions in the weight; k > 0.
-        compute: Makes the gradient's values there, (k,), of dY and X: a `Product` or another function.
-        deliver: Takes them.
+        compute: Makes the gradient's values there, (k,), of dY and X: see `plan`.
+        deliver: Takes them; `deliver.room(dtype)` is where they may be written at once, or None.
         leaf: (k,), requires grad, is never read; what autograd accumulates into it is delivered, too.
     """
 
     indices: Tensor
-    compute: Callable[[Tensor, Tensor], Tensor]
+    compute: Callable[..., Tensor]
     deliver: Any
     leaf: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, indices: Tensor, deliver: Callable[[Tensor], None]) -> Entries:
+    def of(cls, weight: Tensor, indices: Tensor, deliver: Any) -> Entries:
         """A GPU has to be waited for."""
         zero = torch.zeros((), dtype=opmath_dtype(weight.dtype), device=weight.device)
         leaf = zero.expand(len(indices)).requires_grad_()  # without memory
@@ -115,7 +115,7 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries | None, skip_bias: bool
     ) -> Tensor:
-        dtype = _autocast_dtype(input)
+        dtype = _autocast_dtype(input) if torch._C._is_any_autocast_enabled() else None
         cast = input if dtype is None else input.to(dtype)  # once, for the product and for backward
         # F.linear chooses its kernel, and autocast what it caches, by whether gradients are recorded. Of a contiguous
         # input there is one kernel
@@ -142,7 +142,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight = weight.to(dy.dtype)
     grad_input, grad_bias = _other_gradients(ctx, grad_output, dy, weight)
     if entries is not None and _is_accumulated(ctx.next_functions[1][0]):
-        entries.deliver(entries.compute(dy, _flat(input)))
+        entries.deliver(entries.compute(dy, _flat(input), entries.deliver.room(dy.dtype)))
     if grad_input is not None and grad_input.dtype != ctx.input_dtype:
         grad_input = grad_input.to(ctx.input_dtype)
     return grad_input, None, grad_bias, None, None

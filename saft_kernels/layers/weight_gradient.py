@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops.dtypes import opmath_dtype
 
 ALIGNMENT = 8
 """Rows and columns of a product are a multiple of this, 16 B of 16-bit values: tensor cores want it."""
@@ -67,26 +68,34 @@ class Product:
         rows, columns = ("all" if channels is None else len(channels) for channels in (self.rows, self.columns))
         return f"matrix product of {rows} rows and {columns} columns"
 
-    def __call__(self, dy: Tensor, x: Tensor) -> Tensor:
-        """The entries of dy^T x, (k,), in fp32 (fp64 for fp64), of factors (T, N_out) and (T, N_in)."""
+    def __call__(self, dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The entries of dy^T x, (k,), in fp32 (fp64 for fp64), of factors (T, N_out) and (T, N_in).
+
+        They are written to `out`, where it is given.
+        """
+        device_type = x.device.type
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):  # backward is called inside of it: it would round
+                return self(dy, x, out)
         if self.columns is not None:
             x = x.index_select(1, self.columns)
         if x.dtype.itemsize == 2 and not _has_wide_product(x):
             x = x.float()
         if len(self.row_bounds) == 2:
-            return _entries(dy, x, self.rows, self.positions)
-        parts = []
+            return _entries(dy, x, self.rows, self.positions, out)
+        if out is None:
+            out = x.new_empty(self.positions.shape, dtype=opmath_dtype(x.dtype))
         for (first, end), (low, high) in zip(pairwise(self.row_bounds), pairwise(self.entry_bounds), strict=True):
             if low < high:
                 positions = self.positions[low:high]
                 if self.rows is None:
-                    parts.append(_entries(dy[:, first:end], x, None, positions))
+                    _entries(dy[:, first:end], x, None, positions, out[low:high])
                 else:
-                    parts.append(_entries(dy, x, self.rows[first:end], positions))
-        return torch.cat(parts)
+                    _entries(dy, x, self.rows[first:end], positions, out[low:high])
+        return out
 
 
-def _entries(dy: Tensor, x: Tensor, rows: Tensor | None, positions: Tensor) -> Tensor:
+def _entries(dy: Tensor, x: Tensor, rows: Tensor | None, positions: Tensor, out: Tensor | None) -> Tensor:
     """Those of one block."""
     if rows is not None:
         dy = dy.index_select(1, rows)
@@ -96,7 +105,7 @@ def _entries(dy: Tensor, x: Tensor, rows: Tensor | None, positions: Tensor) -> T
         product = dy.t() @ x
     else:
         product = dy.float().t() @ x
-    return product.view(-1).index_select(0, positions)
+    return torch.index_select(product.view(-1), 0, positions, out=out)
 
 
 def _has_wide_product(factor: Tensor) -> bool:
@@ -162,8 +171,10 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def plan(indices: Tensor, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:
+def plan(indices: Tensor, shape: tuple[int, int]) -> Callable[..., Tensor]:
     """What computes the entries at `indices` of dy^T x: a `Product`, or `ops.sddmm`. A GPU has to be waited for.
+
+    It takes dy, x, and a tensor (k,) to write to, or None for a new one.
 
     Args:
         indices: int32 or int64 (k,), ascending flat positions in dW, k > 0.

@@ -245,12 +245,13 @@ def sddmm(
     return out
 
 
-def prepare_sddmm(indices: Tensor, *, backend: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """`sddmm` of these indices, for any `dy` and `x` that fit, unchecked: a GPU has not to be waited for."""
+def prepare_sddmm(indices: Tensor, *, backend: str | None = None) -> Callable[..., Tensor]:
+    """`sddmm` of these indices, for any `dy`, `x` and `out` that fit, unchecked: a GPU has not to be waited for."""
     kernel = backends.choose("sddmm", indices.device.type, backend).sddmm
 
-    def run(dy: Tensor, x: Tensor) -> Tensor:
-        out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
+    def run(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(indices.shape, dtype=opmath_dtype(dy.dtype), device=dy.device)
         kernel(dy, x, indices, out, False)
         return out
 

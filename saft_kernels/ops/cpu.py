@@ -93,7 +93,7 @@ def scatter_(tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
 def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `saft_kernels.ops.sddmm`. Memory: 1 KB (fp64: 2 KB) per row and column that has a selected entry."""
     params = tables.sddmm_params(dy, x, indices, out, accumulate)
-    if not _C.sddmm(params.ctypes.data, torch.get_num_threads(), ISA):
+    if not _C.sddmm(params, torch.get_num_threads(), ISA):
         raise checks.out_of_range("`indices[0]`", indices, dy.shape[1] * x.shape[1], "`weight[0]`")
 
 

@@ -125,12 +125,12 @@ def sddmm(dy: Tensor, x: Tensor, indices: Tensor, out: Tensor, accumulate: bool)
     """
     with torch.cuda.device(dy.device):
         params = tables.sddmm_params(dy, x, indices, out, accumulate)
-        size = _C.sddmm_cuda_workspace_bytes(params.ctypes.data)
+        size = _C.sddmm_cuda_workspace_bytes(params)
         workspace = torch.empty(size, dtype=torch.uint8, device=dy.device)
         if FILL_WORKSPACE is not None:
             workspace.fill_(FILL_WORKSPACE)
         stream = torch.cuda.current_stream(dy.device).cuda_stream
-        _C.sddmm_cuda(params.ctypes.data, workspace.data_ptr(), stream, MAX_BLOCKS)
+        _C.sddmm_cuda(params, workspace.data_ptr(), stream, MAX_BLOCKS)
 
 
 @contextlib.contextmanager

@@ -238,6 +238,19 @@ class GradientBuffer:
         for queue in self._queues.values():
             queue.settle()
 
+    def room(self, parameter: Tensor, selected: Selected, dtype: torch.dtype) -> Tensor | None:
+        """Where what is added next may be written before, since nothing is there yet; None: nowhere.
+
+        Args:
+            parameter: As of `add`.
+            selected: Its.
+            dtype: Of the values.
+        """
+        if parameter.grad is not None or self._selected.get(parameter) is not selected:
+            return None
+        self._gradient(parameter, selected)
+        return selected.stored if selected.stored.dtype == dtype else None
+
     def add(self, parameter: Tensor, values: Tensor) -> None:
         """Adds to the gradient of a parameter, as a backward pass would.
 
@@ -245,15 +258,16 @@ class GradientBuffer:
             parameter: One of those in the buffer, with selected elements.
             values: (k_p,), any floating dtype, in the order of the parameter's indices.
         """
-        selected, gradient, values = self._selected[parameter], parameter.grad, values.detach()
+        selected, gradient = self._selected[parameter], parameter.grad
         if gradient is None:
             replacement = self._gradient(parameter, selected)
-            selected.values.copy_(values)
+            if values is not selected.stored:
+                selected.stored.copy_(values.detach())
             parameter.grad = replacement
         elif type(gradient) is SelectedGrad:
-            gradient.selected.values.add_(values)
+            gradient.selected.values.add_(values.detach())
         else:
-            total = selected.take(gradient) + values.to(gradient.dtype)
+            total = selected.take(gradient) + values.detach().to(gradient.dtype)
             ops.scatter_([gradient.detach()], [selected.index], [total])
 
     def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
