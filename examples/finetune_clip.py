@@ -76,7 +76,7 @@ examples:
 
   # a frontier: several methods, rates and densities over three draws of the 16 shots
   python finetune_clip.py --data DIR --model ViT-B-16 --pretrained openai --method saft random full linear_probe \\
-      --density 1e-3 1e-2 --lr saft=1e-4,3e-4,1e-3 full=3e-6,1e-5,3e-5 --seed 0 1 2
+      --density 1e-3 1e-2 --lr saft=1e-4,3e-4,1e-3 full=3e-6,1e-5,3e-5 --wise 0.25 0.5 0.75 --seed 0 1 2
 
   # ImageNet and its shifts: link the folders of ImageNet's train and val, of ImageNet-V2, -Sketch, -A and -R into DIR
   #   DIR/train  DIR/val  DIR/v2  DIR/sketch  DIR/a  DIR/r

@@ -69,8 +69,9 @@ Data = tuple[list[list[Example]], dict[str, list[Example]]]  # to train on, by c
 EPILOG = """\
 examples:
   python finetune_text.py                                # SAFT beside full fine-tuning, 16 glosses per class
-  python finetune_text.py --shots 4 --epochs 30 --method saft random full linear_probe --density 1e-3 1e-2 \\
-      --lr saft=1e-3,3e-3 random=1e-2,3e-2 full=3e-5,1e-4,3e-4 --seed 0 1 2 3 4 --output runs/text   # a frontier
+  # few glosses and many steps, which full fine-tuning takes badly: a frontier
+  python finetune_text.py --shots 4 --epochs 30 --method saft random full linear_probe --wise 0.25 0.5 0.75 \\
+      --lr saft=1e-3,3e-3 random=1e-2,3e-2 full=3e-5,1e-4,3e-4 --seed 0 1 2 3 4 --output runs/text
   python finetune_text.py ... --output runs/text --resume   # go on, or add to it
 
 written to --output: as by finetune_clip.py, see its --help

@@ -104,7 +104,7 @@ def build_parser(description: str | None, epilog: str, lrs: str, scopes: Sequenc
     add("--density", type=_share, nargs="+", default=[1e-3], help="shares of the parameters that saft and random train")
     add("--lr", type=_lr, nargs="+", metavar="LR", help=f"for all methods, or METHOD=LR,LR,...; the best on the "
         f"selection split counts; default {lrs}; lp_ft begins with a linear probe at that one's default")  # fmt: skip
-    add("--wise", type=_alpha, nargs="*", default=[0.25, 0.5, 0.75], metavar="ALPHA", help="WiSE-FT: also test pre-"
+    add("--wise", type=_alpha, nargs="*", default=[0.5], metavar="ALPHA", help="WiSE-FT: also test pre-"
         "trained + ALPHA * (fine-tuned - pre-trained)")  # fmt: skip
     add("--epochs", type=count, default=20, help="passes over the training examples")
     add("--batch-size", type=count, default=32, help="examples per step")
@@ -464,8 +464,9 @@ class FineTuning:
         step_ms, optimizer_ms = zip(*self.times, strict=True)
         parts: dict[str, int] = {}
         for name, index in (mask or {}).items():
-            part = self.task.part_of(name)
-            parts[part] = parts.get(part, 0) + index.numel()
+            if index.numel():
+                part = self.task.part_of(name)
+                parts[part] = parts.get(part, 0) + index.numel()
         return make_row(
             self.task,
             self.setting,
