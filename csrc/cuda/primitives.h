@@ -36,6 +36,50 @@ inline void cuda_check(cudaError_t error, const char* what) {
   } while (false)
 #endif
 
+// SAFT_LAUNCH of a kernel that begins with `wait_for_previous_kernels`. With `is_early` (see `can_launch_early`), its blocks
+// become resident while the kernel before it in the stream ends: programmatic dependent launch.
+#if defined(SAFT_CUDA_HOST)
+#define SAFT_LAUNCH_EARLY(is_early, kernel, grid, block, stream, ...) \
+  ((void)(is_early), SAFT_LAUNCH(kernel, grid, block, stream, __VA_ARGS__))
+template <class Kernel>
+bool can_launch_early(Kernel*) {
+  return false;
+}
+#else
+#define SAFT_LAUNCH_EARLY(is_early, kernel, grid, block, stream, ...) \
+  ::saft::launch_early((is_early), "launch " #kernel, (kernel), (grid), (block), (stream), __VA_ARGS__)
+
+// Whether a kernel's code for the current device has the instructions, and a capture into a graph keeps them.
+template <class Kernel>
+bool can_launch_early(Kernel* kernel) {
+#if CUDART_VERSION >= 12030
+  int driver = 0;
+  cudaFuncAttributes attributes{};
+  cuda_check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  cuda_check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return driver >= 12030 && attributes.ptxVersion >= 90;
+#else
+  (void)kernel;
+  return false;
+#endif
+}
+
+template <class... Params, class... Args>
+void launch_early(bool is_early, const char* what, void (*kernel)(Params...), unsigned grid, unsigned block,
+                  cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = is_early ? 1 : 0;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+#endif
+
 // A grid of `work` blocks, but of no more than are resident at once.
 inline unsigned grid_size(index_t work, int blocks_per_sm, int max_blocks) {
   int device = 0, num_sms = 0;
@@ -211,6 +255,22 @@ __device__ __forceinline__ index_t find_row(const Row* rows, index_t num_rows, i
 }
 
 // ---- PTX ----
+
+// Lets the next kernel's blocks become resident, where that one is launched early.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before this one in its stream have ended, and what they wrote can be read. Every thread of a kernel that
+// is launched early begins with it: so the end of one is the end of all before it.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  let_next_kernel_start();
+}
 
 // 16 aligned bytes that this kernel reads once and nobody writes meanwhile.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {

@@ -25,6 +25,7 @@ struct UploadWords {
 static __global__ __launch_bounds__(kUploadThreads) void upload_kernel(
     const __grid_constant__ UploadWords from, uint64_t* to, int num_words, uint64_t* cleared,
     int num_cleared) {
+  let_next_kernel_start();
   const int thread = int(blockIdx.x * kUploadThreads + threadIdx.x),
             num_threads = int(gridDim.x) * kUploadThreads;
   for (int i = thread; i < num_words; i += num_threads) to[i] = from.word[i];

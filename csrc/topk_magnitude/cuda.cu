@@ -11,6 +11,7 @@
 //            that have many in a kernel of their own
 // Launches   six, of which the first writes the table and zeros. What depends on all blocks of a pass waits inside its
 //            kernel where that moves little data: blocks claim items in order, the one that finishes the last goes on.
+//            Blocks of the next kernel become resident while one ends, where the device has that (sm_90).
 // Traffic    reads sizeof(scalar_t) B/elem once; writes 2 B (at most 1 bit per element) and then 8 B per
 //            selected element; 6 B (10 B with fp64) per band element, of which N / 100 are typical at most.
 // Contract   the sample only steers; no atomic decides what is selected or in what order. Integer sums alone.
@@ -153,11 +154,12 @@ void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace
   const unsigned emit_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kEmitBlocksPerSm);
 
   upload_table(plan, tensors, table, workspace, zeroed, stream);
-  SAFT_LAUNCH(sample_kernel<Key>, sample_grid, kThreads, stream, p);
-  SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p);
-  SAFT_LAUNCH(select_kernel<Key>, select_grid, kThreads, stream, p);
-  SAFT_LAUNCH(emit_kernel<Key>, emit_grid, kThreads, stream, p);
-  SAFT_LAUNCH(emit_large_kernel<Key>, large_grid, kThreads, stream, p);
+  const bool is_early = can_launch_early(filter_kernel<Key>);
+  SAFT_LAUNCH_EARLY(is_early, sample_kernel<Key>, sample_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, filter_kernel<Key>, filter_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, select_kernel<Key>, select_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, emit_kernel<Key>, emit_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, emit_large_kernel<Key>, large_grid, kThreads, stream, p);
 }
 
 }  // namespace cuda_topk_magnitude

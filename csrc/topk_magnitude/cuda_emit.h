@@ -302,6 +302,7 @@ __device__ __forceinline__ void stage_small_tile(const Problem<Key>& p, const ui
 // Launch     resident blocks; a chunk of kChunkTiles at a time, four tiles per warp.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ uint32_t counts_of[kChunkTiles];
   __shared__ uint16_t stages[kChunkTiles][kSmallTile];
   State<Key>& state = *p.state;
@@ -391,6 +392,7 @@ __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Proble
 // Launch     resident blocks; one warp per tile, grid-stride.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm) emit_large_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ EmitScratch scratches[kWarps];
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const uint32_t num_large = p.state->num_large;

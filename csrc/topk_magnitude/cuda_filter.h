@@ -351,6 +351,7 @@ __device__ __forceinline__ bool filter_tiles(const Problem<Key>& p, int again, F
 // Launch     resident blocks; one warp per tile, grid-stride, no block barrier inside the loop.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kFilterBlocksPerSm<Key>) filter_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ FilterScratch<Key> scratch;
   __shared__ PickScratch<uint64_t> pick_scratch;
   if (filter_tiles(p, 0, scratch)) verify(p, pick_scratch);

@@ -161,6 +161,7 @@ __device__ __forceinline__ void prepare_tiles(const Problem<Key>& p) {
 // Launch     resident blocks, which claim what they read; a run per thread.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kSampleBlocksPerSm<Key>) sample_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ uint32_t histograms[2 * kBins];
   __shared__ PickScratch<uint32_t> scratch;
   State<Key>& state = *p.state;

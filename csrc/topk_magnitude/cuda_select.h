@@ -18,6 +18,7 @@ namespace cuda_topk_magnitude {
 // Launch     resident blocks, which claim what they read.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kSelectBlocksPerSm) select_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ FilterScratch<Key> scratch;
   __shared__ PickScratch<uint64_t> pick_scratch;
   State<Key>& state = *p.state;
