@@ -197,8 +197,9 @@ struct Pass {
   uint32_t num_claimed, num_finished, is_over;
 };
 
-// The whole block: visit(item) for the items that it claims of `num_items` >= 1, then tell() what it found to memory that
-// others read. The block that finishes the last one runs conclude(), which sees what all have told; the pass is over then.
+// The whole block: visit(item) for the items that it claims of `num_items` >= 1, then, after a barrier, tell() what it
+// found to memory that others read. The block that finishes the last one runs conclude(), which sees what all have told;
+// the pass is over then.
 template <class Visit, class Tell, class Conclude>
 __device__ __forceinline__ void work_on(Pass* pass, uint32_t num_items, const Visit& visit, const Tell& tell,
                                         const Conclude& conclude) {

@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(kThreads, kSampleBlocksPerSm<Key>) sample_kern
           }
         },
         [&] {
-          __syncthreads();
           uint32_t* const global = p.sample_histograms + pass * 2 * kBins;
           add_histogram(histograms, global);
           add_histogram(histograms + kBins, global + kBins);

@@ -49,11 +49,7 @@ __global__ void __launch_bounds__(kThreads, kSelectBlocksPerSm) select_kernel(Pr
       }
     };
     work_on(
-        &state.select_passes[pass], num_items, count_item,
-        [&] {
-          __syncthreads();
-          add_histogram(histogram, global);
-        },
+        &state.select_passes[pass], num_items, count_item, [&] { add_histogram(histogram, global); },
         [&] {
           narrow(p, range, global, pick_scratch, &state.ranges[pass + 1]);
           if (threadIdx.x == 0) state.reads += from_data;
@@ -64,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kSelectBlocksPerSm) select_kernel(Pr
   if (filter_tiles(p, 1, scratch) && threadIdx.x == 0) {
     const uint64_t k = uint64_t(p.k), sure = __ldcg(&state.num_sure[1]), band = __ldcg(&state.num_band[1]);
     state.reads += 1;
-    state.status = !(sure < k && k <= sure + band);
+    if (!(sure < k && k <= sure + band)) state.status = 1;
   }
 }
 
