@@ -110,9 +110,9 @@ run() {
   stage bench-large 40 "${topk[@]}" "${cuda[@]}" --numel 4e9 8e9 --share 1e-3 1e-2 --dtype bfloat16 float32 --no-peers \
     --data gaussian --name topk_magnitude_cuda_large
   if command -v ncu > /dev/null; then
-    # the second call's ten kernels
-    stage ncu 60 ncu --clock-control none --kernel-name 'regex:(filter|sample|refine|select|count|emit)_kernel' \
-      --launch-skip 10 --launch-count 10 --section SpeedOfLight --section MemoryWorkloadAnalysis \
+    # the second call's five kernels
+    stage ncu 60 ncu --clock-control none --kernel-name 'regex:(sample|filter|select|emit|emit_large)_kernel' \
+      --launch-skip 5 --launch-count 5 --section SpeedOfLight --section MemoryWorkloadAnalysis \
       --section Occupancy --section WarpStateStats --section InstructionStats --log-file "$results/ncu.txt" \
       "$python" bench/profile_topk_magnitude.py --once --numel 5e8 --dtype bfloat16 --share 1e-2
   else

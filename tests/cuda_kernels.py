@@ -134,6 +134,17 @@ def compile_kernels(source: str, arch: int, directory: Path) -> dict[str, Kernel
     return kernels
 
 
+def ptx_kernels(source: str, arch: int) -> dict[str, str]:
+    """The PTX of the kernels of csrc/<source>, by mangled name."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", f"-I{ROOT / 'csrc'}"]
+    run = subprocess.run([*command, str(ROOT / "csrc" / source), "-o", "-"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return dict(re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", run.stdout, re.DOTALL))
+
+
 # ---- gpu ----
 
 WHY_NO_GPU = (

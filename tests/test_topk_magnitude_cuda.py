@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cuda_kernels import (
     host_library,
     needs_gpu,
     needs_memory,
+    ptx_kernels,
     run_sanitized,
     run_under_compute_sanitizer,
 )
@@ -375,10 +377,12 @@ def test_host_has_no_races() -> None:
 # The hot kernels must fit this many registers for the occupancy that their launch bounds promise.
 REGISTERS = {
     **{"filter_kernel<unsigned int>": 64, "filter_kernel<unsigned long>": 85},
+    **{"sample_kernel<unsigned int>": 64, "sample_kernel<unsigned long>": 85},
+    **{f"select_kernel<unsigned {key}>": 85 for key in ("int", "long")},
     **{f"emit_kernel<unsigned {key}>": 40 for key in ("int", "long")},
     **{f"emit_large_kernel<unsigned {key}>": 64 for key in ("int", "long")},
 }
-KERNELS = 13  # six, for 31-bit and for 63-bit keys, and the upload of the table
+KERNELS = 11  # five, for 31-bit and for 63-bit keys, and the upload of the table
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -393,6 +397,18 @@ def test_nvcc_compiles_without_spills(
         assert not kernel.local_memory, f"{name} uses local memory"
         assert kernel.registers <= REGISTERS.get(name, 255), f"{name} needs {kernel.registers} registers"
         assert kernel.shared <= 48 << 10
+
+
+def test_nvcc_kernels_wait_before_they_read() -> None:
+    """A kernel that is launched early touches no memory before the ones before it have ended."""
+    kernels = ptx_kernels("topk_magnitude/cuda.cu", 90)
+    early = {name: body for name, body in kernels.items() if "upload" not in name}
+    assert len(early) == KERNELS - 1
+    for name, body in early.items():
+        before, wait, _ = body.partition("griddepcontrol.wait")
+        assert wait, f"{name} does not wait"
+        assert not re.search(r"^\s*(@%p\d+ )?(bra|ret|exit|(ld|st|atom|red)\.(?!param))", before, re.MULTILINE), name
+    assert not any("griddepcontrol" in body for body in ptx_kernels("topk_magnitude/cuda.cu", 80).values())
 
 
 # ---- gpu ----
@@ -524,6 +540,19 @@ def test_gpu_launch_does_not_wait() -> None:
     pending = cuda.launch_topk_magnitude([x], 1000)
     assert not torch.cuda.current_stream().query(), "the launch waited for the stream"
     assert sum(i.numel() for i in pending.result().indices) == 1000
+
+
+@needs_gpu
+def test_gpu_in_a_graph() -> None:
+    x = torch.randn(3_000_001, device="cuda")
+    cuda.launch_topk_magnitude([x], 3000).result()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pending = cuda.launch_topk_magnitude([x], 3000)
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        assert_equal(pending.result(), ops.topk_magnitude([x], 3000, backend="reference"))
 
 
 @needs_gpu

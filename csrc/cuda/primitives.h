@@ -36,6 +36,50 @@ inline void cuda_check(cudaError_t error, const char* what) {
   } while (false)
 #endif
 
+// SAFT_LAUNCH of a kernel that begins with `wait_for_previous_kernels`. With `is_early` (see `can_launch_early`), its blocks
+// become resident while the kernel before it in the stream ends: programmatic dependent launch.
+#if defined(SAFT_CUDA_HOST)
+#define SAFT_LAUNCH_EARLY(is_early, kernel, grid, block, stream, ...) \
+  ((void)(is_early), SAFT_LAUNCH(kernel, grid, block, stream, __VA_ARGS__))
+template <class Kernel>
+bool can_launch_early(Kernel*) {
+  return false;
+}
+#else
+#define SAFT_LAUNCH_EARLY(is_early, kernel, grid, block, stream, ...) \
+  ::saft::launch_early((is_early), "launch " #kernel, (kernel), (grid), (block), (stream), __VA_ARGS__)
+
+// Whether a kernel's code for the current device has the instructions, and a capture into a graph keeps them.
+template <class Kernel>
+bool can_launch_early(Kernel* kernel) {
+#if CUDART_VERSION >= 12030
+  int driver = 0;
+  cudaFuncAttributes attributes{};
+  cuda_check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  cuda_check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return driver >= 12030 && attributes.ptxVersion >= 90;
+#else
+  (void)kernel;
+  return false;
+#endif
+}
+
+template <class... Params, class... Args>
+void launch_early(bool is_early, const char* what, void (*kernel)(Params...), unsigned grid, unsigned block,
+                  cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = is_early ? 1 : 0;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+#endif
+
 // A grid of `work` blocks, but of no more than are resident at once.
 inline unsigned grid_size(index_t work, int blocks_per_sm, int max_blocks) {
   int device = 0, num_sms = 0;
@@ -116,14 +160,81 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return last != 0;
 }
 
-// The next of the items that the blocks claim one after the other, from 0. From all threads; has barriers. Whoever
-// claimed a lower item runs or has run: a block may wait for what becomes of it, however few blocks fit the device.
+// A word that other blocks write while this one waits for it. Orders nothing but itself.
+template <class Word>
+__device__ __forceinline__ Word load_relaxed(const Word* address) {
+#if defined(__CUDA_ARCH__)
+  Word word;
+  if constexpr (sizeof(Word) == 8) {
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
+  } else {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+  }
+  return word;
+#elif defined(SAFT_CUDA_HOST)
+  return cuda_host::load_relaxed(address);
+#else
+  return *address;
+#endif
+}
+
+// ---- work that blocks claim ----
+//
+// Whoever claimed a lower item runs or has run. So a block may wait for what becomes of it, however few blocks of the grid
+// fit the device beside others: no block waits for one that has not started.
+
+// The next item, from 0. From all threads; has barriers.
 __device__ __forceinline__ uint32_t claim_item(uint32_t* next) {
   __shared__ uint32_t item;
   __syncthreads();  // the one before has been read
   if (threadIdx.x == 0) item = atomicAdd(next, 1u);
   __syncthreads();
   return item;
+}
+
+// A pass over items inside a kernel that has several. Zeroed before the kernel.
+struct Pass {
+  uint32_t num_claimed, num_finished, is_over;
+};
+
+// The whole block: visit(item) for the items that it claims of `num_items` >= 1, then, after a barrier, tell() what it
+// found to memory that others read. The block that finishes the last one runs conclude(), which sees what all have told;
+// the pass is over then.
+template <class Visit, class Tell, class Conclude>
+__device__ __forceinline__ void work_on(Pass* pass, uint32_t num_items, const Visit& visit, const Tell& tell,
+                                        const Conclude& conclude) {
+  __shared__ uint32_t is_last;
+  uint32_t num_mine = 0;
+  for (uint32_t item = claim_item(&pass->num_claimed); item < num_items;
+       item = claim_item(&pass->num_claimed)) {
+    visit(item);
+    ++num_mine;
+  }
+  if (num_mine == 0) return;
+  tell();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // after the barrier: for what all threads of the block wrote
+    is_last = atomicAdd(&pass->num_finished, num_mine) + num_mine == num_items;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last == 0) return;
+  conclude();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(&pass->is_over, 1u);
+  }
+}
+
+// Until the pass is over: what was concluded can be read then. The whole block.
+__device__ __forceinline__ void wait_for(const Pass* pass) {
+  if (threadIdx.x == 0) {
+    while (load_relaxed(&pass->is_over) == 0) __nanosleep(20);
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 // ---- tables whose rows share out a range: tiles, sampled runs ----
@@ -146,6 +257,22 @@ __device__ __forceinline__ index_t find_row(const Row* rows, index_t num_rows, i
 
 // ---- PTX ----
 
+// Lets the next kernel's blocks become resident, where that one is launched early.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before this one in its stream have ended, and what they wrote can be read. Every thread of a kernel that
+// is launched early begins with it: so the end of one is the end of all before it.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  let_next_kernel_start();
+}
+
 // 16 aligned bytes that this kernel reads once and nobody writes meanwhile.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
 #if defined(__CUDA_ARCH__)
@@ -154,19 +281,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
   return v;
-#else
-  return *address;
-#endif
-}
-
-// A word that other blocks write while this one waits for it. Orders nothing but itself.
-__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
-#if defined(__CUDA_ARCH__)
-  uint64_t word;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
-  return word;
-#elif defined(SAFT_CUDA_HOST)
-  return cuda_host::load_relaxed(address);
 #else
   return *address;
 #endif

@@ -4,12 +4,14 @@
 //   sample   a stratified sample brackets the k-th key: [lo, hi]
 //   filter   the only full read. key > hi: sure, one bit per element or a list of 16-bit positions, whichever
 //            is smaller; lo <= key <= hi: band, position and key. Counts are exact
-//   select   radix select over the band's keys finds the exact k-th key. If the bracket missed it, or if the
-//            band outgrew its cache, it reads the data instead and a second filter uses the exact key
+//   select   radix select over the band's keys finds the exact k-th key; the filter counted the first digit. If the bracket
+//            missed it, or if the band outgrew its cache, it reads the data instead and filters them with the exact key
 //   emit     per tile, band keys above and equal to the threshold. Sums over the tiles below give every tile its place
 //            in the output and its share of the ties, which go to the lowest positions; sorted positions, of tiles
 //            that have many in a kernel of their own
-//            Kernels that are not needed return at once.
+// Launches   six, of which the first writes the table and zeros. What depends on all blocks of a pass waits inside its
+//            kernel where that moves little data: blocks claim items in order, the one that finishes the last goes on.
+//            Blocks of the next kernel become resident while one ends, where the device has that (sm_90).
 // Traffic    reads sizeof(scalar_t) B/elem once; writes 2 B (at most 1 bit per element) and then 8 B per
 //            selected element; 6 B (10 B with fp64) per band element, of which N / 100 are typical at most.
 // Contract   the sample only steers; no atomic decides what is selected or in what order. Integer sums alone.
@@ -53,15 +55,15 @@ class Carver {
 };
 
 // Fills the pointers into the workspace; returns its size. `table`: in it, for DeviceTensor rows, then layouts. `zeroed`:
-// bytes at its start to clear.
+// bytes at its start to clear before the first kernel.
 template <class Key>
 index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, void** table, index_t* zeroed) {
   const index_t num_chunks = ceil_div(plan.num_tiles, kChunkTiles);
   Carver carver(workspace);
   p.state = carver.take<State<Key>>(1);
   p.sample_histograms = carver.take<uint32_t>(kSamplePasses * 2 * kBins);
-  p.select_histograms = carver.take<uint64_t>(kSelectPasses<Key> * kBins);
   *zeroed = carver.bytes();
+  p.select_histograms = carver.take<uint64_t>((1 + kSelectPasses<Key>)*kBins);
   *table = carver.take<char>(plan.table_bytes);
   p.tensors = static_cast<const DeviceTensor*>(*table);
   p.tile_tensor = carver.take<uint32_t>(plan.num_tiles);
@@ -69,7 +71,7 @@ index_t carve(const TopKCudaPlan& plan, void* workspace, Problem<Key>& p, void**
   p.chunk_sums = carver.take<uint64_t>(num_chunks);
   p.group_sums = carver.take<uint64_t>(ceil_div(num_chunks, kGroupChunks));
   p.large_tiles = carver.take<LargeTile>(plan.num_tiles);
-  p.sample = carver.take<Key>(plan.num_sampled_runs * kRunNumel);
+  p.sample = carver.take<Key>(sample_numel(plan.num_sampled_runs));
   p.band_keys = carver.take<Key>(plan.band_capacity);
   p.band_positions = carver.take<uint16_t>(plan.band_capacity);
   p.slab = carver.take<char>(plan.slab_bytes);
@@ -90,9 +92,9 @@ index_t band_capacity(index_t numel, index_t k) {
   return std::min({capacity, numel, index_t(std::numeric_limits<uint32_t>::max())});
 }
 
-// Enqueues the writes of the table that the kernels read.
-void upload_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* device_table,
-                  cudaStream_t stream) {
+// Enqueues the writes of the table that the kernels read, and of the zeros at the start of the workspace.
+void upload_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* device_table, void* workspace,
+                  index_t zeroed, cudaStream_t stream) {
   TableBuilder rows(device_table), layouts(static_cast<DeviceTensor*>(device_table) + plan.num_tensors);
   index_t first_tile = 0, first_run = 0, slab_offset = 0;
   for (index_t i = 0; i < plan.num_tensors; ++i) {
@@ -117,7 +119,7 @@ void upload_table(const TopKCudaPlan& plan, const TensorDesc* tensors, void* dev
     slab_offset += ceil_div(span, kStripNumel) * kStripSlabBytes;
   }
   rows.append(layouts.words().data(), layouts.words().size());
-  upload(rows.words(), device_table, stream);
+  upload(rows.words(), device_table, stream, workspace, size_t(zeroed));
 }
 
 template <class Key>
@@ -132,8 +134,12 @@ void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace
   p.num_runs = plan.num_runs;
   p.num_sampled_runs = plan.num_sampled_runs;
   p.sampled_runs_log2 = sampled_runs_log2(plan.numel);
+  const auto is_narrow = [](const TensorDesc& x) { return itemsize_of(x.dtype) == 2; };
+  // bf16 as fp32 ends in 16 zeros, fp16 in 13
+  p.zero_bits = std::all_of(tensors, tensors + plan.num_tensors, is_narrow) ? 13 : 0;
   p.numel = plan.numel;
   p.k = plan.k;
+  p.share = double(plan.k) / double(plan.numel);
   p.band_capacity = plan.band_capacity;
   p.indices = indices;
   p.result = result;
@@ -141,26 +147,19 @@ void launch(const TopKCudaPlan& plan, const TensorDesc* tensors, void* workspace
   const auto grid = [max_blocks](index_t work, int blocks_per_sm) {
     return grid_size(work, blocks_per_sm, max_blocks);
   };
-  const index_t num_sampled = plan.num_sampled_runs * kRunNumel;
-  const unsigned sample_grid = grid(ceil_div(std::max(num_sampled, plan.num_tiles), kThreads), kBlocksPerSm);
+  const unsigned sample_grid = grid(ceil_div(plan.num_sampled_runs, kThreads), kSampleBlocksPerSm<Key>);
   const unsigned filter_grid = grid(ceil_div(plan.num_tiles, kWarps), kFilterBlocksPerSm<Key>);
-  const unsigned select_grid = grid(ceil_div(plan.num_tiles, kWarps), kBlocksPerSm);
   const unsigned large_grid = grid(ceil_div(plan.num_tiles, kWarps), kLargeBlocksPerSm);
+  const unsigned select_grid = grid(ceil_div(plan.num_tiles, kWarps), kSelectBlocksPerSm);
   const unsigned emit_grid = grid(ceil_div(plan.num_tiles, kChunkTiles), kEmitBlocksPerSm);
 
-  upload_table(plan, tensors, table, stream);
-  cuda_check(cudaMemsetAsync(workspace, 0, size_t(zeroed), stream), "cudaMemsetAsync");
-  SAFT_LAUNCH(sample_kernel<Key>, sample_grid, kThreads, stream, p);
-  for (int pass = 1; pass < kSamplePasses; ++pass) {
-    SAFT_LAUNCH(refine_kernel<Key>, sample_grid, kThreads, stream, p, pass);
-  }
-  SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 0);
-  for (int pass = 0; pass < kSelectPasses<Key>; ++pass) {
-    SAFT_LAUNCH(select_kernel<Key>, select_grid, kThreads, stream, p, pass);
-  }
-  SAFT_LAUNCH(filter_kernel<Key>, filter_grid, kThreads, stream, p, 1);
-  SAFT_LAUNCH(emit_kernel<Key>, emit_grid, kThreads, stream, p);
-  SAFT_LAUNCH(emit_large_kernel<Key>, large_grid, kThreads, stream, p);
+  upload_table(plan, tensors, table, workspace, zeroed, stream);
+  const bool is_early = can_launch_early(filter_kernel<Key>);
+  SAFT_LAUNCH_EARLY(is_early, sample_kernel<Key>, sample_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, filter_kernel<Key>, filter_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, select_kernel<Key>, select_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, emit_kernel<Key>, emit_grid, kThreads, stream, p);
+  SAFT_LAUNCH_EARLY(is_early, emit_large_kernel<Key>, large_grid, kThreads, stream, p);
 }
 
 }  // namespace cuda_topk_magnitude

@@ -291,7 +291,9 @@ __device__ __forceinline__ void stage_small_tile(const Problem<Key>& p, const ui
 // positions of tiles that have few; the result's head.
 // Traffic    reads 12 B per tile and what the filter wrote of small tiles; writes 8 B per selected element. For N = 1e9,
 //            both kernels, in whole sectors of 32 B: 10 MB at k/N = 1e-4, 21 at 1e-3, 117 at 1e-2, 954 at 1e-1; at the
-//            rate of a copy on an H200 (4.3 TB/s) 2, 5, 27 and 222 us. Below 1e-3 four loads in a row are what it takes.
+//            rate of a copy on an H200 (4.3 TB/s) 2, 5, 27 and 222 us; of tiles that emit_large writes, the band's keys
+//            twice. Below 1e-3 four round trips in a row per chunk are what it takes: the claim, the tiles, their keys,
+//            then positions, and beside those the sums of the chunks below.
 // Algorithm  a scan in one pass: blocks claim chunks in order, tell the sums of theirs, and wait for those of the chunks
 //            below (decoupled look-back: Merrill & Garland 2016; flat here: 64 words at most, and one per group). Eight
 //            lanes per tile, ranks by comparison: no bits. Tiles of more elements, and those of whose ties some are left
@@ -302,6 +304,7 @@ __device__ __forceinline__ void stage_small_tile(const Problem<Key>& p, const ui
 // Launch     resident blocks; a chunk of kChunkTiles at a time, four tiles per warp.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ uint32_t counts_of[kChunkTiles];
   __shared__ uint16_t stages[kChunkTiles][kSmallTile];
   State<Key>& state = *p.state;
@@ -391,6 +394,7 @@ __global__ void __launch_bounds__(kThreads, kEmitBlocksPerSm) emit_kernel(Proble
 // Launch     resident blocks; one warp per tile, grid-stride.
 template <class Key>
 __global__ void __launch_bounds__(kThreads, kLargeBlocksPerSm) emit_large_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
   __shared__ EmitScratch scratches[kWarps];
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const uint32_t num_large = p.state->num_large;

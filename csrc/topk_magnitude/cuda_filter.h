@@ -216,11 +216,11 @@ __device__ __forceinline__ LaneCounts compare_tile(const Problem<Key>& p, index_
   return counts;
 }
 
-// Writes what the bits say. Returns sure << 16 | band.
+// Writes what the bits say. Returns sure << 16 | band. `histogram`: of the block, of the kept band's highest digit.
 template <class Key>
 __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t, int again, int lane,
                                                const LaneCounts& counts, const uint32_t* sure_words,
-                                               const uint32_t* band_words) {
+                                               const uint32_t* band_words, uint32_t* histogram) {
   const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
   const Tile tile = make_tile(x, t);
   if (__any_sync(kFullMask, counts.nonfinite)) {
@@ -261,9 +261,13 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
     if (offset + num_band <= uint64_t(p.band_capacity)) {
       if (lane == 0) p.survivors[t].band_offset = uint32_t(offset);
       uint32_t at = uint32_t(offset) + (below & 0xffffu);
+      const KeyRange<Key> bracket = {p.state->lo, p.state->hi};
+      const int shift = digit_shift(bracket);
       visit_bits(band_words, counts.strips >> 16, lane, itemsize, [&](int position) {
+        const Key key = widen<Key>(x.dtype, load_native<Key>(x, tile.first + position));
         p.band_positions[at] = uint16_t(position);
-        p.band_keys[at] = widen<Key>(x.dtype, load_native<Key>(x, tile.first + position));
+        p.band_keys[at] = key;
+        count_digit(bracket, shift, key, histogram);
         ++at;
       });
     }
@@ -271,39 +275,73 @@ __device__ __forceinline__ uint32_t store_tile(const Problem<Key>& p, index_t t,
   return total;
 }
 
-// Checks the guess; says what is left to do. One thread of the last block of the first filter.
+// Checks the guess; says what is left to do. The last block of the first filter.
 template <class Key>
-__device__ void verify(const Problem<Key>& p) {
+__device__ void verify(const Problem<Key>& p, PickScratch<uint64_t>& scratch) {
   State<Key>& state = *p.state;
   const uint64_t k = uint64_t(p.k), num_sure = __ldcg(&state.num_sure[0]),
                  num_band = __ldcg(&state.num_band[0]);
-  state.reads = 1;
-  if (k == 0) return;
-  if (num_sure < k && k <= num_sure + num_band) {
-    state.select_lo = state.lo;
-    state.select_hi = state.hi;
-    state.select_rank = k - num_sure;
-    state.threshold = state.lo;  // final when the bracket is one key
-    state.from_data = state.refilter = !state.single && num_band > uint64_t(p.band_capacity);
-    return;
+  const Key lo = state.lo, hi = state.hi;
+  const bool is_hit = num_sure < k && k <= num_sure + num_band;
+  const bool from_data = !is_hit || (lo != hi && num_band > uint64_t(p.band_capacity));
+  KeyRange<Key> range = {lo, hi};
+  if (!is_hit)
+    range = num_sure >= k ? KeyRange<Key>{Key(hi + 1), CommonKey<Key>::kNaN} : KeyRange<Key>{0, Key(lo - 1)};
+  __syncthreads();  // all have read the state
+  if (threadIdx.x == 0) {
+    state.reads = 1;
+    state.select_rank = k - (is_hit ? num_sure : num_sure >= k ? 0 : num_sure + num_band);
   }
-  state.from_data = state.refilter = 1;
-  if (num_sure >= k) {
-    state.select_lo = Key(state.hi + 1);
-    state.select_hi = CommonKey<Key>::kNaN;
-    state.select_rank = k;
-  } else {
-    state.select_lo = 0;
-    state.select_hi = Key(state.lo - 1);
-    state.select_rank = k - num_sure - num_band;
+  if (k == 0) return;  // the ranges are of one key
+  if (threadIdx.x == 0) {
+    state.ranges[0] = range;
+    state.threshold = range.lo;  // final when the range is one key
+    state.from_data = state.refilter = from_data;
   }
-  if (state.select_lo == state.select_hi) {
-    state.threshold = state.select_lo;
-    set_bracket(state, state.threshold, state.threshold);
+  __syncthreads();
+  if (range.lo == range.hi) {
+    if (from_data) set_bracket(state, range.lo, range.hi);
+  } else if (!from_data) {
+    narrow(p, range, p.select_histograms, scratch, &state.ranges[0]);
   }
 }
 
-// topk_magnitude / filter: one read of every element; sure ones and the band, per tile.
+template <class Key>
+struct FilterScratch {
+  uint32_t sure_words[kWarps][kTileWords];
+  uint32_t band_words[kWarps][kTileWords];
+  uint32_t histogram[kBins];
+  uint64_t sums[2];  // sure, band
+};
+
+// All tiles, by the grid. Returns whether this block is the last one to get here.
+template <class Key>
+__device__ __forceinline__ bool filter_tiles(const Problem<Key>& p, int again, FilterScratch<Key>& scratch) {
+  State<Key>& state = *p.state;
+  const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
+  uint32_t* const sure_words = scratch.sure_words[warp];
+  uint32_t* const band_words = scratch.band_words[warp];
+  if (threadIdx.x < 2) scratch.sums[threadIdx.x] = 0;
+  clear_shared<kBins>(scratch.histogram);
+  for (index_t t = index_t(blockIdx.x) * kWarps + warp; t < p.num_tiles; t += index_t(gridDim.x) * kWarps) {
+    const LaneCounts counts = compare_tile(p, t, lane, sure_words, band_words);
+    __syncwarp();  // also keeps the compiler from holding the tile's description in registers during the read
+    const uint32_t total = store_tile(p, t, again, lane, counts, sure_words, band_words, scratch.histogram);
+    if (lane == 0 && total != 0) {
+      atomic_add(&scratch.sums[0], total >> 16);
+      atomic_add(&scratch.sums[1], total & 0xffffu);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomic_add(&state.num_sure[again], scratch.sums[0]);
+    atomic_add(&state.num_band[again], scratch.sums[1]);
+  }
+  if (again == 0) add_histogram(scratch.histogram, p.select_histograms);
+  return is_last_block(&state.filter_tickets[again]);
+}
+
+// topk_magnitude / filter: one read of every element; sure ones and the band, per tile; the first digit of select.
 // Traffic    reads sizeof(scalar_t) B/elem; writes 2 B per sure element, at most 1 bit per element, and 6 B
 //            (10 B with fp64) per band element, whose sector it reads once more, mostly out of L2.
 // Algorithm  branch-free compares into bits; a tile's bits stay in shared memory until their counts say how
@@ -312,39 +350,11 @@ __device__ void verify(const Problem<Key>& p) {
 //            `verify` sees that. A bracket of one key keeps no band.
 // Launch     resident blocks; one warp per tile, grid-stride, no block barrier inside the loop.
 template <class Key>
-__global__ void __launch_bounds__(kThreads, kFilterBlocksPerSm<Key>)
-    filter_kernel(Problem<Key> p, int again) {
-  __shared__ uint32_t sure_words[kWarps][kTileWords];
-  __shared__ uint32_t band_words[kWarps][kTileWords];
-  __shared__ uint64_t sums[2];  // sure, band
-  State<Key>& state = *p.state;
-  if (again != 0 && state.refilter == 0) return;
-  const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
-  __syncthreads();
-  for (index_t t = index_t(blockIdx.x) * kWarps + warp; t < p.num_tiles; t += index_t(gridDim.x) * kWarps) {
-    const LaneCounts counts = compare_tile(p, t, lane, sure_words[warp], band_words[warp]);
-    __syncwarp();  // also keeps the compiler from holding the tile's description in registers during the read
-    const uint32_t total = store_tile(p, t, again, lane, counts, sure_words[warp], band_words[warp]);
-    if (lane == 0 && total != 0) {
-      atomic_add(&sums[0], total >> 16);
-      atomic_add(&sums[1], total & 0xffffu);
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    atomic_add(&state.num_sure[again], sums[0]);
-    atomic_add(&state.num_band[again], sums[1]);
-  }
-  if (is_last_block(&state.tickets[kSamplePasses + again]) && threadIdx.x == 0) {
-    if (again == 0) {
-      verify(p);
-    } else {
-      const uint64_t k = uint64_t(p.k), sure = __ldcg(&state.num_sure[1]), band = __ldcg(&state.num_band[1]);
-      state.reads += 1;
-      state.status = !(sure < k && k <= sure + band);
-    }
-  }
+__global__ void __launch_bounds__(kThreads, kFilterBlocksPerSm<Key>) filter_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
+  __shared__ FilterScratch<Key> scratch;
+  __shared__ PickScratch<uint64_t> pick_scratch;
+  if (filter_tiles(p, 0, scratch)) verify(p, pick_scratch);
 }
 
 }  // namespace cuda_topk_magnitude

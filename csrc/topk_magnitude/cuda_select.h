@@ -1,71 +1,66 @@
 // topk_magnitude / cuda: the exact k-th key.
 #pragma once
 
-#include "topk_magnitude/cuda_tables.h"
+#include "topk_magnitude/cuda_filter.h"
 
 namespace saft {
 namespace cuda_topk_magnitude {
 
 // ---- select ----
 
-// topk_magnitude / select: one digit of the exact k-th key.
-// Traffic    reads 4 B (8 B with fp64) per band element, out of L2. When the bracket missed the key or the
-//            cache was too small, every element of the data instead.
-// Algorithm  radix select: a histogram of key - lo, 11 bits at a time, from the top of the range.
+// topk_magnitude / select: the exact k-th key, digit by digit; after a bad guess, what is above and equal to it.
+// Traffic    reads 4 B (8 B with fp64) per band element, out of L2, once if the filter's digit and the next one are
+//            all. When the bracket missed the key or the cache was too small, every element of the data instead: once
+//            per digit, and once more to filter it.
+// Algorithm  radix select: a histogram of key - lo, 11 bits at a time, from the top of the range; the block that finishes
+//            a pass narrows the range.
 // Contract   returns at once when the range is one key.
-// Launch     grid-stride; the last block narrows the range.
+// Launch     resident blocks, which claim what they read.
 template <class Key>
-__global__ void __launch_bounds__(kThreads) select_kernel(Problem<Key> p, int pass) {
-  __shared__ uint32_t histogram[kBins];
-  __shared__ PickScratch scratch;
+__global__ void __launch_bounds__(kThreads, kSelectBlocksPerSm) select_kernel(Problem<Key> p) {
+  wait_for_previous_kernels();
+  __shared__ FilterScratch<Key> scratch;
+  __shared__ PickScratch<uint64_t> pick_scratch;
   State<Key>& state = *p.state;
-  const Key lo = state.select_lo, hi = state.select_hi;
-  if (lo == hi) return;
-  clear_shared<kBins>(histogram);
-  const int bits = sizeof(Key) == 4 ? 32 - __clz(int(uint32_t(hi - lo))) : 64 - __clzll((long long)(hi - lo));
-  const int shift = bits > kDigitBits ? bits - kDigitBits : 0;
-  if (state.from_data == 0) {
-    const index_t thread = index_t(blockIdx.x) * kThreads + threadIdx.x;
-    const index_t num_band = index_t(state.num_band[0]);
-#pragma unroll 4
-    for (index_t i = thread; i < num_band; i += index_t(gridDim.x) * kThreads) {
-      const Key key = p.band_keys[i];
-      if (key >= lo && key <= hi) atomicAdd(&histogram[(key - lo) >> shift], 1u);
-    }
-  } else {
-    const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-    for (index_t t = index_t(blockIdx.x) * kWarps + warp; t < p.num_tiles; t += index_t(gridDim.x) * kWarps) {
+  uint32_t* const histogram = scratch.histogram;
+  const bool from_data = state.from_data != 0;
+  const index_t num_band = index_t(state.num_band[0]);
+  const uint32_t num_items =
+      uint32_t(from_data ? ceil_div(p.num_tiles, kWarps) : ceil_div(num_band, kItemKeys * kThreads));
+  for (int pass = 0; pass < kSelectPasses<Key>; ++pass) {
+    const KeyRange<Key> range = state.ranges[pass];
+    if (range.lo == range.hi) break;
+    const int shift = digit_shift(range);
+    uint64_t* const global = p.select_histograms + (1 + pass) * kBins;
+    clear_shared<kBins>(histogram);
+    const auto count_item = [&](uint32_t item) {
+      if (!from_data) {
+        return visit_keys(p.band_keys, num_band, item,
+                          [&](Key key) { count_digit(range, shift, key, histogram); });
+      }
+      const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
+      const index_t t = index_t(item) * kWarps + warp;
+      if (t >= p.num_tiles) return;
       const DeviceTensor& x = p.tensors[p.tile_tensor[t]];
       const Tile tile = make_tile(x, t);
 #pragma unroll 4
       for (int i = tile.begin + lane; i < tile.end; i += kWarpSize) {
-        const Key key = widen<Key>(x.dtype, load_native<Key>(x, tile.first + i));
-        if (key >= lo && key <= hi) atomicAdd(&histogram[(key - lo) >> shift], 1u);
+        count_digit(range, shift, widen<Key>(x.dtype, load_native<Key>(x, tile.first + i)), histogram);
       }
-    }
+    };
+    work_on(
+        &state.select_passes[pass], num_items, count_item, [&] { add_histogram(histogram, global); },
+        [&] {
+          narrow(p, range, global, pick_scratch, &state.ranges[pass + 1]);
+          if (threadIdx.x == 0) state.reads += from_data;
+        });
+    wait_for(&state.select_passes[pass]);
   }
-  __syncthreads();
-  uint64_t* global = p.select_histograms + pass * kBins;
-  add_histogram(histogram, global);
-  if (!is_last_block(&state.tickets[kSamplePasses + 2 + pass])) return;
-  uint32_t digit;
-  uint64_t rank;
-  const bool found = pick_digit(global, state.select_rank, scratch, &digit, &rank);
-  if (threadIdx.x != 0) return;
-  state.reads += state.from_data;
-  if (!found) {
-    state.status = 1;
-    state.select_hi = lo;  // stop here
-    return;
-  }
-  const Key low = Key(lo + (Key(digit) << shift));
-  const Key high = Key(low + ((Key(1) << shift) - 1));
-  state.select_lo = low;
-  state.select_hi = high < hi ? high : hi;
-  state.select_rank = rank;
-  if (state.select_lo == state.select_hi) {
-    state.threshold = low;
-    if (state.refilter != 0) set_bracket(state, low, low);
+  if (state.refilter == 0) return;
+  if (filter_tiles(p, 1, scratch) && threadIdx.x == 0) {
+    const uint64_t k = uint64_t(p.k), sure = __ldcg(&state.num_sure[1]), band = __ldcg(&state.num_band[1]);
+    state.reads += 1;
+    if (!(sure < k && k <= sure + band)) state.status = 1;
   }
 }
 

@@ -24,9 +24,12 @@ constexpr int kThreads = 256;
 // Loads in flight per multiprocessor: 128 KB with 64 registers per thread, 48 KB with 80 for 8-byte keys.
 template <class Key>
 constexpr int kFilterBlocksPerSm = sizeof(Key) == 4 ? 4 : 3;
-constexpr int kBlocksPerSm = 4;      // of sample and select, which wait for memory more than they compute
-constexpr int kVectorsInFlight = 8;  // 16-byte loads per thread
-constexpr int kRunNumel = 8;         // elements sampled together: 32 bytes of fp32
+constexpr int kSelectBlocksPerSm = 3;
+template <class Key>
+constexpr int kSampleBlocksPerSm = sizeof(Key) == 4 ? 4 : 3;  // it waits for memory more than it computes
+constexpr int kVectorsInFlight = 8;                           // 16-byte loads per thread
+constexpr int kRunNumel = 8;                                  // elements sampled together: 32 bytes of fp32
+constexpr int kItemKeys = 8;  // keys per thread that sample and select have in flight, and claim at a time
 constexpr int kSampledRunsLog2 = SAFT_CUDA_SAMPLED_RUNS_LOG2;
 constexpr int kLargeSampledRunsLog2 = kSampledRunsLog2 + 2;  // above kLargeNumel
 constexpr index_t kLargeNumel = 2000000000;
@@ -39,6 +42,7 @@ constexpr int kGroupChunks = SAFT_CUDA_GROUP_CHUNKS;  // summed together
 // ---- sizes that follow ----
 
 constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kItemKeys == kRunNumel, "a run per thread, when it is sampled");
 constexpr int kStripNumel = kWarpSize * 32;
 constexpr int kTileWords = kTileNumel / 32;
 constexpr int kStripSlabBytes = kStripNumel / 8;
@@ -103,13 +107,28 @@ struct LargeTile {
   uint32_t ties;    // to select of it
 };
 
-// Zeroed before the first kernel.
+// Of the bracket's ends, in the sample: descending rank among the keys with this prefix (0: outside the sample), and
+// the digits fixed so far.
+template <class Key>
+struct SampleEnds {
+  uint32_t rank[2];
+  Key prefix[2];
+};
+
+template <class Key>
+struct KeyRange {
+  Key lo, hi;
+};
+
+// Zeroed when the table is uploaded, as are the sample's histograms.
 template <class Key>
 struct State {
-  // sample
-  uint64_t sample_rank[2];  // of lo and hi: descending, among keys with this prefix; 0: outside the sample
-  Key sample_prefix[2];     // the digits fixed so far
-  uint32_t above_sample;    // hi ranks above all of the sample
+  // sample: [pass], before it
+  SampleEnds<Key> ends[kSamplePasses + 1];
+  uint32_t is_bracketed[kSamplePasses + 1];  // no further pass
+  uint32_t above_sample;                     // hi ranks above all of the sample
+  uint32_t few;                              // so few sampled keys more in the bracket do not matter
+  Pass sample_passes[kSamplePasses];
   // filter
   Key lo, hi;
   NativeBracket<Key> native[kDtypes];
@@ -117,27 +136,30 @@ struct State {
   uint32_t refilter;                                    // the second filter has to run
   uint64_t num_sure[2], num_band[2], num_nonfinite[2];  // by filter
   uint64_t band_used;
-  // select
+  uint32_t filter_tickets[2];
+  // select: [pass], before it
+  KeyRange<Key> ranges[kSelectPasses<Key> + 1];
+  Pass select_passes[kSelectPasses<Key>];
   uint32_t from_data;
   uint64_t select_rank;  // in the end, of the k-th element among those equal to it
-  Key select_lo, select_hi;
   Key threshold;
   // emit
   uint32_t next_chunk, num_large;
   // result
   uint32_t status, reads;
-  uint32_t tickets[kSamplePasses + 2 + kSelectPasses<Key>];
 };
 
 template <class Key>
 struct Problem {
   const DeviceTensor* tensors;
   index_t num_tensors, num_tiles, num_runs, num_sampled_runs, numel, k;
+  double share;  // k / numel
   int sampled_runs_log2;
+  int zero_bits;  // see possible_lo
   index_t band_capacity;
   State<Key>* state;
   uint32_t* sample_histograms;  // [kSamplePasses][2][kBins]
-  uint64_t* select_histograms;  // [kSelectPasses][kBins]
+  uint64_t* select_histograms;  // [1 + kSelectPasses][kBins], the first one by the filter; zeroed by sample
   uint32_t* tile_tensor;
   Survivors* survivors;
   uint64_t* chunk_sums;  // see sums_of in cuda_emit.h; zeroed by sample
@@ -194,22 +216,28 @@ __device__ __forceinline__ Key widen(int32_t dtype, Key native) {
 }
 
 template <class Key, class scalar_t>
-__device__ void set_native(Key lo, Key hi, NativeBracket<Key>* native) {
-  native->first_band = first_native_key<Key, scalar_t>(lo);
-  native->first_sure = first_native_key<Key, scalar_t>(Key(hi + 1));
-  native->inf = KeyTraits<scalar_t>::kInf;
+__device__ __forceinline__ void set_native(Key lo, Key hi, int end, NativeBracket<Key>* native) {
+  if (end == 0) native->first_band = first_native_key<Key, scalar_t>(lo);
+  if (end == 1) native->first_sure = first_native_key<Key, scalar_t>(Key(hi + 1));
+  if (end == 2) native->inf = KeyTraits<scalar_t>::kInf;
 }
 
-// One thread.
+// The whole block, which all has `lo` and `hi`: a search each for some threads, in a warp per dtype.
 template <class Key>
 __device__ void set_bracket(State<Key>& state, Key lo, Key hi) {
-  state.lo = lo;
-  state.hi = hi;
-  state.single = lo == hi;
-  set_native<Key, float>(lo, hi, &state.native[int(ScalarType::kFloat32)]);
-  set_native<Key, bfloat16>(lo, hi, &state.native[int(ScalarType::kBFloat16)]);
-  set_native<Key, float16>(lo, hi, &state.native[int(ScalarType::kFloat16)]);
-  if constexpr (sizeof(Key) == 8) set_native<Key, double>(lo, hi, &state.native[int(ScalarType::kFloat64)]);
+  if (threadIdx.x == 0) {
+    state.lo = lo;
+    state.hi = hi;
+    state.single = lo == hi;
+  }
+  const int dtype = int(threadIdx.x) / kWarpSize, end = int(threadIdx.x) % kWarpSize;
+  NativeBracket<Key>* const native = state.native + dtype;
+  if (dtype == int(ScalarType::kFloat32)) set_native<Key, float>(lo, hi, end, native);
+  if (dtype == int(ScalarType::kBFloat16)) set_native<Key, bfloat16>(lo, hi, end, native);
+  if (dtype == int(ScalarType::kFloat16)) set_native<Key, float16>(lo, hi, end, native);
+  if constexpr (sizeof(Key) == 8) {
+    if (dtype == int(ScalarType::kFloat64)) set_native<Key, double>(lo, hi, end, native);
+  }
 }
 
 __device__ __forceinline__ void atomic_add(uint64_t* address, uint64_t value) {
@@ -236,47 +264,117 @@ __device__ __forceinline__ void add_histogram(const uint32_t* shared, Count* glo
   }
 }
 
+// The keys of an item, by the whole block; kAbsent past the end. `keys` may have been written in this kernel.
+template <class Key, class Visit>
+__device__ __forceinline__ void visit_keys(const Key* keys, index_t num_keys, uint32_t item,
+                                           const Visit& visit) {
+  const index_t first = index_t(item) * (kItemKeys * kThreads) + threadIdx.x;
+  Key loaded[kItemKeys];
+#pragma unroll
+  for (int i = 0; i < kItemKeys; ++i) {
+    loaded[i] = first + i * kThreads < num_keys ? __ldcg(keys + first + i * kThreads) : kAbsent<Key>;
+  }
+#pragma unroll
+  for (int i = 0; i < kItemKeys; ++i) visit(loaded[i]);
+}
+
+template <class Count>
 struct PickScratch {
-  uint64_t warp_sums[kWarps];
+  Count warp_sums[kWarps], rank, count;
   uint32_t digit;
-  uint64_t rank;
 };
 
-// The whole block: the bin that holds descending rank `rank` (1 = largest), and the rank inside that bin.
-// Returns false when no bin does.
+// A histogram in the registers of a block: a thread has kPerThread bins, the first thread the last ones.
 template <class Count>
-__device__ bool pick_digit(const Count* histogram, uint64_t rank, PickScratch& scratch, uint32_t* digit,
-                           uint64_t* rank_in_bin) {
-  constexpr int kPerThread = kBins / kThreads;
-  const int top = kBins - 1 - int(threadIdx.x) * kPerThread;
-  uint64_t counts[kPerThread], sum = 0, total;
-  if (threadIdx.x == 0) {
-    scratch.digit = 0;
-    scratch.rank = 0;
-  }
+struct BlockHistogram {
+  static constexpr int kPerThread = kBins / kThreads;
+  Count counts[kPerThread], above, sum, total;
+
+  __device__ __forceinline__ static int top() { return kBins - 1 - int(threadIdx.x) * kPerThread; }
+  __device__ __forceinline__ void load(const Count* histogram) {
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    counts[i] = __ldcg(histogram + top - i);
-    sum += counts[i];
+    for (int i = 0; i < kPerThread; ++i) counts[i] = __ldcg(histogram + top() - i);
   }
-  uint64_t above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, &total);
-  if (above < rank && rank <= above + sum) {
-    bool found = false;
+  __device__ __forceinline__ void add_up(PickScratch<Count>& scratch) {
+    sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (!found && rank <= above + counts[i]) {
-        found = true;
-        scratch.digit = uint32_t(top - i);
-        scratch.rank = rank - above;
-      }
-      above += counts[i];
+    for (int i = 0; i < kPerThread; ++i) sum += counts[i];
+    above = block_exclusive_sum<kThreads>(sum, scratch.warp_sums, &total);
+  }
+  // The bin that holds descending rank `rank` (1 = largest), the rank inside that bin, and its count: into the scratch.
+  // Returns false when no bin does. Ends with a barrier; so must what reads the scratch.
+  __device__ bool pick(Count rank, PickScratch<Count>& scratch) const {
+    if (threadIdx.x == 0) {
+      scratch.digit = 0;
+      scratch.rank = scratch.count = 0;
     }
+    __syncthreads();
+    if (above < rank && rank <= above + sum) {
+      Count before = above;
+      bool found = false;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        if (!found && rank <= before + counts[i]) {
+          found = true;
+          scratch.digit = uint32_t(top() - i);
+          scratch.rank = rank - before;
+          scratch.count = counts[i];
+        }
+        before += counts[i];
+      }
+    }
+    __syncthreads();
+    return rank >= 1 && rank <= total;
   }
-  __syncthreads();
-  *digit = scratch.digit;
-  *rank_in_bin = scratch.rank;
-  __syncthreads();
-  return rank >= 1 && rank <= total;
+};
+
+// Ends of a range without keys that no element has: all but NaN's are multiples of 2 ** zero_bits.
+template <class Key>
+__device__ __forceinline__ Key possible_lo(Key lo, int zero_bits) {
+  const Key low_bits = Key((Key(1) << zero_bits) - 1);
+  lo = Key((lo + low_bits) & ~low_bits);
+  return zero_bits != 0 && lo > CommonKey<Key>::kInf ? CommonKey<Key>::kNaN : lo;
+}
+template <class Key>
+__device__ __forceinline__ Key possible_hi(Key hi, int zero_bits) {
+  return hi == CommonKey<Key>::kNaN ? hi : Key(hi & ~Key((Key(1) << zero_bits) - 1));
+}
+
+// Where the highest digit of key - lo starts, in a range of keys.
+template <class Key>
+__device__ __forceinline__ int digit_shift(const KeyRange<Key>& range) {
+  const Key width = Key(range.hi - range.lo);
+  const int bits = sizeof(Key) == 4 ? 32 - __clz(int(uint32_t(width))) : 64 - __clzll((long long)(width));
+  return bits > kDigitBits ? bits - kDigitBits : 0;
+}
+
+template <class Key>
+__device__ __forceinline__ void count_digit(const KeyRange<Key>& range, int shift, Key key,
+                                            uint32_t* histogram) {
+  if (key >= range.lo && key <= range.hi) atomicAdd(&histogram[(key - range.lo) >> shift], 1u);
+}
+
+// From a histogram of the highest digit of key - lo: the range of the keys that have the digit of the one at
+// `select_rank`, and that one's rank among them. The whole block.
+template <class Key>
+__device__ void narrow(const Problem<Key>& p, const KeyRange<Key>& range, const uint64_t* histogram,
+                       PickScratch<uint64_t>& scratch, KeyRange<Key>* narrowed) {
+  State<Key>& state = *p.state;
+  BlockHistogram<uint64_t> bins;
+  bins.load(histogram);
+  bins.add_up(scratch);
+  const bool found = bins.pick(state.select_rank, scratch);
+  const int shift = digit_shift(range);
+  const Key first = Key(range.lo + (Key(scratch.digit) << shift)),
+            last = Key(first + ((Key(1) << shift) - 1));
+  const Key lo = possible_lo(first, p.zero_bits);
+  const Key hi = possible_hi(last < range.hi ? last : range.hi, p.zero_bits);
+  if (found && lo == hi && state.refilter != 0) set_bracket(state, lo, hi);
+  if (threadIdx.x != 0) return;
+  *narrowed = {lo, found ? hi : lo};  // else stop here
+  state.select_rank = scratch.rank;
+  state.threshold = lo;
+  if (!found) state.status = 1;
 }
 
 }  // namespace cuda_topk_magnitude
