@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.names import short
 from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
 from ..selection.budget import budget, budget_of
-from ..selection.parts import as_distributed, gather_whole, here, is_distributed, is_flattened, local, part_of
+from ..selection.parts import as_distributed, gather_whole, here, is_distributed, local, part_of
 from ..selection.ranks import Ranks
 from .budgets import Pool, Selection
 from .members import Member, ParamGroups, Position, State, count, has_state
@@ -42,7 +42,6 @@ def shield(
             f"`state_dict`: expected {len(expected)} parameter groups of sizes {expected}, got {len(got)} of sizes "
             f"{got}: the state of another model or grouping; nothing was loaded"
         )
-    groups = [_of_these_ranks(saved, group) for saved, group in zip(groups, param_groups, strict=True)]
     _check_shapes(members, groups)
     ids = [key for group in groups for key in group["params"]]
     by_id = dict(zip(ids, members, strict=True))
@@ -78,22 +77,18 @@ def shield(
             "mask of that run to SparseAdamW, or save without flattening, or save saft_kernels.OptimizerState. Nothing "
             "was loaded"
         )
-    new_groups = []
-    for saved, group in zip(groups, param_groups, strict=True):
+    new_groups, dense = [], selection.dense_groups(param_groups)
+    for i, (saved, group) in enumerate(zip(groups, param_groups, strict=True)):
         # budgets are the optimizer's own; what has been selected goes with the state
         own = {key: group[key] for key in _OUR_GROUP_KEYS}
         if loaded or has_sums:
-            own["num_candidates"] = saved.get("num_candidates", sum(p.numel() for p in group["params"]))
+            numel = sum(p.numel() for p in group["params"])
+            own["num_candidates"] = saved.get("num_candidates", numel)
+            if i in dense and own["num_candidates"] is not None:
+                own["num_candidates"] = numel  # of other ranks, perhaps
         new_groups.append({**saved, **own, "differentiable": group["differentiable"]})
         new_groups[-1].pop("param_shapes", None)
     return {**state_dict, "state": states, "param_groups": new_groups}
-
-
-def _of_these_ranks(saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, with the sizes that it has here: a number of ranks makes those of flattened parameters."""
-    if saved.get("num_candidates") is None or not any(map(is_flattened, group["params"])):
-        return saved
-    return {**saved, "num_candidates": sum(p.numel() for p in group["params"])}
 
 
 def _tensor(value: Any) -> Tensor:
@@ -179,7 +174,7 @@ def _check_pool(
 
 def _num_candidates(i: int, saved_group: dict[str, Any], members: Sequence[Member], found: Sequence[Member]) -> int:
     """Elements that the saved budget of a group was taken of: of what had requires_grad then."""
-    if saved_group.get("num_candidates") is not None:
+    if saved_group.get("num_candidates"):  # none where all were selected
         return int(saved_group["num_candidates"])
     if not any(member.position[0] == i for member in found):
         return 0  # was yet to be selected

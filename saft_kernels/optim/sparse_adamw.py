@@ -16,7 +16,7 @@ from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
-from ..selection.parts import as_distributed, check_parts, gather_whole, is_distributed, is_flattened
+from ..selection.parts import as_distributed, check_parts, gather_whole, is_distributed
 from ..selection.ranks import Ranks, together
 from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
@@ -690,16 +690,19 @@ class SparseAdamW(Optimizer):
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's, with `param_shapes` in each group.
+        """As torch.optim.Optimizer's, with `param_shapes` in each group of which a part is selected.
 
         While `selection_steps` gathers gradients their sums are in it, as `grad_sum`. Where parameters are split over
         ranks, all of them call it, and get the same: indices and values of the whole, k of them; what has a value for
         every element of a parameter is a DTensor.
         """
         state_dict = super().state_dict()
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            if not any(map(is_flattened, group["params"])):  # their sizes are those of a number of ranks
+        dense = self._selection.dense_groups(self.param_groups)
+        for i, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
+            if i not in dense:
                 saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
+            elif saved["num_candidates"] is not None:
+                saved["num_candidates"] = 0  # all, however many this rank has of them
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         members = self._follow()
         if self._ranks is not None:

@@ -100,14 +100,9 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether it is of FullyShardedDataParallel, a share of which it does not say where it lies."""
-    return getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter"
-
-
 def check_unflattened(where: str, parameter: Tensor, remedy: str) -> None:
     """Raises TypeError for a parameter that is a rank's share without saying which."""
-    if is_flattened(parameter):
+    if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter":
         raise TypeError(
             f"{where}: expected a whole parameter, got a flattened one of FullyShardedDataParallel; each rank would "
             f"select from its shard alone; {remedy}"
