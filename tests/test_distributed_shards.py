@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils._pytree import tree_map
-from training import TwoTowers, backward, batches, leave_process_group, loss_fn
+from training import TwoTowers, backward, batches, loss_fn
 
-from saft_kernels import OptimizerState, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels import OptimizerState, Originals, SparseAdamW, SparseDelta, SparseMask, select
+from saft_kernels.optim import sparse_adamw
 from saft_kernels.optim.release import SelectedGrad
+from saft_kernels.selection import ranks as ranks_module
 from saft_kernels.selection import shards
 from saft_kernels.selection.budget import select_indices as of_one_process
 from saft_kernels.selection.parts import gather_whole, is_distributed, local, part_of
@@ -219,6 +223,16 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         whole = torch.distributed.device_mesh.DeviceMesh("cpu", mesh.mesh.view(1, -1))
         SparseAdamW([("odd", nn.Parameter(DTensor.from_local(torch.ones(4, 4), whole, placements)))])
 
+    def on_meta() -> None:
+        parameters = [nn.Parameter(tensor) for tensor in split([torch.empty(8, 3, device="meta")], mesh, 0)]
+        SparseAdamW([("p0", *parameters)], mask=SparseMask({"p0": torch.tensor([1])}, {"p0": (8, 3)}))
+
+    def random() -> None:
+        torch.manual_seed(int(me == last))
+        model = towers(mesh)
+        torch.manual_seed(int(me == last))
+        select(model, score="random", progress=False)
+
     odd = DTensor.from_local(torch.ones(1), mesh, [Shard(0)], shape=(2 * mesh.size(),), stride=(1,))
     calls: dict[str, Callable[[], object]] = {
         "k": lambda: step(optimizer(k=3 + (me == last))),
@@ -233,11 +247,16 @@ def errors(rank: int, mesh: Any) -> dict[str, list[str]]:
         "twice": lambda: placed(Shard(0), Shard(1)),
         "odd": lambda: SparseAdamW([("odd", nn.Parameter(odd))]),
         "members": lambda: optimizer().members(),
-        "delta": lambda: SparseDelta.from_optimizer(optimizer(), {f"p{i}": torch.zeros(8, 3) for i in range(2)}),
+        "apply": lambda: SparseDelta.diff(towers(), towers()).apply_(towers(mesh)),
+        "delta": lambda: SparseDelta.from_optimizer(
+            optimizer(), {f"p{i}": torch.zeros(8 + (me == last), 3) for i in range(2)}
+        ),
+        "meta": on_meta,
         "all_reduce_grads": lambda: optimizer().all_reduce_grads(),
         "differentiable": lambda: optimizer(differentiable=True, density=1.0),
         "streaming": lambda: select(towers(mesh), [1], loss_fn, streaming=True, progress=False),
-        "random": lambda: select(towers(mesh), score="random", progress=False),
+        "random": random,
+        "batches": lambda: select(towers(mesh), batches(1 + (me == last)), loss_fn, progress=False),
         "select": lambda: select(towers(mesh), score="weight", k=7 + (me == last), progress=False),
         "fine": lambda: step(optimizer()),
     }
@@ -379,15 +398,130 @@ def released(rank: int, mesh: Any) -> list[str]:
     return wrong
 
 
+class Block(nn.Module):
+    """What parallelize_module splits in every way; `scale` stays a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(12, 8), nn.Linear(8, 5)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.norms[0](self.embedding(tokens))
+        hidden = self.norms[1](hidden + self.down(self.up(hidden).relu()))
+        return self.head(hidden) * self.scale
+
+
+def parallel(mesh: Any) -> Block:
+    """With tensor and sequence parallelism."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    sequence = {"output_layouts": Shard(1), "use_local_output": False}
+    plan: dict[str, Any] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), **sequence),
+        "norms.0": SequenceParallel(),
+        "norms.1": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(**sequence),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    block = Block()
+    parallelize_module(block, mesh, plan)
+    return block
+
+
+def token_loss(block: nn.Module, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = (torch.randint(n, (2, 12), generator=generator) for n in (12, 5))
+    return nn.functional.cross_entropy(block(tokens).flatten(0, 1), labels.flatten())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    found: Any = tensor.detach()
+    return (found.full_tensor() if is_distributed(found) else found).clone()  # type: ignore[no-any-return]
+
+
+def tensor_parallel(rank: int, mesh: Any) -> list[str]:
+    """What differs from one process with the same gradients; the state moves to another optimizer on the way."""
+    wrong = []
+    block = parallel(mesh)
+    mask = select(block, [0], token_loss, density=0.1, progress=False)
+    if mask != select(parallel(mesh), [0], token_loss, density=0.1, streaming="host", progress=False):
+        wrong.append("host")
+    token_loss(block, 0).backward()
+    gradients = [whole(p.grad) for p in block.parameters()]
+    expected = of_one_process([""] * len(gradients), gradients, 0.1, None, "global", None)
+    if not all(map(torch.equal, mask.values(), expected)):
+        wrong.append("select")
+    for name, options in {"density": {"density": 0.1}, "dense": {"density": 1.0}}.items():
+        one, block = Block(), parallel(mesh)
+        runs = [SparseAdamW(model.named_parameters(), 0.01, **options) for model in (one, block)]
+        for step in range(4):
+            for optimizer in runs:
+                optimizer.zero_grad()
+            token_loss(block, step).backward()
+            for mine, other in zip(one.parameters(), block.parameters(), strict=True):
+                mine.grad = whole(other.grad)
+            norms = [optimizer.clip_grad_norm_(0.1) for optimizer in runs]
+            if not torch.allclose(norms[0], norms[1]):
+                wrong.append(f"{name}: norm {step}")
+            for optimizer in runs:
+                optimizer.step()
+            if step == 1:
+                saved = runs[1].state_dict()
+                runs[1] = SparseAdamW(block.named_parameters(), 0.01, **options)
+                runs[1].load_state_dict(saved)
+        if runs[0].mask != runs[1].mask:
+            wrong.append(f"{name}: mask")
+        for (key, mine), other in zip(one.named_parameters(), block.parameters(), strict=True):
+            if not torch.allclose(mine, whole(other), atol=1e-6):  # norms are added up in another order
+                wrong.append(f"{name}: {key}")
+    return wrong
+
+
+def deltas(rank: int, mesh: Any) -> list[str]:
+    """What has changed, from values before that each rank has kept, and from the base: as of whole models."""
+    base, wrong = towers(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        base, model = towers(None, dtype), towers(mesh, dtype)
+        optimizer = SparseAdamW(model.named_parameters(), 0.01, density=0.1)
+        originals = Originals(optimizer)
+        for step in range(3):
+            if step == 2:
+                optimizer.reselect()
+            optimizer.zero_grad()
+            backward(model, batches(1, step, dtype)[0])
+            optimizer.step()
+        tuned = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        expected = SparseDelta.diff(base, tuned)
+        for name, before in {"originals": originals, "base": base}.items():
+            found = SparseDelta.from_optimizer(optimizer, before)
+            if found != expected or found.originals is None:
+                wrong.append(f"{dtype} {name}")
+        expected.apply_(base)
+        if not all(map(torch.equal, base.state_dict().values(), tuned.values())):
+            wrong.append(f"{dtype} apply_")
+    return wrong
+
+
 def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
     """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
     sent: list[int] = []
     offered: list[int] = []
     all_reduce, largest = distributed.all_reduce, shards._largest
 
-    def counting(tensor: Tensor, *args: Any) -> None:
+    def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
         sent.append(tensor.nbytes)
-        all_reduce(tensor, *args)
+        return all_reduce(tensor, *args, **options)
 
     def looking(scores: Any, parts: Any, ranks: Any, offers: Sequence[Tensor], *args: Any) -> list[Tensor]:
         offered.append(sum(map(len, offers)))
@@ -450,7 +584,89 @@ def checkpoints(rank: int, folder: str) -> list[str]:
     return wrong
 
 
-SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, traffic)
+def failures(rank: int) -> dict[str, str]:
+    """What each rank is told when the last one fails, or comes for something else; none waits long."""
+    last = rank == RANKS - 1
+    found = {}
+    # two, since those whose ranks have parted are of no use any more
+    mesh, some = (distributed.device_mesh.DeviceMesh("cpu", [*range(first, RANKS)]) for first in (0, 1))
+
+    def optimizer(**options: Any) -> SparseAdamW:
+        found = SparseAdamW([("p", *make([torch.ones(8, 3)], mesh, 0, torch.float32))], **options)
+        parameter = found.param_groups[0]["params"][0]
+        parameter.grad = alike(torch.arange(24.0).view(8, 3), parameter)
+        return found
+
+    def breaking(module: Any, name: str, error: BaseException, call: Callable[[], object]) -> None:
+        """One rank fails there; then all try once more."""
+
+        def fail(*args: Any, **options: Any) -> None:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            if last:
+                patch.setattr(module, name, fail)
+            call()
+
+    def stepping(module: Any, name: str, error: BaseException, **options: Any) -> None:
+        one = optimizer(**options)
+        try:
+            breaking(module, name, error, one.step)
+        finally:
+            assert one.state_dict()["state"] == {}
+            one.step()
+            assert one.mask.k == (8 if "scope" in options else 2)
+
+    def waiting() -> None:
+        one = optimizer(k=2)
+        one.step()
+        if rank:
+            time.sleep(2.2)
+        assert one.mask.k == 2
+
+    def other_call() -> None:
+        one = optimizer(k=2)
+        one.step()
+        _ = one.mask if last else one.state_dict()
+
+    def selecting() -> None:
+        def data() -> Iterator[Any]:
+            yield batches(1)[0]
+            if last:
+                raise OSError("no more data")
+
+        if rank:
+            select(towers(some), data(), loss_fn, progress=False)
+
+    out_of_memory, interrupt = torch.OutOfMemoryError("no room"), KeyboardInterrupt("by hand")
+    cases: dict[str, Callable[[], object]] = {
+        "data": selecting,
+        "topk": lambda: stepping(shards.ops, "topk_magnitude", out_of_memory, k=2),
+        "row": lambda: stepping(shards.ops, "topk_magnitude_rows", out_of_memory, density=0.1, scope="row"),
+        "counts": lambda: stepping(shards, "_kth", out_of_memory, k=2),
+        "states": lambda: breaking(sparse_adamw, "new_states", out_of_memory, optimizer(k=2).step),
+        "other_call": other_call,
+        "waiting": waiting,
+        "interrupt": lambda: breaking(shards.ops, "topk_magnitude", interrupt, optimizer(k=2).step),
+        "after": lambda: optimizer(k=2).step(),
+    }
+    ranks_module._PATIENCE = 2.0
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("saft_kernels").addHandler(handler)
+    for name, call in cases.items():
+        start = time.monotonic()
+        try:
+            call()
+            found[name] = "ok"
+        except BaseException as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        assert time.monotonic() - start < 20, name
+    return {**found, "warned": "".join(warned)}
+
+
+SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, deltas, traffic)
 
 
 def _run(rank: int, folder: str) -> None:
@@ -467,8 +683,10 @@ def _run(rank: int, folder: str) -> None:
     results["hybrid"] = {RANKS: training(rank, mesh, 0)}
     results["errors"] = {RANKS: errors(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
     results["checkpoints"] = {RANKS: checkpoints(rank, folder)}
+    distributed.barrier()
+    results["failures"] = {RANKS: failures(rank)}
     torch.save(results, Path(folder) / f"{rank}.pt")
-    leave_process_group()
+    os._exit(0)  # they have parted
 
 
 @pytest.fixture(scope="module")
@@ -507,6 +725,16 @@ def test_release_grads(ranks: list[dict[str, dict[int, Any]]], world: int) -> No
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_tensor_parallel(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["tensor_parallel"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_deltas(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
+    assert [result["deltas"][world] for result in ranks[:world]] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_traffic(ranks: list[dict[str, dict[int, Any]]], world: int) -> None:
     """Three histograms and two flags; no more offers than an equal share, and some."""
     for result in ranks[:world]:
@@ -542,11 +770,14 @@ def test_gradients_of_some_ranks(ranks: list[dict[str, dict[int, Any]]], world: 
         "twice": ["TypeError: param_groups[0]['params'][0] odd:", "Shard(dim=1)"],
         "odd": ["TypeError: param_groups[0]['params'][0] odd: expected the shard of torch.chunk"],
         "members": ["NotImplementedError: members()"],
-        "delta": ["NotImplementedError: members()"],
+        "apply": ["TypeError: `model`", "got a DTensor; gather the full state dict first"],
+        "delta": ["ValueError: `tuned`: expected shape", "for 'p0'"],
+        "meta": ["ValueError: 'p0': expected memory, got a DTensor on meta; call model.to_empty"],
         "all_reduce_grads": ["NotImplementedError: all_reduce_grads()"],
         "differentiable": ["NotImplementedError: differentiable=True"],
         "streaming": ["NotImplementedError: select()", "streaming=True"],
-        "random": ["NotImplementedError: select()", "random"],
+        "random": ["ValueError: select(): expected the same on all ranks", "random numbers ["],
+        "batches": ["ValueError: select(): expected the same on all ranks", "number of batches 2 on rank 3"],
         "select": ["ValueError: select(): expected the same on all ranks", "k 7", "k 8"],
         "fine": ["ok"],
     }.items(),
@@ -560,4 +791,45 @@ def test_errors_of_all_ranks(ranks: list[dict[str, dict[int, Any]]], what: str, 
 def test_an_error_of_one_rank(ranks: list[dict[str, dict[int, Any]]]) -> None:
     *others, last = (result["errors"][RANKS]["moved"] for result in ranks)
     assert last.startswith("ValueError: gradient of 'p0': expected float32 of shape")
-    assert {*others} == {"RuntimeError: ranks [3] failed, and nothing was changed here; see their errors"}
+    assert {*others} == {f"RuntimeError: step(): rank 3 failed: {last}"}
+
+
+_NO_ROOM = "OutOfMemoryError: selection in step(): expected it to fit in memory, got: no room"
+
+
+@pytest.mark.parametrize(
+    ("what", "call", "error"),
+    [
+        ("topk", "step()", _NO_ROOM),
+        ("row", "step()", _NO_ROOM),
+        ("counts", "step()", _NO_ROOM),
+        ("states", "step()", _NO_ROOM),
+        ("data", "select()", "OSError: no more data"),
+        ("interrupt", "step()", "KeyboardInterrupt: by hand"),
+    ],
+)
+def test_a_failure_of_one_rank(ranks: list[dict[str, dict[int, Any]]], what: str, call: str, error: str) -> None:
+    """It raises its own error, all others say which one it was."""
+    *others, last = (result["failures"][RANKS][what] for result in ranks)
+    assert last.startswith(error)
+    others = others[what == "data" :]  # rank 0 takes no part
+    assert all(text.startswith(f"RuntimeError: {call}: rank 3 failed: {error}") for text in others), others
+
+
+def test_ranks_that_have_parted(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    for result in ranks:
+        text = result["failures"][RANKS]["after"]
+        assert text.startswith("RuntimeError: step(): rank 3 failed: KeyboardInterrupt: by hand")
+
+
+def test_other_calls_of_one_rank(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    for result in ranks:
+        text = result["failures"][RANKS]["other_call"]
+        assert "got state_dict() on rank 0, and optimizer.mask on rank 3" in text
+
+
+def test_a_rank_that_waits_says_so(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    warned = [result["failures"][RANKS]["warned"] for result in ranks]
+    assert warned[0].startswith("optimizer.mask: rank 0 has waited 2 s for others of ranks [0, 1, 2, 3], all of which")
+    assert warned[1:] == [""] * (RANKS - 1)
+    assert [result["failures"][RANKS]["waiting"] for result in ranks] == ["ok"] * RANKS

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..common.names import listing, plain_names
 from ..ops.dtypes import as_bits
-from ..optim.members import Member, Position
+from ..optim.members import Member, Position, positions
 from ..optim.sparse_adamw import SparseAdamW
+from ..selection.parts import gather_whole, local, part_of
 
 
 class Originals:
@@ -27,6 +28,7 @@ class Originals:
     It reads k values when the optimizer selects, at the first step or now if it has a mask, and those that are new at
     each `reselect()`: elements keep their bits until they are selected. It does not survive a pickle or deepcopy of
     the optimizer, nor the process: a run that goes on from a checkpoint made without a mask needs the base itself.
+    Of parameters that are split over ranks, each rank remembers its own.
 
     Raises:
         ValueError: The optimizer has made steps already.
@@ -39,7 +41,7 @@ class Originals:
                 "or pass the base model to from_optimizer"
             )
         self._known: dict[Position, tuple[Tensor, Tensor]] = {}
-        self._record(optimizer.members())
+        self._record(optimizer.members(split=True))
         optimizer.register_selection_hook(self._record)
         optimizer.register_load_state_dict_post_hook(self._check_loaded)
 
@@ -53,7 +55,7 @@ class Originals:
         for member in members:
             fresh = self._unknown(member)
             if fresh.numel():
-                parameter = member.parameter
+                parameter = member.local
                 (values,) = ops.gather([parameter], [fresh.to(parameter.device)])
                 known = self._known.get(member.position, (fresh[:0], values[:0].cpu()))
                 merged, order = torch.cat([known[0], fresh]).sort()
@@ -63,15 +65,14 @@ class Originals:
 
     def _unknown(self, member: Member) -> Tensor:
         """Selected elements whose originals are not known: int64, on the CPU."""
-        numel, index = member.parameter.numel(), member.index
-        selected = torch.arange(numel, device="cpu") if index is None else index.cpu().long()
+        selected = positions(member).cpu().long()
         if member.position in self._known:
             return selected[~torch.isin(selected, self._known[member.position][0], assume_unique=True)]
         return selected
 
     def _check_loaded(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, SparseAdamW)
-        unknown = [member.name for member in optimizer.members() if self._unknown(member).numel()]
+        unknown = [member.name for member in optimizer.members(split=True) if self._unknown(member).numel()]
         if unknown:
             raise ValueError(
                 f"`state_dict`: expected a selection whose originals are known, got other elements of "
@@ -85,17 +86,43 @@ class Originals:
         """Per name: indices of elements that differ now, their originals and their values."""
         self._check_loaded(optimizer)
         indices, originals, values = {}, {}, {}
-        positions = [member.position for member in optimizer.members()]
-        for position, (name, parameter) in zip(positions, parameters.items(), strict=True):
-            if position not in self._known:
+        for member, (name, parameter) in zip(optimizer.members(split=True), parameters.items(), strict=True):
+            if member.position not in self._known:
                 continue
-            index, before = self._known[position]
-            (now,) = ops.gather([parameter], [index.to(parameter.device)])
+            index, before = self._known[member.position]
+            (now,) = ops.gather([local(parameter)], [index.to(local(parameter).device)])
             now = now.cpu()
             differs = as_bits(now) != as_bits(before)
             if bool(differs.any()):
                 indices[name], originals[name], values[name] = index[differs], before[differs], now[differs]
         return indices, originals, values
+
+
+def whole_changes(
+    parameters: Mapping[str, Tensor],
+    indices: Mapping[str, Tensor],
+    originals: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What has changed of parameters, from what each rank has found in its part of them; the same on all ranks.
+
+    Args:
+        parameters: By name.
+        indices: Flat positions in what this rank has, ascending, of those that have any.
+        originals: Their values before, on the CPU.
+        values: Their values now, on the CPU.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+    columns = [
+        [
+            some.get(name, nothing if some is indices else nothing.to(parameter.dtype))
+            for name, parameter in parameters.items()
+        ]
+        for some in (indices, originals, values)
+    ]
+    found = gather_whole([part_of(parameter) for parameter in parameters.values()], *columns)
+    some = [{name: v for name, v in zip(parameters, column, strict=True) if v.numel()} for column in found]
+    return some[0], some[1], some[2]
 
 
 def optimizer_parameters(optimizer: SparseAdamW, model: nn.Module | None) -> dict[str, Tensor]:
@@ -105,7 +132,7 @@ def optimizer_parameters(optimizer: SparseAdamW, model: nn.Module | None) -> dic
             f"`optimizer`: expected a SparseAdamW, got {type(optimizer).__name__}; for others, SparseDelta.diff("
             "base, model)"
         )
-    members = optimizer.members()
+    members = optimizer.members(split=True)
     if model is not None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         if strangers := [member.name for member in members if id(member.parameter) not in names]:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ..common.names import Model, listing, memory, named_tensors
 from ..mask import SparseMask
 from ..optim.sparse_adamw import SparseAdamW
+from ..selection.parts import here, local, part_of, ranks_of
+from ..selection.ranks import together
 from . import file, shira
 from .changes import Changes, check_alpha
 from .compose import Conflicts, Policy, compose
 from .difference import comparable, difference, ties
-from .originals import Originals, optimizer_parameters
+from .originals import Originals, optimizer_parameters, whole_changes
 from .targets import Copies, Targets, Verify, check_apart, check_state, check_verify, other_base, take_originals
 
 __all__ = ["Composed", "SparseDelta"]
@@ -165,6 +167,8 @@ class SparseDelta:
     ) -> SparseDelta:
         """What training has changed in the optimizer's parameters.
 
+        Where parameters are split over ranks, all of them call it, and get the same: k values of the whole.
+
         Args:
             optimizer: With its parameters in their trained state.
             base: The model before training, or its state dict; or `Originals(optimizer)`, made before the first
@@ -176,17 +180,27 @@ class SparseDelta:
             ValueError: Parameters without names, or `base` does not cover them.
         """
         parameters = optimizer_parameters(optimizer, model)
-        if not isinstance(base, Originals):
-            before = named_tensors("base", base)
-            if missing := [name for name in parameters if name not in before]:
-                raise ValueError(
-                    f"`base`: expected the optimizer's parameters, got none of {listing(missing)}; pass the model "
-                    "that training started from"
-                )
-            before = {name: before[name] for name in parameters}
-            comparable(before, parameters, ())
-            return cls._of(_difference(before, parameters, {}, (), False, False))
-        indices, originals, values = base.changes(optimizer, parameters)
+        ranks = ranks_of(map(part_of, parameters.values()))
+        with together(ranks, "SparseDelta.from_optimizer()"):
+            if not isinstance(base, Originals):
+                before = named_tensors("base", base)
+                if missing := [name for name in parameters if name not in before]:
+                    raise ValueError(
+                        f"`base`: expected the optimizer's parameters, got none of {listing(missing)}; pass the model "
+                        "that training started from"
+                    )
+                before = {name: before[name] for name in parameters}
+                comparable(before, parameters, ())
+                before = {name: here(before[name], parameter) for name, parameter in parameters.items()}
+                after = {name: local(parameter) for name, parameter in parameters.items()}
+                changes = _difference(before, after, {}, (), False, False)
+                if ranks is None:
+                    return cls._of(changes)
+                assert changes.originals is not None
+                found = dict(changes.mask), changes.originals, changes.values
+            else:
+                found = base.changes(optimizer, parameters)
+            indices, originals, values = whole_changes(parameters, *found)
         mask = SparseMask(indices, {name: parameters[name].shape for name in indices})
         return cls(mask, values, originals, numel=sum(p.numel() for p in parameters.values()))
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..ops.dtypes import index_dtype, opmath_dtype
 from ..selection.budget import budget
 from ..selection.gradients import check_dense
-from ..selection.parts import Ranks, ranks_of, whole_counts
+from ..selection.parts import ranks_of, whole_counts
+from ..selection.ranks import Ranks
 from ..selection.shards import any_nonzero, check_finite, select_indices
 from .members import NOTHING, Member, ParamGroups, Position
 

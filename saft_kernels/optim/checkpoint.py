@@ -14,7 +14,8 @@ from torch import Tensor
 from ..common.names import short
 from ..ops.dtypes import INDEX_DTYPES, index_dtype, opmath_dtype
 from ..selection.budget import budget, budget_of
-from ..selection.parts import Ranks, as_distributed, gather_whole, here, is_distributed, local, part_of
+from ..selection.parts import as_distributed, gather_whole, here, is_distributed, is_flattened, local, part_of
+from ..selection.ranks import Ranks
 from .budgets import Pool, Selection
 from .members import Member, ParamGroups, Position, State, count, has_state
 from .state import MOMENTS, new_states
@@ -41,6 +42,7 @@ def shield(
             f"`state_dict`: expected {len(expected)} parameter groups of sizes {expected}, got {len(got)} of sizes "
             f"{got}: the state of another model or grouping; nothing was loaded"
         )
+    groups = [_of_these_ranks(saved, group) for saved, group in zip(groups, param_groups, strict=True)]
     _check_shapes(members, groups)
     ids = [key for group in groups for key in group["params"]]
     by_id = dict(zip(ids, members, strict=True))
@@ -85,6 +87,13 @@ def shield(
         new_groups.append({**saved, **own, "differentiable": group["differentiable"]})
         new_groups[-1].pop("param_shapes", None)
     return {**state_dict, "state": states, "param_groups": new_groups}
+
+
+def _of_these_ranks(saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, with the sizes that it has here: a number of ranks makes those of flattened parameters."""
+    if saved.get("num_candidates") is None or not any(map(is_flattened, group["params"])):
+        return saved
+    return {**saved, "num_candidates": sum(p.numel() for p in group["params"])}
 
 
 def _tensor(value: Any) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..selection.parts import Ranks, describe, is_distributed
+from ..selection.parts import check_unflattened, describe, is_distributed
+from ..selection.ranks import Ranks
 from .all_reduce import checksum
 from .budgets import Selection
 from .members import Member, ParamGroups
@@ -35,11 +36,7 @@ def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> Non
     if is_dense:
         return
     for i, parameter in enumerate(parameters):
-        if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter":
-            raise TypeError(
-                f"{where}['params'][{i}]: expected a whole parameter, got a flattened one of FullyShardedDataParallel; "
-                "each rank would select from its shard alone. Use fully_shard, or density=1.0"
-            )
+        check_unflattened(f"{where}['params'][{i}]", parameter, "use fully_shard, or density=1.0")
     frame: Any = sys._getframe()
     while frame is not None:
         caller = type(frame.f_locals.get("self"))

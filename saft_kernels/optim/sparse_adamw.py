@@ -16,7 +16,8 @@ from ..mask import SparseMask, log_mask
 from ..ops.adamw import StalePlan
 from ..selection.budget import DEFAULT_DENSITY, budget, check_budget
 from ..selection.gradients import any_nonzero, check_dense
-from ..selection.parts import Ranks, as_distributed, check_parts, gather_whole, is_distributed
+from ..selection.parts import as_distributed, check_parts, gather_whole, is_distributed, is_flattened
+from ..selection.ranks import Ranks, together
 from .all_reduce import Agreement, all_reduce_grads
 from .arguments import check_fused, check_group, check_hyperparameters, check_mask_alone
 from .budgets import Picked, Pool, Selection
@@ -266,17 +267,21 @@ class SparseAdamW(Optimizer):
 
     # ---- selection ----
 
-    def members(self) -> list[Member]:
+    def members(self, *, split: bool = False) -> list[Member]:
         """One record per parameter, in order: its name, what is selected of it, and how far it has come.
 
         The records are the optimizer's own, and follow it: read them, and keep them no longer than to the next call.
 
+        Args:
+            split: Whether the caller knows what a record is where a parameter is split over ranks: of this rank's part.
+
         Raises:
             ValueError: A parameter took the place of another after selection, without its state.
-            NotImplementedError: The parameters are split over ranks: what reads the records takes them for whole.
+            NotImplementedError: The parameters are split over ranks, and not `split`.
         """
         self._follow()
-        refuse_split(self._ranks, "members(), as for sparse_grad, select_into, Originals", "use optimizer.mask")
+        if not split:
+            refuse_split(self._ranks, "members(), as for sparse_grad and select_into", "use optimizer.mask")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -307,7 +312,7 @@ class SparseAdamW(Optimizer):
         return self._selection.pools(self.param_groups)
 
     def register_selection_hook(self, hook: Callable[[Sequence[Member]], None]) -> None:
-        """Calls `hook(optimizer.members())` when something has been selected, before anything is updated."""
+        """Calls `hook(optimizer.members(split=True))` when something was selected, before anything is updated."""
         self._selection_hooks.append(hook)
 
     @property
@@ -316,12 +321,13 @@ class SparseAdamW(Optimizer):
 
         Of parameters that are split over ranks it is whole, too: the ranks put it together, so all of them have to ask.
         """
-        members = self._checked_members()
-        if not self._members.is_known:
-            return None
-        indices = [positions(member) for member in members]
-        if self._ranks is not None:
-            (indices,) = gather_whole([member.part for member in members], indices)
+        with together(self._ranks, "optimizer.mask"):
+            members = self._checked_members()
+            if not self._members.is_known:
+                return None
+            indices = [positions(member) for member in members]
+            if self._ranks is not None:
+                (indices,) = gather_whole([member.part for member in members], indices)
         return SparseMask(
             {member.name: index for member, index in zip(members, indices, strict=True)},
             {member.name: member.parameter.shape for member in members},
@@ -350,6 +356,12 @@ class SparseAdamW(Optimizer):
                 "drop theirs"
             )
         members = self._follow()
+        for member in members:
+            if is_distributed(member.parameter) and member.local.is_meta:
+                raise ValueError(
+                    f"{member.name!r}: expected memory, got a DTensor on meta; call model.to_empty(device=...) and "
+                    "load the weights before the optimizer is built"
+                )
         indices = mask.bind((member.name, member.parameter) for member in members)
         self._selection.k = mask.k
         # parameters may be split later, and ranks then compare masks
@@ -386,6 +398,8 @@ class SparseAdamW(Optimizer):
             for (member, new), state in zip(moved, fresh, strict=True):
                 carry_over(member.local, self._states[member.parameter], member.index, state, new)
                 replaced[member.parameter] = state
+        if self._ranks is not None:
+            self._ranks.agree()
         # all memory is there: from here on nothing fails
         self._states.update(replaced)
         self._members.select(picked.indices)
@@ -496,8 +510,13 @@ class SparseAdamW(Optimizer):
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
         self._follow()
-        if self._ranks is not None and (self._awaits_selection() or not self._agreement.saw_nonzero):
+        if self._ranks is None or not (self._awaits_selection() or not self._agreement.saw_nonzero):
+            return self._prepare_here(grad_scale)
+        with self._ranks.together("step()"):
             self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
+            return self._prepare_here(grad_scale)
+
+    def _prepare_here(self, grad_scale: float) -> PreparedStep | None:
         members = self._checked_members()
         if not self._has_begun():
             if any(member.parameter.grad is not None for member in members):
@@ -551,17 +570,9 @@ class SparseAdamW(Optimizer):
         When it raises, nothing has changed, but for a gradient that `selection_steps` has added up: the next call
         selects from the sums as they are.
         """
-        error = None
-        try:
-            for member in members:
-                if member.is_pending:
-                    check_selectable(member)
-        except (TypeError, ValueError) as found:
-            error = found
-        if self._ranks is not None:
-            self._ranks.check_all(error)
-        elif error is not None:
-            raise error
+        for member in members:
+            if member.is_pending:
+                check_selectable(member)
         with out_of_memory_says("selection in step()", _OUT_OF_MEMORY):
             picked = self._selection.select(self.param_groups, members, grad_scale, self.backend)
             if picked is not None:
@@ -631,19 +642,22 @@ class SparseAdamW(Optimizer):
             RuntimeError: The norm is not finite and `error_if_nonfinite`; nothing was scaled.
         """
         gradients, values = [], []
-        for member in self._checked_members():
-            if member.parameter.grad is not None:
-                gradients.append(member.parameter)
-                index = member.counted
-                if self._ranks is not None and not self._ranks.is_first and member.part is None:
-                    continue  # all ranks have it, and one counts it
-                if index is None or index.numel():  # an empty one changes in what order the norms are added up
-                    values.append(selected_values(member, self._released))
-        if self._ranks is None:
-            norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
-        else:
-            norm = norm_over(self._ranks, values, norm_type, error_if_nonfinite)
-        nn.utils.clip_grads_with_norm_(gradients, max_norm, norm)
+        with together(self._ranks, "clip_grad_norm_()"):
+            for member in self._checked_members():
+                if member.parameter.grad is not None:
+                    gradients.append(member.parameter)
+                    index, mine = member.counted, selected_values(member, self._released)  # ranks add up partial sums
+                    if self._ranks is not None and not self._ranks.is_first and member.part is None:
+                        continue  # all ranks have it, and one counts it
+                    if index is None or index.numel():  # an empty one changes in what order the norms are added up
+                        values.append(mine)
+            if self._ranks is None:
+                norm = nn.utils.get_total_norm(values, norm_type, error_if_nonfinite)
+            else:
+                norm = norm_over(self._ranks, values, norm_type, error_if_nonfinite)
+        for kind in (False, True):  # torch has no operation for both together
+            alike = [parameter for parameter in gradients if is_distributed(parameter) == kind]
+            nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
         return norm
 
     @torch.no_grad()
@@ -684,11 +698,13 @@ class SparseAdamW(Optimizer):
         """
         state_dict = super().state_dict()
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
+            if not any(map(is_flattened, group["params"])):  # their sizes are those of a number of ranks
+                saved["param_shapes"] = [tuple(p.shape) for p in group["params"]]
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         members = self._follow()
         if self._ranks is not None:
-            states = whole_states(self._ranks, members, self._states, self.param_groups)
+            with self._ranks.together("state_dict()"):
+                states = whole_states(self._ranks, members, self._states, self.param_groups)
             state_dict["state"].update({ids[row]: state for row, state in states.items()})
         for key, member in zip(ids, members, strict=True):
             if member.position in self._selection.sums:

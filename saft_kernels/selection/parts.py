@@ -6,103 +6,17 @@ An index is local, a flat position in what this rank has, or whole: a flat posit
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..common.names import short
-
-
-class Ranks:
-    """The ranks that a model is split over. All of them have to call each method, in the same order."""
-
-    def __init__(self, group: Any, device_type: str) -> None:
-        self._group = group
-        self.numbers: tuple[int, ...] = tuple(distributed.get_process_group_ranks(group))
-        self._device = torch.device(device_type)
-        if device_type != "cpu":
-            self._device = torch.device(device_type, torch.accelerator.current_device_index())
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return len(self.numbers)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank speaks for all in what all of them have."""
-        return distributed.get_rank() == self.numbers[0]
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        """Of each number, the sum over all ranks, where the numbers are. They may be overwritten."""
-        return self._reduce(numbers, distributed.ReduceOp.SUM)
-
-    def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Of each flag, whether any rank has it."""
-        return [bool(flag) for flag in self.max(_numbers(flags)).tolist()]
-
-    def max(self, numbers: Tensor) -> Tensor:
-        """Of each number, the largest of all ranks, where the numbers are. They may be overwritten."""
-        return self._reduce(numbers, distributed.ReduceOp.MAX)
-
-    def _reduce(self, numbers: Tensor, op: Any) -> Tensor:
-        shared = numbers.contiguous().to(self._device)
-        distributed.all_reduce(shared, op, self._group)
-        return shared.to(numbers.device)
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """The one-dimensional values of each rank, of any length, in the order of ranks."""
-        counts = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in self.numbers]
-        distributed.all_gather(counts, torch.full_like(counts[0], values.numel()), self._group)
-        lengths = torch.cat(counts).tolist()
-        mine = torch.zeros(max(lengths), dtype=values.dtype, device=self._device)
-        mine[: values.numel()] = values
-        found = [torch.empty_like(mine) for _ in self.numbers]
-        distributed.all_gather(found, mine, self._group)
-        return [some[:length].to(values.device) for some, length in zip(found, lengths, strict=True)]
-
-    def check_all(self, error: Exception | None) -> None:
-        """Raises this rank's error, and an error on all others where a rank has one: none is left waiting."""
-        failed = torch.cat(self.gather(_numbers([error is not None]))).tolist()
-        if error is not None:
-            raise error
-        if any(failed):
-            numbers = [number for number, has_failed in zip(self.numbers, failed, strict=True) if has_failed]
-            raise RuntimeError(f"ranks {numbers} failed, and nothing was changed here; see their errors")
-
-    def check_same(self, what: str, facts: Mapping[str, object]) -> None:
-        """Raises ValueError on every rank where a fact is not the same on all. Its keys have to be.
-
-        Digests are compared first: they have one length, whatever the ranks disagree on.
-        """
-        texts = [f"{name} {fact}" for name, fact in facts.items()]
-        digests = [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=7).digest(), "big") for t in texts]
-        found_digests = self.gather(_numbers(digests))
-        if len({each.numel() for each in found_digests}) > 1:
-            raise ValueError(f"{what}: expected the same call on all ranks, got others; call it on all, in order")
-        by_rank = torch.stack(found_digests)
-        for at in (by_rank != by_rank[0]).any(0).nonzero().flatten().tolist():
-            found: list[Any] = [None for _ in self.numbers]
-            distributed.all_gather_object(found, _shortened(texts[at]), self._group)
-            other = next(i for i, row in enumerate(by_rank) if row[at] != by_rank[0, at])
-            raise ValueError(
-                f"{what}: expected the same on all ranks, got {found[0]} on rank {self.numbers[0]}, and {found[other]} "
-                f"on rank {self.numbers[other]}; build the same model and optimizer on every rank"
-            )
-
-
-def _numbers(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor([*numbers], dtype=torch.int64, device="cpu")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
+from .ranks import Ranks, integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +100,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether it is of FullyShardedDataParallel, a share of which it does not say where it lies."""
+    return getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter"
+
+
+def check_unflattened(where: str, parameter: Tensor, remedy: str) -> None:
+    """Raises TypeError for a parameter that is a rank's share without saying which."""
+    if is_flattened(parameter):
+        raise TypeError(
+            f"{where}: expected a whole parameter, got a flattened one of FullyShardedDataParallel; each rank would "
+            f"select from its shard alone; {remedy}"
+        )
+
+
 def part_of(tensor: Tensor) -> Part | None:
     """Which part of a DTensor this rank has; None: all of it, as of a tensor of one process. See `check_parts`."""
     placements = getattr(tensor, "placements", ())
@@ -211,7 +139,7 @@ def whole_counts(counts: Sequence[int], parts: Sequence[Part | None]) -> list[in
     if ranks is None:
         return list(counts)
     mine = [n if part is not None or ranks.is_first else 0 for n, part in zip(counts, parts, strict=True)]
-    found: list[int] = ranks.sum(_numbers(mine)).tolist()
+    found: list[int] = ranks.sum(integers(mine)).tolist()
     return found
 
 
@@ -281,7 +209,7 @@ def gather_whole(
     if ranks is None:
         return tuple(found)
     found[0] = [i if part is None else part.to_whole(i) for i, part in zip(indices, parts, strict=True)]
-    counts = [c.tolist() for c in ranks.gather(_numbers(indices[row].numel() for row in rows))]
+    counts = [c.tolist() for c in ranks.gather(integers(indices[row].numel() for row in rows))]
     orders: dict[int, Tensor] = {}
     for column in found:
         by_dtype: dict[torch.dtype, list[int]] = {}

@@ -22,6 +22,7 @@ class Score:
     of_batch: Callable[[Tensor], Tensor] | None = None
     of_mean: Callable[[Tensor, Tensor], Tensor] | None = None
     needs_gradients: bool = True
+    is_random: bool = False
 
 
 SCORES = {
@@ -31,5 +32,5 @@ SCORES = {
     "relative_grad": Score(of_mean=lambda g, w: g / (w.abs() + EPS)),
     "grad_times_weight": Score(of_mean=lambda g, w: g * w),
     "weight": Score(of_mean=lambda _, w: w, needs_gradients=False),
-    "random": Score(of_mean=lambda _, w: torch.rand_like(w), needs_gradients=False),
+    "random": Score(of_mean=lambda _, w: torch.rand_like(w), needs_gradients=False, is_random=True),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,19 @@ from ..mask import SparseMask, log_mask
 from ..ops.dtypes import FLOAT_DTYPES, opmath_dtype
 from .budget import DEFAULT_DENSITY, budget, check_budget
 from .gradients import check_dense
-from .parts import check_parts, describe, gather_whole, local, local_gradient, part_of, reshard
+from .parts import (
+    check_parts,
+    check_unflattened,
+    describe,
+    gather_whole,
+    here,
+    is_distributed,
+    local,
+    local_gradient,
+    part_of,
+    reshard,
+)
+from .ranks import together
 from .scores import SCORES, Score
 from .shards import any_nonzero, check_finite, select_indices
 from .streaming import Candidates, Streaming, check_streaming, offer_blocks, offer_one_pass, sum_on_host
@@ -77,7 +89,7 @@ def select(
         backend: See `saft_kernels.ops.topk_magnitude`.
 
     Where parameters are split over ranks, as by `fully_shard`, every rank calls it, with its own batches, as many as
-    the others; all get the mask of the whole model. Without streaming, and with any score but "random".
+    the others; all get the mask of the whole model. Not with streaming=True or "blocks".
 
     Returns:
         A SparseMask over all parameters of the model, in the order of `named_parameters()`.
@@ -85,8 +97,10 @@ def select(
     Raises:
         ValueError: A budget or glob that cannot be met, no batches, a gradient that is not finite, or none but zeros.
         TypeError: `loss_fn` returned something else than a scalar tensor; a complex parameter; a sparse gradient; a
-            DTensor that is split otherwise than along one dimension.
-        NotImplementedError: A streaming mode, or the score "random", with parameters that are split over ranks.
+            DTensor that is split otherwise than along one dimension; a flattened parameter, as of
+            FullyShardedDataParallel.
+        NotImplementedError: streaming=True or "blocks" with parameters that are split over ranks.
+        RuntimeError: Another rank has failed, or none but it calls; it says which.
         torch.OutOfMemoryError: It names the `streaming` to use instead. Parameters and gradients are as they were.
 
     Memory: one gradient per candidate element, in fp32 (fp64 for fp64 parameters), while it runs; for 16-bit
@@ -106,16 +120,17 @@ def select(
     for device_type in {"cpu"} if streaming == "host" else {p.device.type for p in candidates.values()}:
         ops.check_backend(backend, "topk_magnitude", device_type)  # an error now, not after all batches
 
+    for name, parameter in candidates.items():
+        check_unflattened(
+            f"parameter {name!r}", parameter, "select on the model before it is wrapped, or use fully_shard"
+        )
     parts = [part_of(parameter) for parameter in candidates.values()]
     ranks = check_parts((f"parameter {name!r}", parameter) for name, parameter in candidates.items())
-    if ranks is not None:
-        if streaming is not False or score == "random":
-            raise NotImplementedError(
-                f"select(): expected streaming=False and another score than 'random' with parameters that are split "
-                f"over {ranks.size} ranks, got streaming={streaming!r} and score={score!r}, which do not work there yet"
-            )
-        options = {"density": density, "k": k, "score": score, "scope": scope}
-        ranks.check_same("select()", {**describe(candidates.items()), **options})
+    if ranks is not None and streaming in (True, "blocks"):
+        raise NotImplementedError(
+            "select(): expected streaming=False or 'host' with parameters that are split over "
+            f"{ranks.size} ranks, got streaming={streaming!r}, which does not work there yet"
+        )
 
     def pick(scores: dict[str, Tensor]) -> dict[str, Tensor]:
         indices = select_indices(list(scores), list(scores.values()), parts, density, k, scope, backend)
@@ -130,12 +145,21 @@ def select(
         return _accumulate(passes(batches), named, some, scoring)
 
     with (
+        together(ranks, "select()"),
         _gradients_set_aside(named.values()),
         releasing_paused(named.values()),
         out_of_memory_says("select()", _remedy(streaming, blocks)),
     ):
+        if ranks is not None:
+            options: dict[str, object] = {"density": density, "k": k, "score": score, "scope": scope}
+            options["streaming"] = streaming
+            if batches is not None:
+                options["number of batches"] = operator.length_hint(batches, -1)
+            if score == "random":
+                options["random numbers"] = _next_random_numbers(candidates.values())
+            ranks.check_same("select()", {**describe(candidates.items()), **options})
         if batches is None:
-            picked = pick({n: _score_of_weight(scoring, local(parameter)) for n, parameter in candidates.items()})
+            picked = pick({name: _score_of_weight(scoring, p) for name, p in candidates.items()})
         elif streaming in (True, "blocks"):
             top = Candidates({n: p.numel() for n, p in candidates.items()}, density, k, scope, backend)
             if streaming is True:
@@ -146,7 +170,8 @@ def select(
             picked = top.indices()
         else:
             host = streaming == "host"
-            sums = sum_on_host(batches, passes, named, candidates) if host else accumulate(candidates)
+            with nullcontext() if ranks is None else ranks.apart():  # the model's own collectives
+                sums = sum_on_host(batches, passes, named, candidates) if host else accumulate(candidates)
             _check_any(any_nonzero(sums.values(), ranks), candidates)
             if scoring.of_mean is not None:
                 # before the weights make something else of inf and NaN
@@ -181,9 +206,24 @@ def _check_score(score: str, batches: object, loss_fn: object) -> Score:
 
 
 def _score_of_weight(scoring: Score, parameter: Tensor) -> Tensor:
-    weight = parameter.detach().to(opmath_dtype(parameter.dtype))
+    """This rank's part of it. Random numbers are drawn for the whole: the same for any number of ranks."""
     assert scoring.of_mean is not None
-    return scoring.of_mean(weight, weight)
+    weight = local(parameter).detach()
+    if scoring.is_random and is_distributed(parameter):
+        weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=weight.device)
+    weight = weight.to(opmath_dtype(parameter.dtype))
+    found = scoring.of_mean(weight, weight)
+    return here(found, parameter) if scoring.is_random else found
+
+
+def _next_random_numbers(parameters: Iterable[Tensor]) -> list[float]:
+    """What torch's default generators would draw now, one number for each type of device."""
+    devices = {local(parameter).device.type: local(parameter).device for parameter in parameters}
+    found = []
+    for device in devices.values():
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            found.append(float(torch.rand((), device=device)))
+    return found
 
 
 def _candidates(

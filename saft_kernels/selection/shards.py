@@ -16,7 +16,8 @@ from .. import ops
 from . import budget as budgets
 from . import gradients
 from .budget import budget, largest_of_rows, num_rows
-from .parts import Part, Ranks, ranks_of, whole_counts
+from .parts import Part, ranks_of, whole_counts
+from .ranks import Ranks
 
 _MARGIN = 1.25
 """Of what a rank offers at first, over its equal share: shards of a large model differ by less, as a rule."""

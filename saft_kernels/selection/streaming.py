@@ -19,6 +19,7 @@ from ..common.allocator import free_gradient
 from ..ops.dtypes import index_dtype, opmath_dtype
 from .budget import budget, largest_of_rows
 from .gradients import check_dense, nonfinite_error
+from .parts import local, local_gradient
 
 Streaming = bool | Literal["host", "blocks"]
 
@@ -240,7 +241,7 @@ def sum_on_host(
     sums: dict[str, Tensor] = {}
 
     def take(name: str, parameter: Tensor) -> None:
-        gradient = parameter.grad
+        gradient = local_gradient(parameter)
         if name in candidates and gradient is not None:
             check_dense(name, gradient)
             gradient = gradient.detach().cpu()
@@ -256,5 +257,5 @@ def sum_on_host(
             pass
     for name, parameter in candidates.items():
         if name not in sums:
-            sums[name] = torch.zeros(parameter.shape, dtype=parameter.dtype, device="cpu")
+            sums[name] = torch.zeros(local(parameter).shape, dtype=parameter.dtype, device="cpu")
     return {name: sums[name] for name in candidates}
