@@ -547,40 +547,48 @@ def continued(model: nn.Module, optimizer: SparseAdamW, first: int, last: int) -
 
 
 def checkpoints(rank: int, folder: str) -> list[str]:
-    """Saved by four ranks, loaded by two; as one process trains."""
+    """Trained by one process, then by two ranks, by four, and by one process: as one process trains."""
     mask = select(towers(), batches(1), loss_fn, density=0.3, progress=False)
     cases: dict[str, dict[str, Any]] = {"mask": {"mask": mask}, "dense": {"density": 1.0}}
+    cases |= {"flat_mask": cases["mask"], "flat_dense": cases["dense"]}
     cases |= {"packed": {"density": 0.3}, "packed_dense": {"density": 1.0, "amsgrad": True}}
+    meshes = {world: distributed.device_mesh.DeviceMesh("cpu", [*range(world)]) for world in (2, 4)}
     wrong = []
-    for name, flatten in itertools.product(cases, (False, True)):
-        how, path = StateDictOptions(flatten_optimizer_state_dict=flatten), f"{folder}/{name}_{flatten}"
-        for world in (4, 2):
-            mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
-            if rank >= world:
-                continue
-            model = towers(mesh)
-            model.unused.requires_grad_(False)
-            optimizer = SparseAdamW(model.named_parameters(), 0.01, **cases[name])
-            if world == 4:
-                continued(model, optimizer, 0, 3)
-            if name.startswith("packed"):
-                found = {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
-            else:
-                found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
-            if world == 4:
-                dcp.save(found, checkpoint_id=path, process_group=mesh.get_group())
-                continue
-            dcp.load(found, checkpoint_id=path, process_group=mesh.get_group())
-            set_model_state_dict(model, found["model"])
-            if not name.startswith("packed"):
-                set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
-            continued(model, optimizer, 3, 6)
-            whole = towers()
-            whole.unused.requires_grad_(False)
-            continued(whole, SparseAdamW(whole.named_parameters(), 0.01, **cases[name]), 0, 6)
-            for (key, value), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
-                if not torch.equal(value.full_tensor(), expected):
-                    wrong.append(f"{name} {flatten} {key}")
+
+    def build(world: int, options: dict[str, Any]) -> tuple[Towers, SparseAdamW]:
+        """One process has no DTensors."""
+        model = towers(meshes[world] if world > 1 else None)
+        model.unused.requires_grad_(False)
+        return model, SparseAdamW(model.named_parameters(), 0.01, **options)
+
+    def state_of(name: str, model: Towers, optimizer: SparseAdamW, how: StateDictOptions) -> dict[str, Any]:
+        if name.startswith("packed"):
+            return {"model": get_model_state_dict(model), "optimizer": OptimizerState(model, optimizer)}
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=how), strict=True))
+
+    for name, options in cases.items():
+        how = StateDictOptions(flatten_optimizer_state_dict=name.startswith("flat"))
+        for stage, world in enumerate((1, 2, 4, 1)):
+            if rank < world:
+                alone: dict[str, Any] = {"no_dist": True}
+                if world > 1:
+                    alone = {"process_group": meshes[world].get_group()}
+                model, optimizer = build(world, options)
+                if stage:
+                    found = state_of(name, model, optimizer, how)
+                    dcp.load(found, checkpoint_id=f"{folder}/{name}_{stage - 1}", **alone)
+                    set_model_state_dict(model, found["model"])
+                    if not name.startswith("packed"):
+                        set_optimizer_state_dict(model, optimizer, found["optimizer"], options=how)
+                continued(model, optimizer, 2 * stage, 2 * stage + 2)
+                dcp.save(state_of(name, model, optimizer, how), checkpoint_id=f"{folder}/{name}_{stage}", **alone)
+            distributed.barrier()
+        if rank == 0:
+            expected, optimizer = build(1, options)
+            continued(expected, optimizer, 0, 8)
+            for (key, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+                if not torch.equal(value, other):
+                    wrong.append(f"{name} {key}")
     return wrong
 
 

@@ -95,7 +95,7 @@ class SparseAdamW(Optimizer):
 
     Parameters may be DTensors that are split along one dimension, as by torch.distributed.fsdp.fully_shard: what is
     selected is then what one process would select of all, and state is of what is selected of this rank's shard. All
-    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together.
+    ranks call step(), `mask`, clip_grad_norm_() and state_dict() together; where one of them fails, all raise.
 
     Raises:
         ValueError: An argument out of range, an empty parameter list, a mask of another model; at the first step,
