@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -141,10 +141,10 @@ def train(args: argparse.Namespace, device: torch.device) -> list[float]:
     states = [value for state in optimizer.state.values() for value in state.values()]
     sizes = {"weights": local_bytes([*model.parameters()]), "optimizer state": local_bytes(states)}
     after = evaluate(model, args, device)
-    tuned = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if distributed.get_rank() == 0:  # which has all of it now, in host memory
+    delta = saft_kernels.SparseDelta.from_optimizer(optimizer, new_model(args))  # all ranks: k values, the same on each
+    if distributed.get_rank() == 0:
         mask.save(args.output / "mask.safetensors")
-        saft_kernels.SparseDelta.diff(new_model(args), tuned).save(args.output / "tuned.safetensors")
+        delta.save(args.output / "tuned.safetensors")
     say(f"\n{mask.summary()}\n")
     say(f"loss of batches that were not trained on: {before:.4f} -> {after:.4f}")
     for what, of_ranks in sizes.items():
