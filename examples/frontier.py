@@ -268,7 +268,7 @@ def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         "in dis-\ntribution",
         "mean\nshifted",
         "- full,\npaired",
-        "- full at\nequal accuracy",
+        "- full, at\nequal acc.",
     ]
     cells = []
     for line in lines:
