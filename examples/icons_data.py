@@ -439,19 +439,16 @@ def pretraining_icons(packages: Path) -> list[Icon]:
     return [icon for icon in icons if icon.package not in TASK_PACKAGES or for_pretraining(icon.package, icon.name)]
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=_Formatter)
-    parser.add_argument("--out", type=Path, default=Path("data/icons"), metavar="DIR", help="where to write")
-    parser.add_argument(
-        "--npm", type=Path, metavar="DIR", help="where node_modules is or npm puts it; else DIR/npm of --out"
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="draws the shots and the splits")
-    parser.add_argument("--shots", type=int, default=4, help="training images of a class, where it has as many")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/icons"), metavar="DIR", help="where to write (%(default)s)")
+    add("--npm", type=Path, metavar="DIR", help="the folder with node_modules, or for npm to put it in (npm/ in --out)")
+    add("--seed", type=int, default=0, help="draws the shots and the splits (%(default)s)")
+    add("--shots", type=int, default=4, help="images to train on of a class, where it has as many (%(default)s)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Pre-train a small CLIP on the pairs that icons_data.py draws: a ViT over 32 x 32 pixels and a word tokenizer.
+"""Pre-train a small CLIP on the pairs that icons_data.py draws: a ResNet or ViT over 32 x 32 pixels, a word tokenizer.
 
 The result is a folder that open_clip loads as `local-dir:FOLDER`. Pre-training takes a fixed number of steps; the same
 command on the same machine gives the same bits, also after an interruption.
@@ -22,7 +22,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from finetune_report import progress, replacing, say
-from icons_data import CLASS_OF, SIZE, InputError, _Formatter, class_of, replacing_folder
+from icons_data import CLASS_OF, SIZE, InputError, class_of, replacing_folder
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from safetensors.torch import save_file
@@ -31,22 +31,36 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONTEXT_LENGTH = 10
+MAX_NAMES = 12  # of an image
 TEMPLATES = ("{}", "an icon of a {}.", "a picture of a {}.", "a drawing of a {}.", "{} {kind}", "a {kind} of a {}.")
 TEST_TEMPLATE = "an icon of a {}."
 MAX_LOGIT_SCALE = math.log(100)
+# open_clip's configurations of the image tower. Convolutions see in fewer images what the ViT has to learn.
+TOWERS: dict[str, dict[str, Any]] = {
+    "resnet": {"layers": [1, 1, 1, 1], "width": 32, "head_width": 64},
+    "vit": {
+        "patch_size": 8,
+        "width": 128,
+        "head_width": 32,
+        "layers": 6,
+        "pool_type": "avg",
+        "pos_embed_type": "sin_cos_2d",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that, beside the pairs, decides the pre-trained model."""
 
-    steps: int = 2400
-    decay_steps: int = 800  # the last ones, to a learning rate of 0
+    tower: str = "resnet"
+    steps: int = 1600
+    decay_steps: int = 480  # the last ones, to a learning rate of 0
     warmup_steps: int = 100
-    batch_size: int = 128
-    lr: float = 1e-3
+    batch_size: int = 256
+    lr: float = 2e-3
     weight_decay: float = 0.1
-    object_share: float = 0.8  # of the images: those of the tasks' classes
+    object_share: float = 0.7  # of the images: those of the tasks' classes
     short_share: float = 0.7  # of the captions: the head noun or the class alone
     bf16: bool = True  # in the forward pass
     seed: int = 0
@@ -55,15 +69,7 @@ class Recipe:
         """open_clip's configuration."""
         return {
             "embed_dim": 128,
-            "vision_cfg": {
-                "image_size": SIZE,
-                "patch_size": 8,
-                "width": 128,
-                "head_width": 32,
-                "layers": 6,
-                "pool_type": "avg",
-                "pos_embed_type": "sin_cos_2d",
-            },
+            "vision_cfg": {"image_size": SIZE, **TOWERS[self.tower]},
             "text_cfg": {
                 "context_length": CONTEXT_LENGTH,
                 "vocab_size": vocab_size,
@@ -120,7 +126,7 @@ class Pairs:
         self.kinds = [row["kind"] for row in rows]
         short = [class_of(row["icon"]) or row["captions"][0].split()[-1] for row in rows]
         self.names = [
-            list(dict.fromkeys([s, *row["captions"], row["captions"][0].split()[-1]]))
+            list(dict.fromkeys([s, row["captions"][0].split()[-1], *row["captions"]]))[:MAX_NAMES]
             for s, row in zip(short, rows, strict=True)
         ]
         self.ids = {name: i for i, name in enumerate(sorted({name for names in self.names for name in names}))}
@@ -151,7 +157,7 @@ class Pairs:
 
 
 def _padded(rows: list[list[int]], fill: int) -> Tensor:
-    width = min(12, max(map(len, rows)))
+    width = min(MAX_NAMES, max(map(len, rows)))
     return torch.tensor([(row + [fill] * width)[:width] for row in rows])
 
 
@@ -204,7 +210,7 @@ def augment(x: Tensor, coloured: Tensor, g: torch.Generator) -> Tensor:
 
 def normalise(x: Tensor) -> Tensor:
     """What open_clip's preprocessing does after it has scaled an image to [0, 1]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return (x - mean) / std
 
 
@@ -233,12 +239,14 @@ def forward(model: nn.Module, images: Tensor, ids: Tensor, bf16: bool) -> Tensor
 class Pretraining:
     """Model, optimizer and step, and their checkpoint."""
 
-    def __init__(self, recipe: Recipe, pairs: Pairs) -> None:
-        self.recipe, self.pairs = recipe, pairs
+    def __init__(self, recipe: Recipe, pairs: Pairs, device: str = "cpu") -> None:
+        self.recipe, self.pairs, self.device = recipe, pairs, device
         self.tokenizer = build_tokenizer([text for names in pairs.names for text in names[1:]])
         torch.manual_seed(recipe.seed)
         self.config = recipe.model(self.tokenizer.get_vocab_size())
         self.model = open_clip.CLIP(**self.config)
+        self.model.to(device)
+        self.model.visual.to(memory_format=torch.channels_last)
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -256,8 +264,9 @@ class Pretraining:
         """One step; the loss before it. All that is random comes from the seed and the number of the step."""
         g = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
         images, texts, positive, left_out = self.pairs.batch(self.recipe.batch_size, self.recipe.short_share, g)
-        logits = forward(self.model, images, tokens(self.tokenizer, texts), self.recipe.bf16)
-        loss = contrastive_loss(logits, positive, left_out)
+        inputs = images, tokens(self.tokenizer, texts), positive, left_out
+        images, ids, positive, left_out = (tensor.to(self.device) for tensor in inputs)
+        loss = contrastive_loss(forward(self.model, images, ids, self.recipe.bf16), positive, left_out)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -278,7 +287,7 @@ class Pretraining:
     def load(self, file: Path) -> None:
         """Goes on from a checkpoint. Raises InputError where it is of other pairs or another recipe."""
         try:
-            state = torch.load(file, weights_only=True)
+            state = torch.load(file, map_location=self.device, weights_only=True)
             got = {**state["recipe"], "pairs": state["pairs"]}
         except Exception as error:  # torch.load raises many kinds
             raise InputError(f"{file}: expected a checkpoint, got {str(error).splitlines()[0]}; remove it") from None
@@ -295,7 +304,8 @@ class Pretraining:
             preprocessing = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
             config = {"model_cfg": self.config, "preprocess_cfg": preprocessing}
             (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=2))
-            save_file(self.model.state_dict(), temporary / "open_clip_model.safetensors")
+            weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            save_file(weights, temporary / "open_clip_model.safetensors")
             self.tokenizer.save(str(temporary / "tokenizer.json"))
             special = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unknown>", "eos_token": "<end>"}
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT_LENGTH}
@@ -327,11 +337,12 @@ def zero_shot(model: nn.Module, tokenizer: Tokenizer, task: Path) -> dict[str, f
     """Accuracy in percent on each test set of a task, among all its classes."""
     classes, sets = read_sets(task)
     model.eval()
+    device = model.logit_scale.device
     prompts = [TEST_TEMPLATE.format(name.replace("_", " ")) for name in classes]
-    text = model.encode_text(tokens(tokenizer, prompts), normalize=True)
+    text = model.encode_text(tokens(tokenizer, prompts).to(device), normalize=True)
     accuracy = {}
     for name, (images, labels) in sets.items():
-        predicted = (model.encode_image(normalise(images), normalize=True) @ text.T).argmax(1)
+        predicted = (model.encode_image(normalise(images.to(device)), normalize=True) @ text.T).argmax(1).cpu()
         accuracy[name] = 100 * (predicted == labels).float().mean().item()
     model.train()
     return accuracy
@@ -356,9 +367,9 @@ def run(args: argparse.Namespace) -> None:
     """Pre-trains, or goes on, and writes the model."""
     if args.steps < 1:
         raise InputError(f"--steps: expected a whole number of at least 1, got {args.steps}")
-    recipe = Recipe(steps=args.steps, decay_steps=max(1, args.steps // 3), seed=args.seed)
-    checkpoint = args.checkpoint or args.data / "pretrain.checkpoint.pt"
-    pretraining = Pretraining(recipe, Pairs(args.data / "pretrain", recipe.object_share))
+    recipe = Recipe(tower=args.tower, steps=args.steps, decay_steps=math.ceil(0.3 * args.steps), seed=args.seed)
+    checkpoint = args.data / "pretrain.checkpoint.pt"
+    pretraining = Pretraining(recipe, Pairs(args.data / "pretrain", recipe.object_share), args.device)
     if checkpoint.exists():
         pretraining.load(checkpoint)
     model = pretraining.model
@@ -382,15 +393,17 @@ def run(args: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     default = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--data", type=Path, default=Path("data/icons"), metavar="DIR", help="what icons_data.py wrote")
-    parser.add_argument(
-        "--steps", type=int, default=default.steps, help="of 128 images; a third of them lower the rate"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("data/icons"), metavar="DIR", help="what icons_data.py wrote (%(default)s)")
+    add("--tower", choices=TOWERS, default=default.tower, help="of the images (%(default)s)")
+    add("--steps", type=int, default=default.steps, help="the last 30 %% of them lower the learning rate (%(default)s)")
+    add("--seed", type=int, default=default.seed, help="of the weights and the order (%(default)s)")
+    add(
+        "--save-every", type=int, default=100, metavar="STEPS", help="to go on from after an interruption (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the weights and the order")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="to go on from; else in --data")
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="how often it is written")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; another number, other roundings")
+    add("--threads", type=int, default=1, help="of torch; with other numbers it rounds otherwise (%(default)s)")
+    add("--device", default="cpu", help="of torch (%(default)s)")
     return parser
 
 
