@@ -108,7 +108,8 @@ def test_it_learns(wordnet, bert, tmp_path):
     assert rows[0].accuracy["val"] < 50
     assert all(row.accuracy["val"] > rows[0].accuracy["val"] + 20 for row in rows if row.alpha == 1)
     assert set(rows[0].accuracy) == {"select", "val", "word", "sentence", "verb"}
-    assert set(rows[1].selected) == {"embeddings", "layer 1"}
+    assert rows[1].selected.keys() <= {"embeddings", "layer 1"}
+    assert sum(rows[1].selected.values()) == rows[1].trained > 0
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "lp_ft", "lora"])
