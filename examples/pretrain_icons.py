@@ -305,7 +305,8 @@ class Pretraining:
             config = {"model_cfg": self.config, "preprocess_cfg": preprocessing}
             (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=2))
             weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-            save_file(weights, temporary / "open_clip_model.safetensors")
+            with replacing(temporary / "open_clip_model.safetensors") as file:
+                save_file(weights, file)
             self.tokenizer.save(str(temporary / "tokenizer.json"))
             special = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unknown>", "eos_token": "<end>"}
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT_LENGTH}
