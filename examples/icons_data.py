@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import resvg_py
-from finetune_report import progress, replacing, say
+from frontier import progress, replacing, say
 from numpy.typing import NDArray
 from PIL import Image
 

@@ -21,7 +21,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from finetune_report import progress, replacing, say
+from frontier import progress, replacing, say
 from icons_data import CLASS_OF, SIZE, InputError, class_of, replacing_folder
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image

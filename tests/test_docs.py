@@ -67,13 +67,13 @@ def of_delta() -> dict[str, Any]:
     return {**names, **deltas, "base": base, "tuned": tuned, "evaluate": lambda model: 0.5}
 
 
-def of_integrations() -> dict[str, Any]:
+def of_distributed() -> dict[str, Any]:
     names = common()
     optimizer = saft_kernels.SparseAdamW(names["model"].named_parameters(), mask=names["mask"])
     return {**names, "optimizer": optimizer, "dcp": checkpoint, "folder": "checkpoint", **vars(state_dict)}
 
 
-NAMES: dict[str, Callable[[], dict[str, Any]]] = {"docs/delta.md": of_delta, "docs/integrations.md": of_integrations}
+NAMES: dict[str, Callable[[], dict[str, Any]]] = {"docs/delta.md": of_delta, "docs/distributed.md": of_distributed}
 
 
 @pytest.fixture
