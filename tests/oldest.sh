@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 oldest=$(sed -nE 's/^triton = \["triton>=([0-9.]+).*/\1.0/p' pyproject.toml)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -m pip install --quiet --no-deps --target "$work" "triton==$oldest"
+PIP_CONSTRAINT= "$python" -m pip install --quiet --no-deps --target "$work" "triton==$oldest"
 export PYTHONPATH=$work:$PWD
 "$python" -c "import sys, triton; print('triton', triton.__version__); sys.exit(triton.__version__ != '$oldest')"
 "$python" -m pytest -q -p no:cacheprovider -n 2 tests/test_*_triton.py -k ahead_of_time
