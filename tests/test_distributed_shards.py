@@ -676,6 +676,58 @@ def failures(rank: int) -> dict[str, str]:
     return {**found, "warned": "".join(warned)}
 
 
+def other_copies(rank: int, mesh: Any) -> str:
+    """What is selected of a copy differs in one shard."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def of(tensor: Tensor) -> Any:
+        return distribute_tensor(tensor, mesh, [Replicate(), Shard(0)], src_data_rank=None)
+
+    parameter = nn.Parameter(of(torch.arange(8.0)))
+    parameter.grad = of(torch.ones(8))
+    optimizer = SparseAdamW([("p", parameter)], mask=SparseMask({"p": torch.tensor([rank // 2, 5])}, {"p": (8,)}))
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "ok"
+
+
+def pending_group(rank: int, mesh: Any) -> list[str]:
+    """One that is to be selected, and has no gradient, does not keep the others from their step."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def of(tensor: Tensor, whole: bool) -> Any:
+        return tensor if whole else distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+    def trained(whole: bool) -> Tensor:
+        a, b = (nn.Parameter(of(torch.arange(8.0), whole)) for _ in range(2))
+        optimizer = SparseAdamW([("a", a)], 0.1, k=3, selection_steps=2)
+        for step in range(5):
+            if step == 2:
+                optimizer.add_param_group({"params": [("b", b)], "k": 1})
+            a.grad = of(torch.arange(1.0, 9), whole)
+            b.grad = of(torch.arange(1.0, 9), whole) if step == 2 else None
+            optimizer.step()
+        return a.detach() if whole else a.detach().full_tensor()
+
+    return [] if torch.equal(trained(True), trained(False)) else ["the others did not step"]
+
+
+def one_element(rank: int, mesh: Any) -> list[str]:
+    """Accumulation of released gradients where a shard is one element: it is no factor."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    p = nn.Parameter(distribute_tensor(torch.ones(RANKS, 1), mesh, [Shard(0)], src_data_rank=None))
+    mask = SparseMask({"p": torch.tensor([1])}, {"p": (RANKS, 1)})
+    optimizer = SparseAdamW([("p", p)], 0.1, mask=mask, release_grads=True)
+    for factor in (2.0, 3.0):
+        (factor * p).sum().full_tensor().backward()
+    found = optimizer.selected_grad(p).tolist()
+    expected = [5.0] if rank == 1 else []
+    return [] if found == expected else [f"{found} for {expected}"]
+
+
 SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, deltas, traffic)
 
 
@@ -691,6 +743,9 @@ def _run(rank: int, folder: str) -> None:
         distributed.barrier()
     mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     results["hybrid"] = {RANKS: training(rank, mesh, 0)}
+    results["other_copies"] = {RANKS: other_copies(rank, mesh)}
+    results["pending_group"] = {RANKS: pending_group(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
+    results["one_element"] = {RANKS: one_element(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
     results["errors"] = {RANKS: errors(rank, distributed.init_device_mesh("cpu", (RANKS,)))}
     results["checkpoints"] = {RANKS: checkpoints(rank, folder)}
     distributed.barrier()
@@ -759,6 +814,19 @@ def test_checkpoints_between_numbers_of_ranks(ranks: list[dict[str, dict[int, An
 
 def test_copies_of_shards(ranks: list[dict[str, dict[int, Any]]]) -> None:
     assert [result["hybrid"][RANKS] for result in ranks] == [[]] * RANKS
+
+
+def test_copies_that_differ_raise_on_every_rank(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    messages = [result["other_copies"][RANKS] for result in ranks]
+    assert all("of parameters with copies: expected the same selection" in message for message in messages), messages
+
+
+def test_a_pending_group(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    assert [result["pending_group"][RANKS] for result in ranks] == [[]] * RANKS
+
+
+def test_accumulation_in_one_element(ranks: list[dict[str, dict[int, Any]]]) -> None:
+    assert [result["one_element"][RANKS] for result in ranks] == [[]] * RANKS
 
 
 @pytest.mark.parametrize("world", WORLDS)

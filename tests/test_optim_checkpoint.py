@@ -829,6 +829,23 @@ def test_optimizer_state_refuses() -> None:
         OptimizerState(model, optimizer).state_dict()
 
 
+def test_optimizer_state_of_another_order(tmp_path: Path) -> None:
+    """Of equal sizes, one parameter would get the moments of another."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    named = list(model.named_parameters())
+    optimizer = SparseAdamW(named, k=5)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = OptimizerState(model, optimizer).state_dict()
+    OptimizerState(model, SparseAdamW(named, k=5)).load_state_dict(state)
+    groups = [{"params": named[:2]}, {"params": named[2:]}]
+    for other in (named[::-1], named[:3], groups):
+        fresh = OptimizerState(model, SparseAdamW(other, k=5))
+        with pytest.raises(ValueError, match="the parameters that were saved, in their order") as error:
+            fresh.load_state_dict(state)
+        assert_message(error, ["OptimizerState", "in the same groups and order"])
+
+
 def test_weights_loaded_after_a_step_of_zeros() -> None:
     """torch.distributed.checkpoint's: what fp32 copies it made of 16-bit weights is of the old ones."""
     runs = []

@@ -61,7 +61,8 @@ def report() -> str:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {package: _version(package) for package in _PACKAGES}
     lines = [
-        f"saft_kernels     {__version__} on {platform.platform()}",
+        f"saft_kernels     {__version__}",
+        f"platform         {platform.platform()}",
         *(f"{package:16} {version}{untested(package, version)}" for package, version in versions.items()),
         "",
         f"GPU              {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class OptimizerState:
 
     Raises:
         ValueError: A parameter that the model does not have; saving while `selection_steps` adds up gradients; loading
-            the state of another model, budget or mask.
+            the state of other parameters. Of another budget, torch.distributed.checkpoint's error for other sizes.
     """
 
     def __init__(self, model: nn.Module, optimizer: SparseAdamW) -> None:
@@ -74,6 +75,7 @@ class OptimizerState:
                 for k, parts in packed.items():
                     parts.append(values.get(k, zeros))
         return {
+            "names": self._groups_and_names(),
             "lengths": torch.tensor(lengths, dtype=torch.int64, device="cpu"),
             "steps": torch.tensor(steps, dtype=torch.float32, device="cpu"),
             "packed": {key: self._padded(key, parts) for key, parts in packed.items()},
@@ -86,6 +88,12 @@ class OptimizerState:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the optimizer what was saved."""
+        for saved, mine in zip_longest(state_dict["names"], self._groups_and_names()):
+            if saved != mine:
+                raise ValueError(
+                    f"OptimizerState: expected the parameters that were saved, in their order, {saved} among them, got "
+                    f"{mine} in its place; build the optimizer of the same parameters, in the same groups and order"
+                )
         fresh = self._optimizer.state_dict()
         lengths, steps = state_dict["lengths"].tolist(), state_dict["steps"].tolist()
         states: dict[Any, dict[str, Any]] = {}
@@ -109,6 +117,13 @@ class OptimizerState:
             for i, group in enumerate(fresh["param_groups"])
         ]
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def _groups_and_names(self) -> list[str]:
+        return [
+            f"{self._names[parameter]} of group {i}"
+            for i, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
+        ]
 
     def _rows(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor, dict[str, Any], bool]]:
         """Of each parameter, its key in a state_dict, itself, its group, and whether its budget is all elements."""

@@ -50,23 +50,46 @@ def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> Non
 
 
 def compare(members: Sequence[Member]) -> None:
-    """Raises where DistributedDataParallel has these parameters and another rank has selected others of them.
+    """Raises where ranks have copies of parameters, and another rank has selected other elements of them.
 
-    Through the ranks' key-value store: a rank that never comes is waited for a minute, then warned of.
+    Copies are those of DistributedDataParallel, and of DTensors, as HSDP makes them. Through the ranks' key-value
+    store: a rank that never comes is waited for a minute, then warned of.
 
     Raises:
         ValueError: On every rank.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
         return
-    if all(member.counted is None for member in members) or not (group := _group_of(members)):
+    if all(member.counted is None for member in members):
         return
+    whole = [member for member in members if not is_distributed(member.parameter)]
+    if whole and (group := _group_of(whole)):
+        _compare(whole, distributed.get_process_group_ranks(group), "under DistributedDataParallel")
+    copies: dict[tuple[int, ...], list[Member]] = {}
+    for member in members:
+        copies.setdefault(_ranks_with_copies(member.parameter), []).append(member)
+    for ranks, some in copies.items():
+        if len(ranks) > 1:
+            _compare(some, ranks, "of parameters with copies")
+
+
+def _ranks_with_copies(parameter: Tensor) -> tuple[int, ...]:
+    """The ranks that have the same part of a DTensor as this one, which is among them; none of another tensor."""
+    if not is_distributed(parameter):
+        return ()
+    shared: Any = parameter
+    mesh = shared.device_mesh
+    where = zip(mesh.get_coordinate() or (), shared.placements, strict=True)
+    places = tuple(slice(None) if placement.is_replicate() else at for at, placement in where)
+    return tuple(mesh.mesh[places].flatten().tolist())
+
+
+def _compare(members: Sequence[Member], ranks: Sequence[int], where: str) -> None:
     name = checksum(members, with_indices=False)
     prefix = f"saft_kernels/{name}/{_comparisons[name]}"
     _comparisons[name] += 1
     store: Any = distributed.distributed_c10d._get_default_store()
     mine = str(checksum(members)).encode()
-    ranks = distributed.get_process_group_ranks(group)
     store.set(f"{prefix}/{distributed.get_rank()}", mine)
     keys = [f"{prefix}/{rank}" for rank in ranks]
     try:
@@ -79,7 +102,7 @@ def compare(members: Sequence[Member]) -> None:
         return
     if any(store.get(key) != mine for key in keys):
         raise ValueError(
-            "SparseAdamW under DistributedDataParallel: expected the same selection on all ranks, got different ones, "
+            f"SparseAdamW {where}: expected the same selection on all ranks, got different ones, "
             "with which the replicas would drift apart; select on one rank and send the mask with "
             "torch.distributed.broadcast_object_list, or call saft_kernels.integrations.select_into, which averages"
         )

@@ -185,10 +185,11 @@ def _plain(arg: Any, first: Any) -> Any:
         if isinstance(first, SelectedGrad) and first.selected.index is arg.selected.index:
             return arg.selected.values
         raise _UnsupportedError
-    if isinstance(arg, Tensor) and isinstance(first, SelectedGrad) and arg.numel() != 1:
+    if isinstance(arg, Tensor) and isinstance(first, SelectedGrad):
         if arg.shape == first.shape:
             return first.selected.take(arg)
-        raise _UnsupportedError
+        if arg.numel() != 1:
+            raise _UnsupportedError
     return arg
 
 

@@ -497,10 +497,10 @@ class SparseAdamW(Optimizer):
             self._prepared = None
             self._update()
 
-    def _awaits_selection(self) -> bool:
+    def _awaits_selection(self, *, on_any_rank: bool = True) -> bool:
         """Whether a budget is yet to be spent, and gradients are there to tell how: on any rank, perhaps."""
         return any(
-            p.grad is not None or self._ranks is not None
+            p.grad is not None or (on_any_rank and self._ranks is not None)
             for g in self.param_groups
             if g["num_candidates"] is None
             for p in g["params"]
@@ -510,25 +510,25 @@ class SparseAdamW(Optimizer):
         """Selects where that is due, and makes the step ready. None when there is nothing to step with yet."""
         check_fused(self.param_groups)
         self._follow()
+        awaits_selection = self._awaits_selection(on_any_rank=False)
         if self._ranks is None or not (self._awaits_selection() or not self._agreement.saw_nonzero):
-            return self._prepare_here(grad_scale)
+            return self._prepare_here(grad_scale, awaits_selection)
         with self._ranks.together("step()"):
             self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
-            return self._prepare_here(grad_scale)
+            return self._prepare_here(grad_scale, self._ranks.any([awaits_selection])[0])
 
-    def _prepare_here(self, grad_scale: float) -> PreparedStep | None:
+    def _prepare_here(self, grad_scale: float, awaits_selection: bool) -> PreparedStep | None:
         members = self._checked_members()
         if not self._has_begun():
             if any(member.parameter.grad is not None for member in members):
                 self._await_first_step(members)
             return None
         self._drop_early_states(members)
-        if self._awaits_selection() and not self._select(members, grad_scale):
+        if awaits_selection and not self._select(members, grad_scale):
             return None
         versions = [member.version for member in members]
         if versions != self._compared:
-            if self._ranks is None:
-                compare(members)
+            compare(members)
             self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
