@@ -22,8 +22,8 @@ from .members import Member, ParamGroups
 
 _WAIT = timedelta(seconds=60)
 
-# how often each set of parameters has been compared: ranks compare equally often
-_comparisons: Counter[int] = Counter()
+# how often each set of parameters has been compared by the same ranks: these compare equally often
+_comparisons: Counter[tuple[int, ...]] = Counter()
 
 
 def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> None:
@@ -85,9 +85,9 @@ def _ranks_with_copies(parameter: Tensor) -> tuple[int, ...]:
 
 
 def _compare(members: Sequence[Member], ranks: Sequence[int], where: str) -> None:
-    name = checksum(members, with_indices=False)
-    prefix = f"saft_kernels/{name}/{_comparisons[name]}"
-    _comparisons[name] += 1
+    what = (checksum(members, with_indices=False), *ranks)
+    prefix = f"saft_kernels/{hash(what)}/{_comparisons[what]}"
+    _comparisons[what] += 1
     store: Any = distributed.distributed_c10d._get_default_store()
     mine = str(checksum(members)).encode()
     store.set(f"{prefix}/{distributed.get_rank()}", mine)
