@@ -132,9 +132,7 @@ def take_lrs(args: argparse.Namespace, defaults: Mapping[str, float]) -> None:
     for method, rates in args.lr or []:
         given.setdefault(method, []).extend(rates)
     args.probe_lr = defaults["linear_probe"]
-    args.lr = {
-        method: list(dict.fromkeys(given.get(method) or given.get(None) or [defaults[method]])) for method in METHODS
-    }
+    args.lr = {m: list(dict.fromkeys(given.get(m) or given.get(None) or [defaults[m]])) for m in args.method}
 
 
 def describe(rates: Mapping[str, float]) -> str:
@@ -288,6 +286,7 @@ class Trained:
 
     parameters: dict[str, nn.Parameter]
     mask: saft_kernels.SparseMask | None = None
+    after_step: Callable[[], None] = field(default=lambda: None)  # called after every update
     finish: Callable[[], None] = field(default=lambda: None)  # called after training, before testing
 
 
@@ -506,13 +505,14 @@ class FineTuning:
         before = self._now()
         self.scaler.step(self.optimizer)
         after = self._now()
+        with torch.no_grad():
+            self.task.after_step()
+            self.trained.after_step()
         scale = self.scaler.get_scale()
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else the scaler met an inf and skipped the step
             self.scheduler.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            self.task.after_step()
         self.times.append((1e3 * (self._now() - start), 1e3 * (after - before)))
         return loss.item()
 

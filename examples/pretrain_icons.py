@@ -62,7 +62,7 @@ class Recipe:
     weight_decay: float = 0.1
     object_share: float = 0.7  # of the images: those of the tasks' classes
     short_share: float = 0.7  # of the captions: the head noun or the class alone
-    bf16: bool = True  # in the forward pass
+    bf16: bool = True  # in the forward pass; half the time where the machine has such instructions, else twice
     seed: int = 0
 
     def model(self, vocab_size: int) -> dict[str, Any]:
@@ -228,6 +228,14 @@ def contrastive_loss(logits: Tensor, positive: Tensor, left_out: Tensor) -> Tens
     return (one_way(logits, positive) + one_way(logits.T, positive.T)) / 2
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 by instructions of its own."""
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def forward(model: nn.Module, images: Tensor, ids: Tensor, bf16: bool) -> Tensor:
     """Logits, (images, texts)."""
     # the flash kernel's backward pass takes most of the time on a CPU in bf16
@@ -368,14 +376,19 @@ def run(args: argparse.Namespace) -> None:
     """Pre-trains, or goes on, and writes the model."""
     if args.steps < 1:
         raise InputError(f"--steps: expected a whole number of at least 1, got {args.steps}")
-    recipe = Recipe(tower=args.tower, steps=args.steps, decay_steps=math.ceil(0.3 * args.steps), seed=args.seed)
+    bf16 = has_bf16(args.device) if args.precision is None else args.precision == "bf16"
+    decay_steps = math.ceil(0.3 * args.steps)
+    recipe = Recipe(tower=args.tower, steps=args.steps, decay_steps=decay_steps, bf16=bf16, seed=args.seed)
     checkpoint = args.data / "pretrain.checkpoint.pt"
     pretraining = Pretraining(recipe, Pairs(args.data / "pretrain", recipe.object_share), args.device)
     if checkpoint.exists():
         pretraining.load(checkpoint)
     model = pretraining.model
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(pretraining.pairs.names)} pairs, {size:,} parameters, {recipe.steps} steps of {recipe.batch_size}")
+    print(
+        f"{len(pretraining.pairs.names)} pairs, {size:,} parameters, {recipe.steps} steps of {recipe.batch_size}, "
+        f"{'bf16' if recipe.bf16 else 'fp32'}"
+    )
     bar = progress("pre-training", recipe.steps, "step", initial=pretraining.step)
     with bar:
         while pretraining.step < recipe.steps:
@@ -400,6 +413,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tower", choices=TOWERS, default=default.tower, help="of the images (%(default)s)")
     add("--steps", type=int, default=default.steps, help="the last 30 %% of them lower the learning rate (%(default)s)")
     add("--seed", type=int, default=default.seed, help="of the weights and the order (%(default)s)")
+    add("--precision", choices=("bf16", "fp32"), help="of the forward pass; default what the machine is faster with")
     add(
         "--save-every", type=int, default=100, metavar="STEPS", help="to go on from after an interruption (%(default)s)"
     )

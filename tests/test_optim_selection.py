@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import assert_message, assert_same_bits
+from scripts import assert_only_selected_changed, weights
 from torch import nn
 from training import (
     FP32_ROUNDINGS,
@@ -25,7 +26,7 @@ from training import (
     two_towers,
 )
 
-from saft_kernels import SparseAdamW, select
+from saft_kernels import Originals, SparseAdamW, SparseDelta, SparseMask, select
 from saft_kernels.optim import budgets
 from saft_kernels.optim.state import new_states
 
@@ -289,6 +290,67 @@ def test_reselect_to_the_same_is_no_change() -> None:
         runs.append(params)
     for a, b in zip(*runs, strict=True):
         assert_same_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_use_mask_amid_training_is_a_reselect_that_picks_it(dtype: torch.dtype) -> None:
+    runs, masks = [], []
+    for given in (None, 0, 1):
+        params = parameters(dtype=dtype)
+        optimizer = SparseAdamW(params, lr=1e-2, density=0.2)
+        first_steps(params, optimizer, 3)
+        if given is None:
+            optimizer.reselect()
+        else:
+            optimizer.use_mask(masks[0])
+            assert optimizer.mask == masks[0]
+        for seed in (50, 51):
+            set_gradients(params, seed)
+            optimizer.step()
+        masks.append(optimizer.mask)
+        assert optimizer.mask == masks[0]
+        runs.append((params, [state for _, state in states(optimizer)]))
+    (expected, expected_states), *others = runs
+    for params, found in others:
+        for a, b in zip(expected, params, strict=True):
+            assert_same_bits(a.detach(), b.detach())
+        for a, b in zip(expected_states, found, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert_same_bits(a[key], b[key])
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("release_grads", [False, True])
+def test_use_mask_freezes_the_rest(density: float, release_grads: bool) -> None:
+    model = two_towers()
+    data = batches(6)
+    mask = select(model, data[:2], loss_fn, density=0.02, progress=False)
+    optimizer = SparseAdamW(model.named_parameters(), lr=1e-2, density=density, release_grads=release_grads)
+    originals = Originals(optimizer)
+    start = weights(model)
+    train(model, optimizer, data[:3])
+    before = weights(model)
+    optimizer.use_mask(mask)
+    assert optimizer.mask == mask
+    train(model, optimizer, data[3:])
+    assert_only_selected_changed(before, weights(model), mask, mask.density)
+    delta = SparseDelta.from_optimizer(optimizer, originals)
+    delta.revert_(model)
+    for name, index in mask.items():
+        found = dict(model.named_parameters())[name].detach().flatten()
+        assert_same_bits(found[index.long()], start[name].flatten()[index.long()])
+
+
+def test_use_mask_of_another_model_changes_nothing() -> None:
+    params = parameters()
+    optimizer = SparseAdamW(params, lr=1e-2, density=0.2)
+    first_steps(params, optimizer, 2)
+    before = optimizer.mask
+    with pytest.raises(ValueError, match="mask for another"):
+        optimizer.use_mask(SparseMask.from_dense({"w": torch.ones(2)}))
+    assert optimizer.mask == before
+    assert optimizer.defaults["density"] == 0.2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -347,6 +347,9 @@ class SparseAdamW(Optimizer):
     def use_mask(self, mask: SparseMask) -> None:
         """Makes a mask what is selected, in place of the optimizer's budget, as the constructor's `mask` does.
 
+        After a step, moments of elements that stay selected are kept, as by reselect(); where parameters are split over
+        ranks, all of them call it then.
+
         Raises:
             ValueError: A mask of another model, or a group with a budget of its own.
         """
@@ -367,11 +370,15 @@ class SparseAdamW(Optimizer):
         # parameters may be split later, and ranks then compare masks
         self._selection.mask = mask.digest() if distributed.is_available() and distributed.is_initialized() else ""
         self.defaults.update(density=mask.density, k=mask.k)
-        self._members.select(
-            {m.position: local_index(m.parameter, index) for m, index in zip(members, indices, strict=True)}
+        picked = Picked(
+            {m.position: local_index(m.parameter, index) for m, index in zip(members, indices, strict=True)},
+            {i: sum(p.numel() for p in group["params"]) for i, group in enumerate(self.param_groups)},
         )
-        for group in self.param_groups:
-            group["num_candidates"] = sum(p.numel() for p in group["params"])
+        if any(has_state(self._states.get(member.parameter)) for member in members):
+            self._adopt(picked)
+        else:
+            self._make_current(picked)
+        self._update_released()
         log_mask("SparseAdamW", mask)
 
     def adopt(self, picked: Picked) -> None:
@@ -402,6 +409,9 @@ class SparseAdamW(Optimizer):
             self._ranks.agree()
         # all memory is there: from here on nothing fails
         self._states.update(replaced)
+        self._make_current(picked)
+
+    def _make_current(self, picked: Picked) -> None:
         self._members.select(picked.indices)
         for i, numel in picked.num_candidates.items():
             self.param_groups[i]["num_candidates"] = numel

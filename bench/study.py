@@ -1,0 +1,260 @@
+"""The study of docs/fidelity.md: every method of examples/finetune_*.py over five draws, and variants of SAFT.
+
+    python examples/icons_data.py && python examples/pretrain_icons.py       # for the parts on icons
+    python bench/study.py emoji-4 emoji-4-variants
+
+Run it where data/ is. A part goes on from the rows that it finds in --output; those of a whole part go to
+bench/results/fidelity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import finetune_clip
+import finetune_text
+import finetuning
+import torch
+from finetuning import METHODS, FineTuning, Trained
+from harness import RESULTS
+
+FIDELITY = RESULTS / "fidelity"
+VIEWS = 8  # augmented passes over the training examples
+REFRESHED = 5  # epochs after which the mask is selected anew
+NARROW = 0.1  # of the density, in the second half of the epochs
+Method = Callable[[FineTuning], Trained]
+
+
+# ---- variants of SAFT ----
+
+
+@contextmanager
+def arguments(args: argparse.Namespace, **changes: Any) -> Iterator[None]:
+    """Some arguments changed for a while."""
+    before = {name: getattr(args, name) for name in changes}
+    vars(args).update(changes)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+def with_arguments(**changes: Any) -> Method:
+    """SAFT with another --score, --scope or --exclude."""
+
+    def method(run: FineTuning) -> Trained:
+        with arguments(run.args, **changes):
+            return METHODS["saft"](run)
+
+    return method
+
+
+class Repeated:
+    """Batches several times over."""
+
+    def __init__(self, batches: Any, times: int) -> None:
+        self.batches, self.times = batches, times
+
+    def __len__(self) -> int:
+        return self.times * len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.times):
+            yield from self.batches
+
+
+def from_views(run: FineTuning) -> Trained:
+    """The mean gradient over augmented images, several times over, in place of the images as they are."""
+    views = Repeated(run.task.batches(run.examples, run.args.batch_size, train=True), VIEWS)
+    run.task.batches = lambda *_: views  # type: ignore[method-assign]
+    try:
+        return METHODS["saft"](run)
+    finally:
+        del run.task.batches
+
+
+def from_all_shots(run: FineTuning) -> Trained:
+    """The gradient over all training images of a class, more than are then trained on."""
+    few, run.examples = run.examples, [example for of in run.task.train for example in of]
+    try:
+        return METHODS["saft"](run)
+    finally:
+        run.examples = few
+
+
+def _at_epoch_ends(run: FineTuning, act: Callable[[int], None]) -> Trained:
+    trained = METHODS["saft"](run)
+    run.keeps = False  # the mask changes: a checkpoint would have to hold it
+
+    def after_step() -> None:
+        epoch, rest = divmod(len(run.times) + 1, len(run.batches))
+        if rest == 0:
+            act(epoch)
+
+    trained.after_step = after_step
+    return trained
+
+
+def refreshed(run: FineTuning) -> Trained:
+    """Selected anew after each of the first epochs, with the gradients of the model as it is then."""
+
+    def select(epoch: int) -> None:
+        if epoch <= REFRESHED:
+            training = run.task.model.training
+            with torch.enable_grad():
+                mask = finetuning.select_mask(run.task, run.examples, run.setting)
+            run.task.model.train(training)
+            run.optimizer.use_mask(mask)  # type: ignore[attr-defined]
+
+    return _at_epoch_ends(run, select)
+
+
+def narrowed(run: FineTuning) -> Trained:
+    """The second half of the epochs trains a tenth as many, selected anew."""
+
+    def select(epoch: int) -> None:
+        if epoch == run.args.epochs // 2:
+            density = run.setting.density * NARROW  # type: ignore[operator]
+            with torch.enable_grad():
+                mask = finetuning.select_mask(run.task, run.examples, finetuning.replace(run.setting, density=density))
+            run.optimizer.use_mask(mask)  # type: ignore[attr-defined]
+
+    return _at_epoch_ends(run, select)
+
+
+def pulled(of: str, strength: float) -> Method:
+    """With decay toward the pre-trained values: L2-SP (Li et al., ICML 2018, arXiv 1802.01483), decoupled."""
+
+    def method(run: FineTuning) -> Trained:
+        trained = METHODS[of](run)
+
+        def after_step() -> None:
+            share = run.scheduler.get_last_lr()[0] * strength
+            for name, parameter in trained.parameters.items():  # what is not selected is where it began
+                parameter.lerp_(run.task.base[name], share)
+
+        trained.after_step = after_step
+        return trained
+
+    return method
+
+
+VARIANTS: dict[str, Method] = {
+    "towers": with_arguments(scope="tower"),
+    "tensors": with_arguments(scope="tensor"),
+    "no-embedding": with_arguments(exclude=["*token_embedding*"]),
+    "abs": with_arguments(score="mean_abs_grad"),
+    "fisher": with_arguments(score="fisher"),
+    "relative": with_arguments(score="relative_grad"),
+    "views": from_views,
+    "all-shots": from_all_shots,
+    "refreshed": refreshed,
+    "narrowed": narrowed,
+    "l2sp-10": pulled("saft", 10.0),
+    "l2sp-100": pulled("saft", 100.0),
+    "full-l2sp-10": pulled("full", 10.0),
+    "full-l2sp-100": pulled("full", 100.0),
+}
+
+
+def register() -> None:
+    """Makes the variants methods of finetune_clip.py."""
+    METHODS.update(VARIANTS)
+    masked = [name for name in VARIANTS if not name.startswith("full-")]
+    finetuning.MASKED = (*finetuning.MASKED, *masked)  # type: ignore[assignment]
+
+
+# ---- parts ----
+
+RATES = {
+    "saft": "saft=3e-4,1e-3,3e-3",
+    "random": "random=3e-3,1e-2,3e-2",
+    "full": "full=3e-5,1e-4,3e-4,1e-3",
+    "linear_probe": "linear_probe=3e-4,1e-3,3e-3",
+    "lp_ft": "lp_ft=3e-5,1e-4,3e-4",
+    "lora": "lora=1e-3,3e-3,1e-2",
+}
+FEWER = {
+    "saft": "saft=1e-3,3e-3",
+    "full": "full=1e-4,3e-4,1e-3",
+    "random": "random=1e-2,3e-2",
+    "linear_probe": "linear_probe=1e-3,3e-3",
+    "lora": "lora=3e-3,1e-2",
+}
+TEXT = {
+    "saft": "saft=1e-3,3e-3",
+    "full": "full=3e-5,1e-4,3e-4",
+    "random": "random=1e-2,3e-2",
+    "linear_probe": "linear_probe=1e-3,3e-3,1e-2",
+}
+WISE = ["--wise", "0.25", "0.5", "0.75"]
+
+
+def icons(task: str, shots: int, rates: dict[str, str], density: Sequence[str] = ("1e-2",)) -> list[str]:
+    """Arguments of finetune_clip.py."""
+    what = ["--data", f"data/icons/{task}", "--shots", str(shots), "--method", *rates, "--density", *density]
+    how = ["--model", "local-dir:data/icons/model", "--templates", "an icon of a {}.", "--workers", "0"]
+    return [*how, *what, "--epochs", "12", "--lr", *rates.values(), *WISE]
+
+
+def glosses(shots: int, rates: dict[str, str]) -> list[str]:
+    """Arguments of finetune_text.py: many steps."""
+    return ["--shots", str(shots), "--epochs", "30", "--method", *rates, "--lr", *rates.values(), *WISE]
+
+
+CHANGED = {name: f"{name}={'3e-4,1e-3' if name.startswith('full') else '1e-3,3e-3'}" for name in VARIANTS}
+DENSE = {"saft": RATES["saft"]}
+# name: script, and one or more runs of it into one folder
+PARTS: dict[str, tuple[Any, list[list[str]]]] = {
+    "emoji-4": (finetune_clip, [icons("emoji", 4, RATES, ["1e-3", "1e-2"]), icons("emoji", 4, DENSE, ["1e-1"])]),
+    "emoji-4-variants": (finetune_clip, [icons("emoji", 4, CHANGED)]),
+    **{
+        f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)])
+        for task, shots in (("line", 8), ("emoji", 16), ("emoji", 8), ("line", 4), ("line", 16))
+    },
+    "supersenses-4": (finetune_text, [glosses(4, TEXT)]),
+}
+
+
+def run(part: str, seeds: Sequence[int], output: Path) -> int:
+    """Runs a part, or what is left of it. Returns its exit status."""
+    script, runs = PARTS[part]
+    rows = output / part / "results.jsonl"
+    for argv in runs:
+        resume = ["--resume"] if rows.exists() else []
+        status: int = script.main([*argv, "--seed", *map(str, seeds), "--output", str(output / part), *resume])
+        if status:
+            return status
+    FIDELITY.mkdir(exist_ok=True)
+    shutil.copyfile(rows, FIDELITY / f"{part}.jsonl")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; default all")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), metavar="DIR", help="for masks and deltas")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of shots and order")
+    args = parser.parse_args(argv)
+    unknown = [part for part in args.part if part not in PARTS]
+    if unknown:
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")
+    register()
+    for part in args.part or PARTS:
+        status = run(part, args.seed, args.output)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
