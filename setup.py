@@ -27,6 +27,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CUDA_BINDINGS = "python/bindings_cuda.cpp"
 SOURCES = [path for path in sorted(glob("csrc/*/*.cpp") + glob("python/*.cpp")) if path != CUDA_BINDINGS]
@@ -215,6 +216,27 @@ class BuildExt(build_ext):
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
 
 
+class BuildPy(build_py):
+    """Takes examples/ along as saft_kernels/examples, out of which `saft-kernels examples` copies."""
+
+    def run(self) -> None:
+        """The command."""
+        super().run()
+        if not self.editable_mode:
+            for script in glob("examples/*.py"):
+                self.copy_file(script, str(self._example(script)))
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """Files that are installed."""
+        own = [] if self.editable_mode else [str(self._example(script)) for script in glob("examples/*.py")]
+        return [*super().get_outputs(include_bytecode), *own]
+
+    def _example(self, script: str) -> Path:
+        target = Path(self.build_lib, "saft_kernels", script)
+        self.mkpath(str(target.parent))
+        return target
+
+
 extension = Pybind11Extension(
     "saft_kernels._C",
     SOURCES,
@@ -224,4 +246,4 @@ extension = Pybind11Extension(
 )
 
 with ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1):
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

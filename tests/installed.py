@@ -6,7 +6,9 @@ Usage: installed.py backend, the one that is to serve CPU tensors: cpu or refere
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 import saft_kernels
 from saft_kernels import SparseAdamW, ops
+from saft_kernels.cli.main import main
 
 backend = sys.argv[1]
 assert saft_kernels.__file__.startswith(sys.prefix), saft_kernels.__file__
@@ -31,6 +34,13 @@ parameter.grad = torch.arange(1000.0)
 optimizer.step()
 changed = (parameter != 1).nonzero().flatten().tolist()
 assert changed == list(range(990, 1000)), changed
+
+with tempfile.TemporaryDirectory() as folder:  # the examples come along, and run from anywhere
+    scripts = Path(folder, "scripts")
+    assert main(["examples", str(scripts)]) == 0
+    shown = subprocess.run([sys.executable, "frontier.py", "--help"], cwd=scripts, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert {"finetune_clip.py", "finetuning.py", "frontier.py"} <= {file.name for file in scripts.iterdir()}
 
 assert (ops.why_unavailable("cpu") is None) == (backend == "cpu"), ops.why_unavailable("cpu")
 if sys.platform == "linux":  # a second OpenMP would have threads of its own, which wait beside torch's

@@ -645,3 +645,27 @@ def test_png_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     SparseMask.from_dense({"w": torch.zeros(3)}).save(tmp_path / "mask.safetensors")
     assert run(tmp_path, "summary mask.safetensors --png where.png") == 1
     assert "expected selected elements, got none" in capsys.readouterr().err
+
+
+# ---- examples ----
+
+
+def test_examples_are_listed_and_written_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["examples"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    scripts = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+    assert [line.split()[0] for line in listed] == [script.name for script in scripts]
+    assert all(len(line.split()) > 4 for line in listed)
+    folder = tmp_path / "scripts"
+    assert main.main(["examples", str(folder)]) == 0
+    assert f"{folder}: {len(scripts)} scripts" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {s.name: s.read_bytes() for s in scripts}
+
+
+def test_examples_overwrite_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "finetune_clip.py"
+    mine.write_text("mine")
+    assert main.main(["examples", str(tmp_path)]) == 1
+    assert "expected the name of a new folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [mine.name]
+    assert mine.read_text() == "mine"

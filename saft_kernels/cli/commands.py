@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -32,6 +34,29 @@ def info(_: argparse.Namespace) -> None:
     from .report import report
 
     print(report())
+
+
+def examples(args: argparse.Namespace) -> None:
+    """A list of the example scripts, or a new folder with copies of them."""
+    scripts = _example_scripts()
+    if args.folder is None:
+        width = max(len(script.name) for script in scripts)
+        for script in scripts:
+            about = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+            print(f"{script.name:{width}}  {about}")
+        return
+    with files.new_folder(args.folder) as folder:
+        for script in scripts:
+            shutil.copyfile(script, folder / script.name)
+    print(f"{args.folder}: {len(scripts)} scripts; each says with --help, or at its top, what it does and needs")
+
+
+def _example_scripts() -> list[Path]:
+    package = Path(__file__).parents[1]
+    for folder in (package / "examples", package.parent / "examples"):  # installed; in a checkout
+        if (folder / "finetune_clip.py").is_file():
+            return sorted(folder.glob("*.py"))
+    raise FileNotFoundError(f"{package / 'examples'}: expected the example scripts, found none; reinstall saft_kernels")
 
 
 def diff(args: argparse.Namespace) -> None:

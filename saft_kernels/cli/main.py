@@ -146,6 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("a", "b"):
         sub.add_argument(name, metavar=name.upper(), type=Path, help="mask or delta, as for `summary`")
     _depth(sub)
+
+    sub = command(
+        "examples",
+        commands.examples,
+        "list the example scripts, or write them into a new folder",
+        ["", " saft-examples"],
+    )
+    sub.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", help="folder to make; without it, the list")
     return parser
 
 
