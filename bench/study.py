@@ -1,10 +1,9 @@
 """The study of docs/fidelity.md: every method of examples/finetune_*.py over five draws, and variants of SAFT.
 
-    python examples/icons_data.py && python examples/pretrain_icons.py       # for the parts on icons
-    python bench/study.py emoji-4 emoji-4-variants
+    python examples/icons_data.py --shots 16 && python examples/pretrain_icons.py       # for the parts on icons
+    python bench/study.py emoji-16 emoji-16-variants
 
-Run it where data/ is. A part goes on from the rows that it finds in --output; those of a whole part go to
-bench/results/fidelity.
+Run it where data/ is. A part goes on from the rows that it finds in --output; all go to bench/results/fidelity, too.
 """
 
 from __future__ import annotations
@@ -178,23 +177,19 @@ RATES = {
     "saft": "saft=3e-4,1e-3,3e-3",
     "random": "random=3e-3,1e-2,3e-2",
     "full": "full=3e-5,1e-4,3e-4,1e-3",
-    "linear_probe": "linear_probe=3e-4,1e-3,3e-3",
-    "lp_ft": "lp_ft=3e-5,1e-4,3e-4",
-    "lora": "lora=1e-3,3e-3,1e-2",
-}
-FEWER = {
-    "saft": "saft=1e-3,3e-3",
-    "full": "full=1e-4,3e-4,1e-3",
-    "random": "random=1e-2,3e-2",
     "linear_probe": "linear_probe=1e-3,3e-3",
+    "lp_ft": "lp_ft=1e-4,3e-4",
     "lora": "lora=3e-3,1e-2",
 }
+FEWER = {name: RATES[name] for name in ("saft", "full", "random", "linear_probe", "lora")}
+SPARSER, DENSER = {"saft": "saft=3e-4,1e-3,3e-3"}, {"saft": "saft=1e-4,3e-4,1e-3"}
 TEXT = {
     "saft": "saft=1e-3,3e-3",
     "full": "full=3e-5,1e-4,3e-4",
     "random": "random=1e-2,3e-2",
     "linear_probe": "linear_probe=1e-3,3e-3,1e-2",
 }
+ICONS = (("emoji", 4), ("emoji", 8), ("line", 4), ("line", 8), ("line", 16))
 WISE = ["--wise", "0.25", "0.5", "0.75"]
 
 
@@ -210,16 +205,15 @@ def glosses(shots: int, rates: dict[str, str]) -> list[str]:
     return ["--shots", str(shots), "--epochs", "30", "--method", *rates, "--lr", *rates.values(), *WISE]
 
 
-CHANGED = {name: f"{name}={'3e-4,1e-3' if name.startswith('full') else '1e-3,3e-3'}" for name in VARIANTS}
-DENSE = {"saft": RATES["saft"]}
+CHANGED = {name: f"{name}={'3e-4' if name.startswith('full') else '1e-3'}" for name in VARIANTS}
 # name: script, and one or more runs of it into one folder
 PARTS: dict[str, tuple[Any, list[list[str]]]] = {
-    "emoji-4": (finetune_clip, [icons("emoji", 4, RATES, ["1e-3", "1e-2"]), icons("emoji", 4, DENSE, ["1e-1"])]),
-    "emoji-4-variants": (finetune_clip, [icons("emoji", 4, CHANGED)]),
-    **{
-        f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)])
-        for task, shots in (("line", 8), ("emoji", 16), ("emoji", 8), ("line", 4), ("line", 16))
-    },
+    "emoji-16": (
+        finetune_clip,
+        [icons("emoji", 16, RATES), icons("emoji", 16, SPARSER, ["1e-3"]), icons("emoji", 16, DENSER, ["1e-1"])],
+    ),
+    "emoji-16-variants": (finetune_clip, [icons("emoji", 16, CHANGED)]),
+    **{f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)]) for task, shots in ICONS},
     "supersenses-4": (finetune_text, [glosses(4, TEXT)]),
 }
 
@@ -228,13 +222,17 @@ def run(part: str, seeds: Sequence[int], output: Path) -> int:
     """Runs a part, or what is left of it. Returns its exit status."""
     script, runs = PARTS[part]
     rows = output / part / "results.jsonl"
+    kept = FIDELITY / f"{part}.jsonl"
     for argv in runs:
         resume = ["--resume"] if rows.exists() else []
-        status: int = script.main([*argv, "--seed", *map(str, seeds), "--output", str(output / part), *resume])
+        try:
+            status: int = script.main([*argv, "--seed", *map(str, seeds), "--output", str(output / part), *resume])
+        finally:
+            if rows.exists():
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copyfile(rows, kept)
         if status:
             return status
-    FIDELITY.mkdir(exist_ok=True)
-    shutil.copyfile(rows, FIDELITY / f"{part}.jsonl")
     return 0
 
 

@@ -392,7 +392,7 @@ def save_figure(file: Path, rows: Sequence[Row]) -> None:
         axes[0, 1].set(xlim=(left, right), ylim=(low, high), ylabel="", title="")
         axes[0, 1].set_title("closer", loc="left", fontsize=11)
         axes[0, 0].add_patch(plt.Rectangle((left, low), right - left, high - low, fill=False, ec="#999", lw=0.8))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4 + panels)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3 * panels)
     with replacing(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

@@ -138,4 +138,4 @@ def test_arguments_of_parts(part):
 def test_unknown_part(capsys):
     with pytest.raises(SystemExit):
         study.main(["emoji-5"])
-    assert "expected parts of emoji-4" in capsys.readouterr().err
+    assert "expected parts of emoji-16" in capsys.readouterr().err
