@@ -76,5 +76,5 @@ def report() -> str:
         lines.append(f"  {name:14} {state}")
     if measured := _measured():
         lines += ["", "measured (bench/results)", *measured]
-    lines += ["", "what you can rely on", "  README.md, under The contract: selection, training, files, errors"]
+    lines += ["", "what you can rely on", "  docs/contract.md, What is promised: selection, training, files, errors"]
     return "\n".join(lines)
