@@ -41,7 +41,7 @@ format: build  ## rewrites the sources the way `make lint` wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 docs: build  ## the documentation as a site, in build/site (no network; links and docstrings are checked)
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: build  ## microbenchmarks of every op; rows go to bench/results
 	status=0; for file in bench/bench_*.py; do $(BIN)/python $$file || status=1; done; exit $$status

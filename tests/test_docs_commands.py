@@ -171,6 +171,13 @@ def test_pre_commit_runs_what_lint_runs() -> None:
     assert tools(recipe) == tools(hooks) == {"ruff check", "ruff format", "mypy", "clang-format"}
 
 
+def test_the_site_fails_on_a_broken_link() -> None:
+    """mkdocs counts the warnings that it logs: a quiet one is strict in name alone."""
+    recipe = MAKEFILE.split("\ndocs:")[1].split("\n\n")[0]
+    assert "--strict" in recipe
+    assert "--quiet" not in recipe
+
+
 def test_pre_commit_takes_the_sources_that_lint_takes() -> None:
     tags_from_path = pytest.importorskip("identify.identify").tags_from_path
     hooks = (ROOT / ".pre-commit-config.yaml").read_text().split("- id: ")[1:]
