@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +23,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune_clip
 import finetune_text
 import finetuning
+import frontier
 import torch
 from finetuning import METHODS, FineTuning, Trained
+from frontier import Row
 from harness import RESULTS
 
 FIDELITY = RESULTS / "fidelity"
+PICTURES = RESULTS.parents[1] / "docs" / "pictures"
+HALF = 0.5
 VIEWS = 8  # augmented passes over the training examples
 REFRESHED = 5  # epochs after which the mask is selected anew
 NARROW = 0.1  # of the density, in the second half of the epochs
@@ -236,16 +242,59 @@ def run(part: str, seeds: Sequence[int], output: Path) -> int:
     return 0
 
 
+# ---- what it comes to ----
+
+
+def report() -> None:
+    """Prints the tables of the rows that are kept, and draws their pictures into docs/pictures."""
+    for file in sorted(FIDELITY.glob("*.jsonl")):
+        rows = frontier.read_rows(file)
+        print(f"\n## {file.stem}\n")
+        if file.stem.endswith("-variants"):
+            whole = frontier.read_rows(file.with_name(file.name.replace("-variants", "")))
+            print(variants_table(rows, whole))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            frontier.save_tables(Path(folder), rows)
+            print(Path(folder, "results.md").read_text())
+        frontier.save_figure(PICTURES / f"{file.stem}.png", rows)
+
+
+def variants_table(rows: Sequence[Row], whole: Sequence[Row]) -> str:
+    """Each variant beside the plain method of the same rate and density, seed by seed: accuracy in and out."""
+    lines = ["| variant | in | out | in, - plain | out, - plain | in, alpha 0.5 | out, alpha 0.5 |"]
+    lines.append("| --- |" + " ---: |" * (lines[0].count("|") - 2))
+    plain = {(row.method, row.lr, row.density, row.alpha, row.seed): row for row in whole}
+    points = {p.method: p for p in frontier.points_of(rows) if p.alpha == 1}
+    for point in (points[name] for name in VARIANTS if name in points):
+        of = "full" if point.method.startswith("full") else "saft"
+        half = frontier.Point([r for r in rows if r.method == point.method and r.alpha == HALF and r.lr == point.lr])
+        beside = [plain[of, r.lr, r.density, 1.0, r.seed] for r in point.rows]
+        differences = [
+            [figure(ours) - figure(theirs) for ours, theirs in zip(point.rows, beside, strict=True)]
+            for figure in (lambda r: r.accuracy[frontier.VAL], lambda r: r.shifted)
+        ]
+        cells = [point.method, *(f"{x:.1f}" for x in point.at)]
+        cells += [f"{statistics.fmean(d):+.1f} ± {statistics.stdev(d) if len(d) > 1 else 0:.1f}" for d in differences]
+        cells += [f"{x:.1f}" for x in half.at]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}; default all")
+    parser.add_argument("--report", action="store_true", help="tables and pictures of the rows that are kept; no runs")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), metavar="DIR", help="for masks and deltas")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of shots and order")
     args = parser.parse_args(argv)
     unknown = [part for part in args.part if part not in PARTS]
     if unknown:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {unknown[0]!r}")
+    if args.report:
+        report()
+        return 0
     register()
     for part in args.part or PARTS:
         status = run(part, args.seed, args.output)
