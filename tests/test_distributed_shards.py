@@ -519,11 +519,11 @@ def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
     """Bytes of each collective of a global selection of 2,000 of 200,000, and how many elements this rank offers."""
     sent: list[int] = []
     offered: list[int] = []
-    all_reduce, largest = distributed.all_reduce, shards._largest
+    reduce, largest = ranks_module.Ranks._reduce, shards._largest
 
-    def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sent.append(tensor.nbytes)
-        return all_reduce(tensor, *args, **options)
+    def counting(self: Any, numbers: Tensor, op: Any) -> Tensor:
+        sent.append(numbers.nbytes)
+        return reduce(self, numbers, op)
 
     def looking(scores: Any, parts: Any, ranks: Any, offers: Sequence[Tensor], *args: Any) -> list[Tensor]:
         offered.append(sum(map(len, offers)))
@@ -531,12 +531,12 @@ def traffic(rank: int, mesh: Any) -> tuple[list[int], int]:
 
     generator = torch.Generator().manual_seed(rank)
     tensors = split([torch.randn(200, 500, generator=generator) for _ in range(2)], mesh, 0)
-    distributed.all_reduce, shards._largest = counting, looking
+    ranks_module.Ranks._reduce, shards._largest = counting, looking  # type: ignore[method-assign]
     try:
         here, parts = [*map(local, tensors)], [*map(part_of, tensors)]
         shards.select_indices(["a", "b"], here, parts, None, 2000, "global", None)
     finally:
-        distributed.all_reduce, shards._largest = all_reduce, largest
+        ranks_module.Ranks._reduce, shards._largest = reduce, largest  # type: ignore[method-assign]
     return sent, max(offered)
 
 

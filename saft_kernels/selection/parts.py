@@ -10,10 +10,11 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..common.names import short
 from .ranks import Ranks, integers
@@ -115,12 +116,24 @@ def part_of(tensor: Tensor) -> Part | None:
     found = [i for i, placement in enumerate(placements) if placement.is_shard()]
     if not found:
         return None
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     dim = placements[found[0]].dim % tensor.dim()
-    size, rank = tensor.shape[dim], mesh.get_local_rank(found[0])
-    length = -(-size // mesh.size(found[0]))
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    ranks = _ranks_along(mesh, found[0])
+    size, rank = tensor.shape[dim], mesh.get_coordinate()[found[0]]
+    length = -(-size // ranks.size)
     start, stop = min(rank * length, size), min((rank + 1) * length, size)
-    return Part(Ranks(mesh.get_group(found[0]), mesh.device_type), tuple(tensor.shape), dim, start, stop)
+    return Part(ranks, tuple(tensor.shape), dim, start, stop)
+
+
+@lru_cache(maxsize=64)  # each parameter asks, often
+def _ranks_along(mesh: Any, dim: int) -> Ranks:
+    """Those that differ from this one in one dimension of a mesh, and it itself."""
+    if (place := mesh.get_coordinate()) is None:
+        raise ValueError(
+            f"DTensor: expected this rank, {distributed.get_rank()}, to be among those that it is split over, got "
+            f"{mesh}; leave it out on other ranks"
+        )
+    return Ranks(mesh.mesh[tuple(slice(None) if i == dim else at for i, at in enumerate(place))].tolist())
 
 
 def ranks_of(parts: Iterable[Part | None]) -> Ranks | None:

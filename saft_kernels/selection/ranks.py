@@ -6,9 +6,9 @@ import hashlib
 import logging
 import threading
 import time
+import weakref
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ _PATIENCE = 10.0
 
 
 class _Call:
-    """What the ranks of a group are in together.
+    """What some ranks are in together.
 
     Attributes:
         key: In the ranks' key-value store: where one of them writes why it has left.
@@ -36,15 +36,92 @@ class _Call:
         self.is_over = False
 
 
-class _Here(threading.local):
-    """By group: how many calls this rank has begun, as many as the others have; the one that it is in; and why it has
-    left one that the others may still be in, after which there is no other.
+class _Line:
+    """Over what some ranks talk: connections between their CPUs that nothing else uses.
+
+    In the group that the model's own collectives use, a rank that asks where the others do not would be paired with
+    their next collective, which reads its numbers as weights. It is no group that torch.distributed knows of, either:
+    its groups have numbers, in which all ranks have to agree, and a model may be split over some of them.
+
+    Attributes:
+        begun: How many calls this rank has begun, as many as the others have.
+        call: The one that it is in.
+        parted: Why it has left one that the others may still be in, after which there is no other.
     """
 
+    def __init__(self, numbers: tuple[int, ...]) -> None:
+        self.numbers = numbers
+        self.begun = 0
+        self.call: _Call | None = None
+        self.parted: str | None = None
+        self._name = hashlib.blake2b(str(numbers).encode(), digest_size=8).hexdigest()
+        self._group: Any = None
+
+    def key(self, of: object) -> str:
+        """In the key-value store, of the ranks' own."""
+        return f"saft_kernels/{self._name}/{of}"
+
+    def group(self) -> Any:
+        """The connections, made when all ranks are there to make them: else a rank would wait in vain, and mute."""
+        if self._group is None:
+            store, me = _store(), distributed.get_rank()
+            store.set(self.key(f"here/{me}"), b"")
+            keys = [self.key(f"here/{rank}") for rank in self.numbers]
+            self.wait(lambda: store.check(keys))
+            self._group = _connected(self.key("gloo"), self.numbers.index(me), len(self.numbers))
+        return self._group
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        """Until all ranks have come; after a while it says that it waits.
+
+        Raises:
+            RuntimeError: One of them has left, or does not come in the time that init_process_group() gives them.
+        """
+        start, pause, look = time.monotonic(), 1e-5, 1.0
+        limit = _store().timeout.total_seconds()
+        while not is_done():
+            if time.monotonic() - start > min(look, limit):
+                self.check_left()
+                what = "an exchange" if self.call is None else self.call.what
+                text = (
+                    f"{what}: rank {distributed.get_rank()} has waited {min(look, limit):.0f} s for others of ranks "
+                    f"{[*self.numbers]}, all of which have to call it"
+                )
+                if look >= limit:
+                    raise RuntimeError(text)
+                if look == _PATIENCE:
+                    logging.getLogger("saft_kernels").warning(text)
+                look += 1.0
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.01)
+
+    def check_left(self) -> None:
+        """Raises where a rank has left this call."""
+        if self.call is not None and _store().check([self.call.key]):
+            self.call.is_over = True
+            self.parted = _store().get(self.call.key).decode()
+            raise RuntimeError(self.parted)
+
+
+class _Here(threading.local):
+    """The lines of this rank, of the torch.distributed that is initialized now."""
+
     def __init__(self) -> None:
-        self.begun: Counter[str] = Counter()
-        self.calls: dict[str, _Call] = {}
-        self.parted: dict[str, str] = {}
+        self._default_group: Callable[[], Any] = lambda: None
+        self._lines: dict[tuple[int, ...], _Line] = {}
+
+    def line(self, numbers: tuple[int, ...]) -> _Line:
+        """Over which these ranks talk."""
+        if not distributed.is_initialized():
+            raise RuntimeError(
+                f"parameters that are split over ranks {[*numbers]}: expected an initialized torch.distributed, got "
+                "none; before destroy_process_group(), take optimizer.state_dict() and the whole weights on all ranks, "
+                "and load them into a model and an optimizer of one process"
+            )
+        default_group = distributed.group.WORLD
+        if self._default_group() is not default_group:
+            self._default_group, self._lines = weakref.ref(default_group), {}
+        return self._lines.setdefault(numbers, _Line(numbers))
 
 
 _here = _Here()
@@ -55,14 +132,13 @@ class Ranks:
 
     Before each exchange they tell each other what they have come for. So a rank that fails inside `together` can say so
     wherever the others are, and ranks that are in different calls raise.
+
+    Args:
+        numbers: Of the ranks, in the order of their parts.
     """
 
-    def __init__(self, group: Any, device_type: str) -> None:
-        self._group = group
-        self.numbers: tuple[int, ...] = tuple(distributed.get_process_group_ranks(group))
-        self._device = torch.device(device_type)
-        if device_type != "cpu":
-            self._device = torch.device(device_type, torch.accelerator.current_device_index())
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.numbers = tuple(numbers)
 
     @property
     def size(self) -> int:
@@ -73,6 +149,10 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this rank speaks for all in what all of them have."""
         return distributed.get_rank() == self.numbers[0]
+
+    @property
+    def _line(self) -> _Line:
+        return _here.line(self.numbers)
 
     # ---- errors ----
 
@@ -87,16 +167,16 @@ class Ranks:
         Args:
             what: The call, in which all ranks are. One inside another belongs to that.
         """
-        name = self._group.group_name
-        if name in _here.calls:
+        line = self._line
+        if line.call is not None:
             yield
             return
-        _here.begun[name] += 1
-        call = _Call(what, f"saft_kernels/{name}/{_here.begun[name]}")
-        if name in _here.parted:
-            _store().set(call.key, _here.parted[name])
-            raise RuntimeError(_here.parted[name])
-        _here.calls[name] = call
+        line.begun += 1
+        call = _Call(what, line.key(line.begun))
+        if line.parted is not None:
+            _store().set(call.key, line.parted)
+            raise RuntimeError(line.parted)
+        line.call = call
         try:
             yield
             self.agree()
@@ -108,7 +188,7 @@ class Ranks:
             self._leave(error)
             raise
         finally:
-            del _here.calls[name]
+            line.call = None
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -124,10 +204,11 @@ class Ranks:
         self._meet(_DONE)
 
     def _leave(self, error: BaseException) -> None:
-        call = _here.calls.get(self._group.group_name)
+        line, call = self._line, self._line.call
         if call is not None and not call.is_over:
             call.is_over = True
-            _store().set(call.key, self._failure(call.what, error))
+            line.parted = self._failure(call.what, error)
+            _store().set(call.key, line.parted)
 
     def _failure(self, what: str, error: BaseException) -> str:
         return f"{what}: rank {distributed.get_rank()} failed: {type(error).__name__}: {_shortened(str(error))}"
@@ -137,17 +218,17 @@ class Ranks:
 
         It does not raise on a rank that comes with its own error.
         """
-        call = _here.calls.get(self._group.group_name)
+        line, call = self._line, self._line.call
         what = "" if call is None else call.what
         with self.apart():
-            which = zlib.crc32(f"{what} {_here.begun[self._group.group_name]}".encode())
+            which = zlib.crc32(f"{what} {line.begun}".encode())
             rows = self._gather(integers([kind, size, which]))
         kinds, sizes, calls = zip(*torch.stack(rows).tolist(), strict=True)
         has_failed = _FAILED in kinds
         if not has_failed and len({*kinds}) == len({*calls}) == 1 and (kind != _SUM or len({*sizes}) == 1):
             return list(sizes)
         if not has_failed:
-            self._check_left()
+            line.check_left()
         texts = self._texts(what or "an exchange" if error is None else self._failure(what, error))
         if call is not None:
             call.is_over = True
@@ -162,11 +243,10 @@ class Ranks:
         )
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
-        """What all ranks have, alike in shape, where it is here."""
-        shared = mine.to(self._device)
-        found = [torch.empty_like(shared) for _ in self.numbers]
-        self._wait(distributed.all_gather(found, shared, self._group, async_op=True))
-        return [some.to(mine.device) for some in found]
+        """What all ranks have, alike in shape, on the CPU."""
+        found = [torch.empty_like(mine) for _ in self.numbers]
+        self._wait(self._line.group().allgather([found], [mine]))
+        return found
 
     def _texts(self, text: str) -> list[str]:
         """The texts of all ranks."""
@@ -177,36 +257,15 @@ class Ranks:
         return [bytes(some[:n].tolist()).decode() for some, n in zip(found, lengths, strict=True)]
 
     def _wait(self, work: Any) -> None:
-        """Until all ranks have come. Raises where one of them has left."""
-        start, pause, look = time.monotonic(), 1e-5, 1.0
-        while not work.is_completed():
-            if time.monotonic() - start > look:
-                self._look(look)
-                look += 1.0
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.01)
+        """Until all ranks have come. Raises where one of them has left, or is gone."""
+        line = self._line
+        line.wait(work.is_completed)
         try:
             work.wait()
-        except RuntimeError:  # a rank is gone
-            self._check_left()
-            raise
-
-    def _look(self, seconds: float) -> None:
-        self._check_left()
-        call = _here.calls.get(self._group.group_name)
-        if call is not None and seconds == _PATIENCE:
-            logging.getLogger("saft_kernels").warning(
-                "%s: rank %d has waited %d s for others of ranks %s, all of which have to call it",
-                *(call.what, distributed.get_rank(), seconds, [*self.numbers]),
-            )
-
-    def _check_left(self) -> None:
-        """Raises where a rank has left this call."""
-        call = _here.calls.get(self._group.group_name)
-        if call is not None and _store().check([call.key]):
-            call.is_over = True
-            _here.parted[self._group.group_name] = text = _store().get(call.key).decode()
-            raise RuntimeError(text)
+        except RuntimeError as error:
+            line.check_left()
+            what = "an exchange" if line.call is None else line.call.what
+            raise RuntimeError(f"{what}: expected all of ranks {[*self.numbers]}, got an end of one: {error}") from error
 
     # ---- exchanges ----
 
@@ -223,18 +282,20 @@ class Ranks:
         return self._reduce(numbers, distributed.ReduceOp.MAX)
 
     def _reduce(self, numbers: Tensor, op: Any) -> Tensor:
-        shared = numbers.contiguous().to(self._device)
+        shared = numbers.contiguous().cpu()
         self._meet(_SUM, shared.numel())
+        options = distributed.AllreduceOptions()
+        options.reduceOp = op
         with self.apart():  # the others are in it: too late to say anything else
-            self._wait(distributed.all_reduce(shared, op, self._group, async_op=True))
+            self._wait(self._line.group().allreduce([shared], options))
         return shared.to(numbers.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """The one-dimensional values of each rank, of any length, in the order of ranks."""
-        values_here = values.to(self._device)
+        values_here = values.cpu()
         lengths = self._meet(_GATHER, values.numel())
         with self.apart():
-            mine = torch.zeros(max(lengths), dtype=values.dtype, device=self._device)
+            mine = torch.zeros(max(lengths), dtype=values.dtype, device="cpu")
             mine[: values.numel()] = values_here
             found = self._gather(mine)
         return [some[:length].to(values.device) for some, length in zip(found, lengths, strict=True)]
@@ -264,6 +325,17 @@ def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
 def integers(numbers: Iterable[int]) -> Tensor:
     """Them, in int64, on the CPU."""
     return torch.tensor([*numbers], dtype=torch.int64, device="cpu")
+
+
+def _connected(key: str, rank: int, size: int) -> Any:
+    """A process group of gloo that torch.distributed does not list."""
+    api: Any = distributed
+    store = api.PrefixStore(key, _store())
+    gloo = api.ProcessGroupGloo(store, rank, size, store.timeout)
+    group = api.ProcessGroup(store, rank, size)
+    group._set_default_backend(api.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), api.ProcessGroup.BackendType.GLOO, gloo)
+    return group
 
 
 def _store() -> Any:
