@@ -363,7 +363,7 @@ def test_sends_the_selected_values(ranks: list[dict[str, Any]]) -> None:
     names = len(list(two_towers().parameters()))
     for result in ranks:
         sent, k = result["bytes_sent"]
-        assert sent == 4 * k + 8 * (names + 3)
+        assert sent == 4 * k + 8 * (names + 5)
 
 
 def test_needs_a_process_group() -> None:

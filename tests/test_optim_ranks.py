@@ -17,7 +17,7 @@ from training import backward, batches, leave_process_group, loss_fn, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.integrations import select_into
-from saft_kernels.optim import ranks as ranks_module
+from saft_kernels.selection import ranks as ranks_module
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 
@@ -77,7 +77,7 @@ def alone(rank: int) -> dict[str, str]:
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = SparseAdamW(model.named_parameters(), density=0.1)
     backward(wrapped, batches(1)[0])
-    ranks_module._WAIT = timedelta(seconds=1)
+    ranks_module._LONG = 1.0
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]

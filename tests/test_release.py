@@ -479,12 +479,65 @@ def test_two_optimizers_on_one_model() -> None:
         for density in (0.1, 0.2)
     ]
     backward(model, batches(1)[0])
-    before = clones(list(model.parameters()))
-    with pytest.raises(ValueError, match="another selection") as error:
-        optimizers[1].step()
-    assert_message(error, ["gradient of", "zero_grad()"])
-    for parameter, old in zip(model.parameters(), before, strict=True):
-        assert_same_bits(parameter.detach(), old)
+    optimizers[1].step()  # the one that was built last
+    for optimizer in optimizers:  # then whoever steps: gradients are for the other, and the next ones for it
+        before = clones(list(model.parameters()))
+        with pytest.raises(ValueError, match="another selection") as error:
+            optimizer.step()
+        assert_message(error, ["gradient of", "zero_grad()"])
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            assert_same_bits(parameter.detach(), old)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model, batches(1)[0])
+            optimizer.step()
+
+
+@pytest.mark.parametrize("ends", ["before", "between", "never"])
+@pytest.mark.parametrize("release", [True, False])
+def test_an_optimizer_that_was_replaced(release: bool, ends: str) -> None:
+    """It may live on, as in a scheduler: the new one gets its gradients, whenever the old one ends."""
+    model, expected = two_towers(), two_towers()
+    mask, data = make_mask(model), batches(5)
+    train(expected, SparseAdamW(expected.named_parameters(), LR, mask=mask), data)
+    old = SparseAdamW(model.named_parameters(), LR, mask=mask, release_grads=True)
+    train(model, old, data[:3])
+    saved = copy.deepcopy(old.state_dict())
+    if ends == "before":
+        del old
+        gc.collect()
+    other = SparseMask({**mask, "text.bias": torch.arange(len(mask["text.bias"]))}, mask.shapes)  # of the same k
+    assert other != mask
+    new = SparseAdamW(model.named_parameters(), LR, mask=other, release_grads=release)
+    new.load_state_dict(saved)
+    new.zero_grad()
+    backward(model, data[3])
+    assert (type(model.text.weight.grad) is SelectedGrad) == release
+    if ends == "between":
+        del old
+        gc.collect()
+    new.step()
+    train(model, new, data[4:])
+    assert_same_models(model, expected)
+
+
+def test_an_optimizer_that_is_not_used() -> None:
+    """Gradients are released for the first again once it has stepped, or the other has ended."""
+    for steps in (False, True):
+        model = two_towers()
+        first = SparseAdamW(model.named_parameters(), LR, mask=make_mask(model), release_grads=True)
+        other = SparseAdamW(model.named_parameters(), LR, density=1.0)
+        backward(model, batches(1)[0])
+        assert not any(type(p.grad) is SelectedGrad for p in model.parameters())
+        if steps:
+            first.step()
+        else:
+            del other
+            gc.collect()
+        first.zero_grad()
+        backward(model, batches(1)[0])
+        assert any(type(p.grad) is SelectedGrad for p in model.parameters())
+        first.step()
 
 
 def duplicate(way: str, model: nn.Module, optimizer: SparseAdamW) -> tuple[nn.Module, SparseAdamW]:

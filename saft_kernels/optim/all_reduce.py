@@ -16,10 +16,16 @@ from .members import Member
 from .release import GradientBuffer, selected_values
 from .selected_grad import SelectedGrad, of_another_selection
 
+_ENDLESS = 1 << 62
+"""Above all counts."""
+
 
 @dataclass
 class Agreement:
-    """What the ranks last compared, and whether any of them has seen a gradient that is not zero."""
+    """What the ranks last compared, and whether any of them has seen a gradient that is not zero.
+
+    Without versions, as after a load, they also compare how many steps were made.
+    """
 
     versions: list[int] = field(default_factory=list)
     checksum: int = 0
@@ -31,9 +37,19 @@ def all_reduce_grads(
     buffer: GradientBuffer | None,
     agreement: Agreement,
     has_nonzero: bool,
+    steps: int,
     group: Any,
 ) -> None:
-    """See `SparseAdamW.all_reduce_grads`. `has_nonzero`: this rank has a first gradient; `agreement` is mutated."""
+    """See `SparseAdamW.all_reduce_grads`.
+
+    Args:
+        members: All.
+        buffer: Of released gradients.
+        agreement: Is mutated.
+        has_nonzero: This rank has a first gradient.
+        steps: It has made.
+        group: Of torch.distributed.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
             "all_reduce_grads(): expected an initialized torch.distributed, got none; call "
@@ -48,7 +64,7 @@ def all_reduce_grads(
     for member in members:
         _check(member)
     kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
-    for member, has_gradient in zip(members, _agree(members, agreement, has_nonzero, group), strict=True):
+    for member, has_gradient in zip(members, _agree(members, agreement, has_nonzero, steps, group), strict=True):
         p, index = member.parameter, member.counted
         if index is not None and not index.numel():
             p.grad = None  # as under release_grads: it would count in norms, and each rank has another
@@ -77,35 +93,40 @@ def _check(member: Member) -> None:
         raise of_another_selection(member.name)
 
 
-def _agree(members: Sequence[Member], agreement: Agreement, has_nonzero: bool, group: Any) -> list[bool]:
+def _agree(members: Sequence[Member], agreement: Agreement, has_nonzero: bool, steps: int, group: Any) -> list[bool]:
     """Whether each member has a gradient on any rank."""
     versions = [member.version for member in members]
-    mine = agreement.checksum if versions == agreement.versions else checksum(members)
-    agreement.versions, agreement.checksum = versions, mine
+    mine = agreement.checksum if versions == agreement.versions else _checksum(members)
+    # of a rank that has nothing new: no number, the least in any maximum
+    most_steps, least_steps = (-1, -_ENDLESS) if agreement.versions else (steps, -steps)
     has_gradient = [member.parameter.grad is not None for member in members]
     # the maximum of x and of -x is one number and its negative where all have the same
-    numbers = torch.tensor([*has_gradient, has_nonzero, mine, -mine], dtype=torch.int64, device="cpu")
-    shared = numbers.to(members[0].parameter.device)
+    numbers = [*has_gradient, has_nonzero, most_steps, least_steps, mine, -mine]
+    shared = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(members[0].parameter.device)
     distributed.all_reduce(shared, distributed.ReduceOp.MAX, group)
-    *found, any_nonzero_gradient, most, least = shared.tolist()
+    *found, any_nonzero_gradient, most_steps, least_steps, most, least = shared.tolist()
+    if most_steps > -least_steps:
+        raise ValueError(
+            f"all_reduce_grads(): expected the same number of steps made on all ranks, got {-least_steps} to "
+            f"{most_steps}; load the same checkpoint on all of them"
+        )
     if most != -least:
         raise ValueError(
             "all_reduce_grads(): expected the same selection on all ranks, got different ones; select on one, send "
             "the mask with torch.distributed.broadcast_object_list, and pass it to SparseAdamW"
         )
+    agreement.versions, agreement.checksum = versions, mine
     agreement.saw_nonzero |= bool(any_nonzero_gradient)
     return [bool(has) for has in found]
 
 
-def checksum(members: Sequence[Member], with_indices: bool = True) -> int:
+def _checksum(members: Sequence[Member]) -> int:
     """A number below 2^62 of names, sizes and dtypes; and of indices."""
     value = 0
     for member in members:
         index = member.counted
-        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel()]
-        if with_indices:
-            parts.append(index is None)
-        if with_indices and index is not None and index.numel():
+        parts = [*f"{member.name} {member.parameter.dtype}".encode(), member.parameter.numel(), index is None]
+        if index is not None and index.numel():
             index = index.long()
             weights = torch.arange(1, index.numel() + 1, device=index.device)
             parts += [index.numel(), int((index * weights).sum()), int((index ^ (index * 0x9E3779B1)).sum())]

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import gc
-import logging
+import hashlib
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..selection.parts import check_unflattened, describe, is_distributed
+from ..common.names import short
+from ..selection.parts import check_unflattened, describe, is_distributed, ranks_along
 from ..selection.ranks import Ranks
-from .all_reduce import checksum
 from .budgets import Selection
-from .members import Member, ParamGroups
+from .members import Member, ParamGroups, State, has_state
 
-_WAIT = timedelta(seconds=60)
+_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
-# how often each set of parameters has been compared by the same ranks: these compare equally often
-_comparisons: Counter[tuple[int, ...]] = Counter()
+_REMEDY = (
+    "load the same checkpoint on all; select on one rank and send the mask with "
+    "torch.distributed.broadcast_object_list, or call saft_kernels.integrations.select_into, which averages"
+)
 
 
 def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> None:
@@ -49,63 +49,69 @@ def check_whole(where: str, parameters: Iterable[Tensor], is_dense: bool) -> Non
         frame = frame.f_back
 
 
-def compare(members: Sequence[Member]) -> None:
-    """Raises where ranks have copies of parameters, and another rank has selected other elements of them.
+def compare(members: Sequence[Member], param_groups: ParamGroups, states: Mapping[Tensor, State]) -> None:
+    """Raises where ranks have copies of parameters, and another rank would train them otherwise.
 
-    Copies are those of DistributedDataParallel, and of DTensors, as HSDP makes them. Through the ranks' key-value
-    store: a rank that never comes is waited for a minute, then warned of.
+    Copies are those of DistributedDataParallel, and of DTensors, as HSDP makes them. What is selected, the number of
+    steps and the hyperparameters have to be the same. See `Ranks.compare`.
 
     Raises:
         ValueError: On every rank.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() < 2:
         return
-    if all(member.counted is None for member in members):
-        return
     whole = [member for member in members if not is_distributed(member.parameter)]
-    if whole and (group := _group_of(whole)):
-        _compare(whole, distributed.get_process_group_ranks(group), "under DistributedDataParallel")
     copies: dict[tuple[int, ...], list[Member]] = {}
+    if whole and (group := _group_of(whole)):
+        copies[tuple(distributed.get_process_group_ranks(group))] = whole
+    where = "under DistributedDataParallel" if copies else "of parameters with copies"
     for member in members:
-        copies.setdefault(_ranks_with_copies(member.parameter), []).append(member)
+        if is_distributed(member.parameter):
+            copies.setdefault(_ranks_with_copies(member.parameter), []).append(member)
+    groups = [
+        f"group {i}: {', '.join(f'{key}={_plain(group[key])}' for key in _HYPERPARAMETERS)}"
+        for i, group in enumerate(param_groups)
+    ]
     for ranks, some in copies.items():
         if len(ranks) > 1:
-            _compare(some, ranks, "of parameters with copies")
+            facts = [f"{m.name!r}, {_described(m)}: {_trained(m, states.get(m.parameter))}" for m in some]
+            of = "\n".join(f"{m.name!r}, {_described(m)}" for m in some)
+            Ranks(ranks).compare(f"SparseAdamW {where}", of, facts + groups, _REMEDY)
 
 
-def _ranks_with_copies(parameter: Tensor) -> tuple[int, ...]:
-    """The ranks that have the same part of a DTensor as this one, which is among them; none of another tensor."""
-    if not is_distributed(parameter):
-        return ()
-    shared: Any = parameter
-    mesh = shared.device_mesh
-    where = zip(mesh.get_coordinate() or (), shared.placements, strict=True)
-    places = tuple(slice(None) if placement.is_replicate() else at for at, placement in where)
-    return tuple(mesh.mesh[places].flatten().tolist())
+def _ranks_with_copies(parameter: Any) -> tuple[int, ...]:
+    """The ranks that have the same part of a DTensor as this one, which is among them."""
+    copied = tuple(i for i, placement in enumerate(parameter.placements) if placement.is_replicate())
+    return ranks_along(parameter.device_mesh, copied)
 
 
-def _compare(members: Sequence[Member], ranks: Sequence[int], where: str) -> None:
-    what = (checksum(members, with_indices=False), *ranks)
-    prefix = f"saft_kernels/{hash(what)}/{_comparisons[what]}"
-    _comparisons[what] += 1
-    store: Any = distributed.distributed_c10d._get_default_store()
-    mine = str(checksum(members)).encode()
-    store.set(f"{prefix}/{distributed.get_rank()}", mine)
-    keys = [f"{prefix}/{rank}" for rank in ranks]
-    try:
-        store.wait(keys, _WAIT)
-    except Exception as error:  # torch.distributed has no type of its own for a timeout
-        logging.getLogger("saft_kernels").warning(
-            "SparseAdamW: not all ranks have come to compare what they selected (%s); if some train alone, ignore this",
-            error,
-        )
-        return
-    if any(store.get(key) != mine for key in keys):
-        raise ValueError(
-            f"SparseAdamW {where}: expected the same selection on all ranks, got different ones, "
-            "with which the replicas would drift apart; select on one rank and send the mask with "
-            "torch.distributed.broadcast_object_list, or call saft_kernels.integrations.select_into, which averages"
-        )
+def _described(member: Member) -> str:
+    return f"{short(member.parameter.dtype)} {tuple(member.parameter.shape)}"
+
+
+def _trained(member: Member, state: State | None) -> str:
+    """What is selected of a member here, and how often it was stepped with."""
+    if member.is_pending:
+        return "nothing selected yet"
+    index = member.index
+    steps = int(state["step"]) if has_state(state) and "step" in state and (index is None or index.numel()) else 0
+    return selection_and_steps(index, steps)
+
+
+def selection_and_steps(index: Tensor | None, steps: int) -> str:
+    """For comparisons: a text that is the same for the same elements."""
+    what = "all elements"
+    if index is not None:
+        digest = hashlib.blake2b(index.cpu().long().numpy().tobytes(), digest_size=8).hexdigest()
+        what = f"{index.numel()} elements with digest {digest}"
+    return f"{what} selected, {steps} steps made"
+
+
+def _plain(value: Any) -> object:
+    """A number, where it is a tensor of one."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, Tensor) else value
 
 
 # ---- parameters that are split over ranks, as by fully_shard ----
@@ -138,9 +144,19 @@ def refuse_split(ranks: Ranks | None, what: str, remedy: str) -> None:
         )
 
 
-def facts_of(members: Sequence[Member], param_groups: ParamGroups, selection: Selection) -> dict[str, object]:
-    """What has to be the same on all ranks before they select together."""
-    return {
+def check_same(
+    ranks: Ranks, members: Sequence[Member], param_groups: ParamGroups, selection: Selection, loaded: Sequence[str]
+) -> None:
+    """Raises ValueError on all ranks for what differs, and has to be the same before they step together.
+
+    Args:
+        ranks: All come here.
+        members: Of the optimizer.
+        param_groups: Of the optimizer.
+        selection: Of the optimizer.
+        loaded: Of `loaded_facts`, since the ranks last came here.
+    """
+    facts = {
         **describe((member.name, member.parameter) for member in members),
         "mask": selection.mask or "none",
         "density": selection.density if selection.k is None else None,
@@ -148,7 +164,22 @@ def facts_of(members: Sequence[Member], param_groups: ParamGroups, selection: Se
         "scope": selection.scope,
         "selection_steps": (selection.num_sums, selection.steps),
         "groups": [(group["density"], group["k"], group["num_candidates"]) for group in param_groups],
+        "hyperparameters": [{key: _plain(group[key]) for key in _HYPERPARAMETERS} for group in param_groups],
+        "a state loaded:": bool(loaded),
     }
+    ranks.check_same("SparseAdamW", facts)
+    ranks.check_same("SparseAdamW", {f"state of {m.name!r}:": text for m, text in zip(members, loaded, strict=False)})
+
+
+def loaded_facts(members: Sequence[Member], state_dict: Mapping[str, Any]) -> list[str]:
+    """Of each parameter, what is selected of the whole of it in a state that is loaded."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    found = []
+    for member, key in zip(members, keys, strict=True):
+        state = state_dict["state"].get(key, {})
+        text = selection_and_steps(state.get("indices"), int(state["step"])) if has_state(state) else "none"
+        found.append(f"{_described(member)} {text}")
+    return found
 
 
 def norm_over(ranks: Ranks, values: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:

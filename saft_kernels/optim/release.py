@@ -136,6 +136,9 @@ def _take_many(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) ->
             torch._foreach_copy_(stored, values)
 
 
+_buffers: weakref.WeakSet[GradientBuffer] = weakref.WeakSet()
+
+
 class GradientBuffer:
     """The selected values of all gradients, in one flat tensor per device and dtype, and the hooks that fill it.
 
@@ -151,13 +154,20 @@ class GradientBuffer:
         self._awaits_first_step = True
         self._left_holes = False  # dense gradients may have, in the heap
         self.observers: list[Callable[[], None]] = []  # called when the selection may have changed
+        self._taken: dict[Tensor, weakref.ref[object]] = {}  # parameters that another optimizer has taken over
         weakref.finalize(self, _remove, self._hooks)
+        _buffers.add(self)
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._selected
 
     def __getitem__(self, parameter: Tensor) -> Selected:
         return self._selected[parameter]
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether another optimizer has taken over gradients since."""
+        return bool(self._taken)
 
     def get(self, parameter: Tensor) -> Selected | None:
         """What is released of a parameter; None: its gradient stays dense. Another object after each selection."""
@@ -212,7 +222,7 @@ class GradientBuffer:
         selected, gradient = self._selected.get(parameter), local_gradient(parameter)
         if selected is None or gradient is None or type(gradient) is SelectedGrad:
             return
-        if gradient.layout is not torch.strided:
+        if gradient.layout is not torch.strided or (self._taken and self._is_taken(parameter)):
             return
         if self._awaits_first_step and not self.saw_nonzero:
             self.saw_nonzero = bool(gradient.any())
@@ -232,6 +242,12 @@ class GradientBuffer:
         _take([selected], gradients)
         del gradient  # whose memory is returned only if nobody holds it
         free(gradients)
+
+    def _is_taken(self, parameter: Tensor) -> bool:
+        by = self._taken.get(parameter)
+        if by is not None and by() is None:
+            del self._taken[parameter]
+        return parameter in self._taken
 
     def settle(self) -> None:
         """Takes all values, which backward leaves to do only when it fails."""
@@ -282,6 +298,24 @@ class GradientBuffer:
                 selected.queue = None
             gradient = selected.gradient = SelectedGrad(local(parameter), selected, dtype)
         return gradient
+
+
+def take_over(parameters: Iterable[Tensor], optimizer: object, own: GradientBuffer | None) -> None:
+    """Makes gradients those of one optimizer: as long as it lives, the others that have these parameters release none.
+
+    One that was replaced may live on, in a scheduler, and would release what it has selected.
+
+    Args:
+        parameters: Its.
+        optimizer: Which is built, or steps.
+        own: Its buffer.
+    """
+    parameters = list(parameters)
+    for buffer in [*_buffers]:
+        if buffer is own:
+            buffer._taken.clear()
+        else:
+            buffer._taken.update({p: weakref.ref(optimizer) for p in parameters if p in buffer._hooks})
 
 
 def _releasing(buffer: GradientBuffer) -> Callable[[Tensor], None]:

@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from ..common.names import short
 from ..selection.gradients import check_dense
-from .members import Member, check_range
+from .members import Member, check_range, same_index
 
 # by their names in ATen
 _IN_PLACE = {"add_", "sub_", "mul_", "div_", "neg_", "zero_", "copy_", "clamp_", "clamp_min_", "clamp_max_"}
@@ -210,7 +210,7 @@ def step_gradient(member: Member, gradient: Tensor) -> Tensor:
     if type(gradient) is not SelectedGrad:
         _check_form(member, gradient)
         return gradient.resolve_neg()
-    if not gradient.selected.is_of(member):
+    if not gradient.selected.is_of(member) and not same_index(gradient.selected.index, member.index):
         raise of_another_selection(member.name)
     return gradient.selected.values
 

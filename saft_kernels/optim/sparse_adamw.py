@@ -36,8 +36,8 @@ from .members import (
     positions,
     same_index,
 )
-from .ranks import check_split, check_whole, compare, facts_of, norm_over, refuse_split
-from .release import GradientBuffer, selected_values
+from .ranks import check_same, check_split, check_whole, compare, loaded_facts, norm_over, refuse_split
+from .release import GradientBuffer, selected_values, take_over
 from .selected_grad import check_selectable
 from .state import carry_over, new_states
 from .step import PreparedStep, check_state
@@ -163,7 +163,8 @@ class SparseAdamW(Optimizer):
         self._members = Members()
         self._agreement = Agreement()
         self._ranks: Ranks | None = None  # over whom the parameters are split
-        self._compared: list[int] = []  # versions of what the ranks last found to be the same
+        self._compared: list[int] = []  # versions of what the ranks last found to be the same; none after a load
+        self._loaded: list[str] = []  # what the last load made of the whole of each parameter, not yet compared
         self._prepared: PreparedStep | None = None
         self._captured: list[PreparedStep] = []
         self._released: GradientBuffer | None = None
@@ -240,6 +241,7 @@ class SparseAdamW(Optimizer):
         group["num_candidates"] = None
         self._selection.restart()
         self._members.forget(len(self.param_groups) - 1)
+        take_over(group["params"], self, self._released)
         self._update_released()
 
     def _check_group(self, where: str, group: dict[str, Any]) -> None:
@@ -347,8 +349,7 @@ class SparseAdamW(Optimizer):
     def use_mask(self, mask: SparseMask) -> None:
         """Makes a mask what is selected, in place of the optimizer's budget, as the constructor's `mask` does.
 
-        After a step, moments of elements that stay selected are kept, as by reselect(); where parameters are split over
-        ranks, all of them call it then.
+        After a step, moments of elements that stay selected are kept, as by reselect(). Ranks compare at the next step.
 
         Raises:
             ValueError: A mask of another model, or a group with a budget of its own.
@@ -366,19 +367,17 @@ class SparseAdamW(Optimizer):
                     "load the weights before the optimizer is built"
                 )
         indices = mask.bind((member.name, member.parameter) for member in members)
+        picked = Picked({}, {i: sum(p.numel() for p in group["params"]) for i, group in enumerate(self.param_groups)})
+        for member, index in zip(members, indices, strict=True):
+            picked.indices[member.position] = local_index(member.parameter, index)
+        replaced = self._moved(picked)
         self._selection.k = mask.k
         # parameters may be split later, and ranks then compare masks
         self._selection.mask = mask.digest() if distributed.is_available() and distributed.is_initialized() else ""
         self.defaults.update(density=mask.density, k=mask.k)
-        picked = Picked(
-            {m.position: local_index(m.parameter, index) for m, index in zip(members, indices, strict=True)},
-            {i: sum(p.numel() for p in group["params"]) for i, group in enumerate(self.param_groups)},
-        )
-        if any(has_state(self._states.get(member.parameter)) for member in members):
-            self._adopt(picked)
-        else:
-            self._make_current(picked)
+        self._make_current(picked, replaced)
         self._update_released()
+        self._compared = self._agreement.versions = []
         log_mask("SparseAdamW", mask)
 
     def adopt(self, picked: Picked) -> None:
@@ -389,8 +388,17 @@ class SparseAdamW(Optimizer):
         """
         self._adopt(picked)
         self._update_released()
+        self._compared = self._agreement.versions = []
 
     def _adopt(self, picked: Picked) -> None:
+        replaced = self._moved(picked)
+        if self._ranks is not None:
+            self._ranks.agree()
+        # all memory is there: from here on nothing fails
+        self._make_current(picked, replaced)
+
+    def _moved(self, picked: Picked) -> dict[Tensor, State]:
+        """State for a selection of what has state for another, with what stays selected."""
         members = {member.position: member for member in self._follow()}
         replaced: dict[Tensor, State] = {}
         for i, group in enumerate(self.param_groups):
@@ -405,13 +413,10 @@ class SparseAdamW(Optimizer):
             for (member, new), state in zip(moved, fresh, strict=True):
                 carry_over(member.local, self._states[member.parameter], member.index, state, new)
                 replaced[member.parameter] = state
-        if self._ranks is not None:
-            self._ranks.agree()
-        # all memory is there: from here on nothing fails
-        self._states.update(replaced)
-        self._make_current(picked)
+        return replaced
 
-    def _make_current(self, picked: Picked) -> None:
+    def _make_current(self, picked: Picked, replaced: dict[Tensor, State]) -> None:
+        self._states.update(replaced)
         self._members.select(picked.indices)
         for i, numel in picked.num_candidates.items():
             self.param_groups[i]["num_candidates"] = numel
@@ -459,13 +464,21 @@ class SparseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.is_inference_mode_enabled():
-            # the state would be inference tensors, which nothing else may write
-            with torch.inference_mode(False), torch.no_grad():
+        try:
+            if torch.is_inference_mode_enabled():
+                # the state would be inference tensors, which nothing else may write
+                with torch.inference_mode(False), torch.no_grad():
+                    self._update()
+            else:
                 self._update()
-        else:
-            self._update()
+        except Exception:
+            self._take_over()  # perhaps the gradients were released for another optimizer: the next are for this one
+            raise
         return loss
+
+    def _take_over(self) -> None:
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        take_over(parameters, self, self._released)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
@@ -473,6 +486,8 @@ class SparseAdamW(Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if self._released is not None:
             self._released.settle()
+            if self._released.is_disturbed:
+                self._take_over()
         prepared = self._prepared
         gradients = None
         if prepared is not None and not self._awaits_selection():
@@ -521,10 +536,11 @@ class SparseAdamW(Optimizer):
         check_fused(self.param_groups)
         self._follow()
         awaits_selection = self._awaits_selection(on_any_rank=False)
-        if self._ranks is None or not (self._awaits_selection() or not self._agreement.saw_nonzero):
+        if self._ranks is None or (self._compared and not self._awaits_selection()):
             return self._prepare_here(grad_scale, awaits_selection)
         with self._ranks.together("step()"):
-            self._ranks.check_same("SparseAdamW", facts_of(self._follow(), self.param_groups, self._selection))
+            check_same(self._ranks, self._follow(), self.param_groups, self._selection, self._loaded)
+            self._loaded = []
             return self._prepare_here(grad_scale, self._ranks.any([awaits_selection])[0])
 
     def _prepare_here(self, grad_scale: float, awaits_selection: bool) -> PreparedStep | None:
@@ -538,7 +554,7 @@ class SparseAdamW(Optimizer):
             return None
         versions = [member.version for member in members]
         if versions != self._compared:
-            compare(members)
+            compare(members, self.param_groups, self._states)
             self._compared = versions
         with out_of_memory_says("step()", _OUT_OF_MEMORY):
             self._create_states(members)
@@ -689,13 +705,17 @@ class SparseAdamW(Optimizer):
 
         Raises:
             RuntimeError: torch.distributed is not initialized.
-            ValueError: The selection is not the same on all ranks (which all of them raise); `group` is without this
-                rank; a gradient of another selection. Gradients are as they were.
+            ValueError: The selection is not the same on all ranks, or the number of steps after a load (which all of
+                them raise); `group` is without this rank; a gradient of another selection. Gradients are as they were.
             TypeError: A gradient of sparse layout.
         """
         refuse_split(self._ranks, "all_reduce_grads()", "leave it out: fully_shard averages them")
         has_nonzero = not self._has_stepped() and self._has_gradients()
-        all_reduce_grads(self._checked_members(), self._released, self._agreement, has_nonzero, group)
+        members, steps = self._checked_members(), 0
+        if not self._agreement.versions:
+            states = (self._states.get(member.parameter) for member in members if member.count)
+            steps = max((int(state["step"]) for state in states if has_state(state)), default=0)
+        all_reduce_grads(members, self._released, self._agreement, has_nonzero, steps, group)
 
     # ---- checkpoints ----
 
@@ -737,10 +757,15 @@ class SparseAdamW(Optimizer):
         Raises:
             ValueError: A state of another density, shape or model; nothing has been loaded.
         """
+
         # runs after the user's pre-hooks: sees what they made of the state
-        handle = self.register_load_state_dict_pre_hook(
-            lambda _, loaded: shield(loaded, self.param_groups, self._follow(), self._selection)
-        )
+        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            shielded = shield(loaded, self.param_groups, self._follow(), self._selection)
+            if self._ranks is not None:
+                self._loaded = loaded_facts(self._follow(), loaded)
+            return shielded
+
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -761,10 +786,12 @@ class SparseAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepared = None
+        self._compared = []
         self._captured = getattr(self, "_captured", [])  # of a copy: none
         if "release_grads" in state:  # a copy: its parameters have no hooks yet
-            self._agreement, self._compared, self._selection_hooks = Agreement(), [], []
+            self._agreement, self._loaded, self._selection_hooks = Agreement(), [], []
             self._released = GradientBuffer() if self.release_grads else None
+        self._agreement.versions = []
         self._find_ranks()
         for group in self.param_groups:
             for name, default in (

@@ -118,7 +118,7 @@ def part_of(tensor: Tensor) -> Part | None:
         return None
     dim = placements[found[0]].dim % tensor.dim()
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    ranks = _ranks_along(mesh, found[0])
+    ranks = Ranks(ranks_along(mesh, (found[0],)))
     size, rank = tensor.shape[dim], mesh.get_coordinate()[found[0]]
     length = -(-size // ranks.size)
     start, stop = min(rank * length, size), min((rank + 1) * length, size)
@@ -126,14 +126,14 @@ def part_of(tensor: Tensor) -> Part | None:
 
 
 @lru_cache(maxsize=64)  # each parameter asks, often
-def _ranks_along(mesh: Any, dim: int) -> Ranks:
-    """Those that differ from this one in one dimension of a mesh, and it itself."""
+def ranks_along(mesh: Any, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that differ from this rank in some dimensions of a mesh alone, and it itself."""
     if (place := mesh.get_coordinate()) is None:
         raise ValueError(
             f"DTensor: expected this rank, {distributed.get_rank()}, to be among those that it is split over, got "
             f"{mesh}; leave it out on other ranks"
         )
-    return Ranks(mesh.mesh[tuple(slice(None) if i == dim else at for i, at in enumerate(place))].tolist())
+    return tuple(mesh.mesh[tuple(slice(None) if i in dims else at for i, at in enumerate(place))].flatten().tolist())
 
 
 def ranks_of(parts: Iterable[Part | None]) -> Ranks | None:

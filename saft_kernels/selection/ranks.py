@@ -8,8 +8,11 @@ import threading
 import time
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ _DONE, _SUM, _GATHER, _FAILED = range(4)
 
 _PATIENCE = 10.0
 """Seconds after which a rank that waits for others says so."""
+
+_LONG = 60.0
+"""Seconds after which it does not wait for those that may train alone."""
 
 
 class _Call:
@@ -47,6 +53,7 @@ class _Line:
         begun: How many calls this rank has begun, as many as the others have.
         call: The one that it is in.
         parted: Why it has left one that the others may still be in, after which there is no other.
+        compared: How often it has come to compare something; see `Ranks.compare`.
     """
 
     def __init__(self, numbers: tuple[int, ...]) -> None:
@@ -54,7 +61,8 @@ class _Line:
         self.begun = 0
         self.call: _Call | None = None
         self.parted: str | None = None
-        self._name = hashlib.blake2b(str(numbers).encode(), digest_size=8).hexdigest()
+        self.compared: Counter[str] = Counter()
+        self._name = _digest(str(numbers))
         self._group: Any = None
 
     def key(self, of: object) -> str:
@@ -265,7 +273,7 @@ class Ranks:
         except RuntimeError as error:
             line.check_left()
             what = "an exchange" if line.call is None else line.call.what
-            raise RuntimeError(f"{what}: expected all of ranks {[*self.numbers]}, got an end of one: {error}") from error
+            raise RuntimeError(f"{what}: one of ranks {[*self.numbers]} has ended, or the network: {error}") from error
 
     # ---- exchanges ----
 
@@ -313,8 +321,75 @@ class Ranks:
             other = next(i for i, row in enumerate(by_rank) if row[at] != by_rank[0, at])
             raise ValueError(
                 f"{what}: expected the same on all ranks, got {found[0]} on rank {self.numbers[0]}, and {found[other]} "
-                f"on rank {self.numbers[other]}; build the same model and optimizer on every rank"
+                f"on rank {self.numbers[other]}; build the same model and optimizer, and load the same state, on every "
+                "rank"
             )
+
+    # ---- of ranks that may not come ----
+
+    def compare(self, what: str, of: str, facts: Sequence[str], remedy: str) -> None:
+        """Raises ValueError on every rank that comes, where a fact is not the same on all.
+
+        Some may train alone, so that others never come: a minute after it has said what it knows, in the ranks'
+        key-value store, this one warns and goes on.
+
+        Args:
+            what: Whose facts, for the error.
+            of: What ranks come to compare. Where it differs, and each waits for the other, that is an error, too.
+            facts: One line each.
+            remedy: What to do.
+        """
+        line, store, me = self._line, _store(), distributed.get_rank()
+        name = _digest(of)
+        place = line.key(f"{name}/{line.compared[name]}")
+        line.compared[name] += 1
+        store.set(f"{place}/{me}", _digest("\n".join(facts)))
+        store.set(line.key(f"at/{me}"), place)
+        others = self._come_to(place)
+        if others is None:
+            return
+        pair = next(((rank, where) for rank, where in others.items() if where != place), None)
+        if pair is None:
+            store.set(line.key(f"at/{me}"), "")
+            found = {rank: store.get(f"{place}/{rank}") for rank in self.numbers}
+            rank = next((rank for rank in self.numbers if found[rank] != found[self.numbers[0]]), None)
+            if rank is None:
+                return
+            pair = rank, place
+        store.set(f"{place}/{me}/facts", "\n".join(facts))
+        first = self.numbers[0] if pair[1] == place else me
+        texts = [_facts_at(f"{where}/{rank}/facts") for rank, where in ((first, place), pair)]
+        pairs = zip_longest(*texts, fillvalue="nothing")
+        a, b = next((both for both in pairs if both[0] != both[1]), ("one", "another"))
+        raise ValueError(
+            f"{what}: expected the same selection on all ranks, got {a} on rank {first}, and {b} on rank {pair[0]}, "
+            f"with which the replicas would drift apart; {remedy}"
+        )
+
+    def _come_to(self, place: str) -> dict[int, str] | None:
+        """Where the ranks are: all there; or some that wait elsewhere. None: they do not come."""
+        line, store = self._line, _store()
+        start, pause, look = time.monotonic(), 1e-4, 1.0
+        before: dict[int, str] = {}
+        while not store.check([f"{place}/{rank}" for rank in self.numbers]):
+            if time.monotonic() - start > look:
+                missing = [rank for rank in self.numbers if not store.check([f"{place}/{rank}"])]
+                known = [rank for rank in missing if store.check([line.key(f"at/{rank}")])]
+                elsewhere = {rank: where for rank in known if (where := store.get(line.key(f"at/{rank}")).decode())}
+                if waiting := {rank: where for rank, where in elsewhere.items() if before.get(rank) == where}:
+                    return waiting
+                if look >= _LONG:
+                    logging.getLogger("saft_kernels").warning(
+                        "SparseAdamW: not all ranks have come to compare what they selected or loaded: ranks %s have "
+                        "not; what changes the selection is called on all of them. If some train alone, ignore this",
+                        missing,
+                    )
+                    store.set(line.key(f"at/{distributed.get_rank()}"), "")
+                    return None
+                before, look = elsewhere, look + 1.0
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.01)
+        return dict.fromkeys(self.numbers, place)
 
 
 def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
@@ -336,6 +411,19 @@ def _connected(key: str, rank: int, size: int) -> Any:
     group._set_default_backend(api.ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), api.ProcessGroup.BackendType.GLOO, gloo)
     return group
+
+
+def _facts_at(key: str) -> list[str]:
+    """What a rank has written there, for those whose facts are others; nothing, where it has gone before."""
+    try:
+        _store().wait([key], timedelta(seconds=_PATIENCE))
+    except Exception:  # torch.distributed has no type of its own for a timeout
+        return []
+    return _store().get(key).decode().split("\n")  # type: ignore[no-any-return]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _store() -> Any:
