@@ -99,7 +99,7 @@ class SparseMask(Mapping[str, Tensor]):
                     f"indices of {name!r}: expected one-dimensional int32 or int64, got {short(index.dtype)} of shape "
                     f"{tuple(index.shape)}; SparseMask.from_dense takes bool tensors"
                 )
-            check_memory(f"indices of {name!r}", index)
+            _check_whole(f"indices of {name!r}", index)
             index = index.detach().cpu()
             if bool((index[1:] <= index[:-1]).any()):
                 raise ValueError(f"indices of {name!r}: expected ascending and distinct, got others; take .unique()")
@@ -224,7 +224,7 @@ class SparseMask(Mapping[str, Tensor]):
 
         Raises:
             ValueError: A name or shape that `model` does not have; a mask whose memory was freed.
-            TypeError: `masks` holds something that is no tensor.
+            TypeError: `masks` holds something that is no tensor, or one that is not whole and in memory, as a DTensor.
         """
         masks = dict(masks)
         for name, mask in masks.items():
@@ -232,7 +232,7 @@ class SparseMask(Mapping[str, Tensor]):
                 raise TypeError(
                     f"`masks`[{name!r}]: expected a tensor, got {type(mask).__name__}; pass the masks alone"
                 )
-            check_memory(f"`masks`[{name!r}]", mask)
+            _check_whole(f"`masks`[{name!r}]", mask)
         indices = {name: mask.reshape(-1).nonzero().flatten() for name, mask in masks.items()}
         shapes = {name: mask.shape for name, mask in masks.items()}
         if model is None:
@@ -293,6 +293,16 @@ class SparseMask(Mapping[str, Tensor]):
 def log_mask(what: str, mask: SparseMask, *, show: bool = False) -> None:
     """Says what a mask selects, as `say` does: once, by the first that has it."""
     mask._is_logged = mask._is_logged or say(f"{what}: {mask.summary().headline}", show=show)
+
+
+def _check_whole(label: str, tensor: Tensor) -> None:
+    """Raises for a tensor of which not all elements are here to be read."""
+    if hasattr(tensor, "full_tensor") or tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        got = f"one on {tensor.device} of {tensor.layout}; call to_dense(), or load it into memory"
+        if hasattr(tensor, "full_tensor"):
+            got = "a DTensor; call full_tensor() on all ranks"
+        raise TypeError(f"{label}: expected a whole strided tensor in memory, got {got}")
+    check_memory(label, tensor)
 
 
 def _zeros(numel: int) -> npt.NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..mask import SparseMask
 from ..optim.budgets import Picked, Pool
 from ..optim.members import or_whole
+from ..optim.ranks import refuse_split
 from ..optim.sparse_adamw import SparseAdamW
 from ..selection.budget import DEFAULT_DENSITY
 from ..selection.select_mask import select
@@ -48,8 +49,11 @@ def select_into(
         ValueError: No batches, a gradient that is not finite, none but zeros, or a parameter that is not the model's.
             Nothing was changed.
         TypeError: An optimizer of another class; `loss_fn` returned something else than a scalar tensor.
+        NotImplementedError: Its parameters are DTensors, as of fully_shard.
     """
     sparse = unwrapped(optimizer)
+    remedy = "call optimizer.use_mask(saft_kernels.select(model, batches, loss_fn)) on all ranks in its place"
+    refuse_split(sparse.param_groups, "select_into(), as of a SelectionCallback", remedy)
     names = _names(sparse, model)
     members = sparse.members()
     picked = Picked({}, {})
@@ -156,7 +160,7 @@ def unwrapped(optimizer: Optimizer) -> SparseAdamW:
 def _names(optimizer: SparseAdamW, model: nn.Module) -> dict[Tensor, str]:
     """The model's names of the optimizer's parameters."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for member in optimizer.members():
+    for member in optimizer.members(split=True):
         if member.parameter not in names:
             i, j = member.position
             raise ValueError(

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
+from ..optim.ranks import refuse_split
 from ..optim.release import GradientBuffer
 from ..optim.selected_grad import Selected
 from ..optim.sparse_adamw import SparseAdamW
@@ -60,6 +61,7 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
         TypeError: `optimizer` is no SparseAdamW.
         ValueError: It does not release gradients, or has not selected yet; no layer is covered; the model has sparse
             gradients already, or is a DistributedDataParallel.
+        NotImplementedError: Its parameters are DTensors, as of fully_shard.
 
     Selected entries come out of a matrix product of the rows and columns that hold one, made a block of rows at a time,
     or from `saft_kernels.sddmm`: what takes less time on the device of the weight (on NVIDIA GPUs the product nearly
@@ -161,6 +163,8 @@ def _check_arguments(model: nn.Module, optimizer: SparseAdamW) -> GradientBuffer
         raise ValueError(
             "`optimizer`: expected release_grads=True, got False; selected entries have no place in a dense p.grad"
         )
+    remedy = "leave it out: with release_grads=True each gradient is freed as soon as backward has made it"
+    refuse_split(optimizer.param_groups, "sparse_grad()", remedy)
     if optimizer.mask is None:
         raise ValueError(
             "`optimizer`: expected a selection, got none yet; pass a mask, or call sparse_grad after the first step()"

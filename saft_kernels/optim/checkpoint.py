@@ -52,6 +52,7 @@ def shield(
         states[key] = values
         if key in by_id and values:
             member = by_id[key]
+            _check_whole(member, values)
             shape = tuple(member.parameter.shape)
             if "grad_sum" in values and tuple(values["grad_sum"].shape) != shape:
                 raise ValueError(
@@ -106,6 +107,17 @@ def _check_shapes(members: Sequence[Member], groups: list[dict[str, Any]]) -> No
                 f"`state_dict`: {member.name!r}: expected shape {tuple(member.parameter.shape)}, got "
                 f"{tuple(shapes[j])}: the state of another model; nothing was loaded"
             )
+
+
+def _check_whole(member: Member, values: Mapping[str, Any]) -> None:
+    """A whole parameter takes whole tensors: to gather others takes all ranks, which need not be here."""
+    split = [key for key, value in values.items() if isinstance(value, Tensor) and is_distributed(value)]
+    if split and not is_distributed(member.parameter):
+        raise ValueError(
+            f"`state_dict`: {split[0]} of {member.name!r}: expected a whole tensor, as the parameter is, got a "
+            "DTensor; call full_tensor() on all ranks that have a part of it, or save saft_kernels.OptimizerState; "
+            "nothing was loaded"
+        )
 
 
 def _check_state(member: Member, values: dict[str, Any], amsgrad: bool) -> None:

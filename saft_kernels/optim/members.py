@@ -64,6 +64,7 @@ class Member:
         is_known: Whether there has been a selection.
         stage: See `Stage`.
         version: Rises whenever `index` or whether it counts changes: what was made for an older one is stale.
+        is_moved: The parameter has been split otherwise since, or is whole, and `index` is of what was here before.
     """
 
     position: Position
@@ -76,6 +77,7 @@ class Member:
     _owner: Tensor | None = None  # the tensor whose state was seen last, since the selection
     _is_orphan: bool = False  # that state is gone, and the parameter is another
     _shape: tuple[int, ...] = ()  # of what was selected from
+    is_moved: bool = False
 
     @property
     def is_stranger(self) -> bool:
@@ -166,6 +168,8 @@ class Members:
             was_pending, index = record.is_pending, record.index
             if index is not None and _is_split_of(tensor, record.parameter):
                 record.index = local_index(tensor, index)
+            elif _split(tensor) != _split(record.parameter):
+                record.is_moved = index is not None and record.is_known
             record.position, record.name, record.parameter = position, name, tensor
             if param_groups[position[0]]["num_candidates"] is None:
                 record.stage = Stage.SUMMING if position in summed else Stage.PENDING
@@ -173,7 +177,7 @@ class Members:
                 record.stage = Stage.PREPARED if position in prepared else Stage.SELECTED
             state = states.get(tensor)
             if has_state(state):
-                record.index, record.is_known = state.get("indices"), True
+                record.index, record.is_known, record.is_moved = state.get("indices"), True, False
                 record._owner, record._shape = tensor, tuple(tensor.shape)
             elif position[0] in dense_groups and not record.is_pending:
                 record.index, record.is_known, record._owner = None, True, None
@@ -189,7 +193,7 @@ class Members:
         for position, index in picked.items():
             record = self._records[position]
             record.version += not same_index(record.index, index)
-            record.index, record.is_known, record._owner = index, True, None
+            record.index, record.is_known, record._owner, record.is_moved = index, True, None, False
             record._shape = tuple(record.parameter.shape)
 
     def forget(self, group: int) -> None:
@@ -198,10 +202,17 @@ class Members:
 
 
 def check_members(members: Iterable[Member]) -> None:
-    """Raises ValueError for a parameter that took another's place, so that nothing says what to train of it."""
+    """Raises ValueError for a parameter of which nothing says what to train: another's place, or other shards."""
     for member in members:
+        i, j = member.position
+        if member.is_moved and not member.is_pending:
+            split = _split(member.parameter)
+            raise ValueError(
+                f"param_groups[{i}]['params'][{j}], {member.name!r}: expected it to be split over ranks as when it was "
+                f"selected from, got one that is {'whole' if split is None else f'split as {split[1]}'}; take "
+                "optimizer.state_dict() on all ranks before such a change, and load it after"
+            )
         if member.is_stranger:
-            i, j = member.position
             raise ValueError(
                 f"param_groups[{i}]['params'][{j}], {member.name!r}: expected the parameter that was selected from, or "
                 f"one that has its state, got another, of shape {tuple(member.parameter.shape)}, without state; call "
@@ -227,6 +238,11 @@ def _places(param_groups: ParamGroups) -> Iterator[tuple[Position, str, Tensor]]
         for j, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
             yield (i, j), name, parameter
         number += len(group["params"])
+
+
+def _split(tensor: Any) -> tuple[Any, Any] | None:
+    """Over whom a parameter is split, and how; None: it is whole."""
+    return None if part_of(tensor) is None else (tensor.device_mesh, tensor.placements)
 
 
 def _is_split_of(tensor: Tensor, before: Tensor) -> bool:

@@ -33,7 +33,8 @@ class OptimizerState:
 
     Raises:
         ValueError: A parameter that the model does not have; saving while `selection_steps` adds up gradients; loading
-            the state of other parameters. Of another budget, torch.distributed.checkpoint's error for other sizes.
+            the state of other parameters. Of another budget, torch.distributed.checkpoint's error for other sizes: of
+            `packed`, k elements in all. Nothing is loaded then.
     """
 
     def __init__(self, model: nn.Module, optimizer: SparseAdamW) -> None:
@@ -76,8 +77,8 @@ class OptimizerState:
                     parts.append(values.get(k, zeros))
         return {
             "names": self._groups_and_names(),
-            "lengths": torch.tensor(lengths, dtype=torch.int64, device="cpu"),
-            "steps": torch.tensor(steps, dtype=torch.float32, device="cpu"),
+            "lengths": lengths,  # no tensors, whose sizes would be an error of other words before `names` are read
+            "steps": steps,
             "packed": {key: self._padded(key, parts) for key, parts in packed.items()},
             "whole": whole,
             "groups": {
@@ -88,14 +89,15 @@ class OptimizerState:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the optimizer what was saved."""
-        for saved, mine in zip_longest(state_dict["names"], self._groups_and_names()):
+        for saved, mine in zip_longest(state_dict["names"], self._groups_and_names(), fillvalue="none"):
             if saved != mine:
                 raise ValueError(
                     f"OptimizerState: expected the parameters that were saved, in their order, {saved} among them, got "
-                    f"{mine} in its place; build the optimizer of the same parameters, in the same groups and order"
+                    f"{mine} in its place; build the optimizer of the same parameters, in the same groups and order; "
+                    "nothing was loaded"
                 )
         fresh = self._optimizer.state_dict()
-        lengths, steps = state_dict["lengths"].tolist(), state_dict["steps"].tolist()
+        lengths, steps = state_dict["lengths"], state_dict["steps"]
         states: dict[Any, dict[str, Any]] = {}
         first = 0
         for (key, parameter, _, is_dense), length, step in zip(self._rows(fresh), lengths, steps, strict=True):
@@ -120,7 +122,7 @@ class OptimizerState:
 
     def _groups_and_names(self) -> list[str]:
         return [
-            f"{self._names[parameter]} of group {i}"
+            f"{self._names[parameter]!r} of shape {tuple(parameter.shape)} in group {i}"
             for i, group in enumerate(self._optimizer.param_groups)
             for parameter in group["params"]
         ]

@@ -135,13 +135,15 @@ def check_split(where: str, parameters: Sequence[Tensor]) -> None:
             )
 
 
-def refuse_split(ranks: Ranks | None, what: str, remedy: str) -> None:
+def refuse_split(param_groups: ParamGroups, what: str, remedy: str) -> None:
     """Raises NotImplementedError for what does not work yet with parameters that are split over ranks."""
-    if ranks is not None:
-        raise NotImplementedError(
-            f"{what}: expected whole parameters, got DTensors, split over {ranks.size} ranks, with which it does not "
-            f"work yet; {remedy}"
-        )
+    for i, group in enumerate(param_groups):
+        for j, parameter in enumerate(group["params"]):
+            if is_distributed(parameter):
+                raise NotImplementedError(
+                    f"{what}: expected whole parameters, got DTensors, param_groups[{i}]['params'][{j}] among them, "
+                    f"with which it does not work yet; {remedy}"
+                )
 
 
 def check_same(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ class SparseAdamW(Optimizer):
 
     # whether anyone else may hold what is in `state`, and move its memory
     _is_state_shared = True
+
+    # of DTensors among the parameters
+    _meshes: AbstractSet[Any] = frozenset()
 
     # whether there is state that was made before the first step
     _has_early_states = False
@@ -253,7 +257,7 @@ class SparseAdamW(Optimizer):
         check_group(where, group, is_dense)
         ranks = _ranks_of(where, group, self._ranks)
         if group["differentiable"]:
-            refuse_split(ranks, "differentiable=True", "leave it out")
+            refuse_split([group], "differentiable=True", "leave it out")
         is_spent = self._selection.k is not None and any(g.get("num_candidates") is not None for g in self.param_groups)
         if is_spent and group["density"] is None and group["k"] is None:
             raise ValueError(
@@ -283,7 +287,7 @@ class SparseAdamW(Optimizer):
         """
         self._follow()
         if not split:
-            refuse_split(self._ranks, "members(), as for sparse_grad and select_into", "use optimizer.mask")
+            refuse_split(self.param_groups, "members()", "use optimizer.mask, or members(split=True), this rank's part")
         _ = self.state  # their indices are in it: it is shared from now on
         return self._checked_members()
 
@@ -300,8 +304,11 @@ class SparseAdamW(Optimizer):
             summed=self._selection.sums,
             prepared=() if self._prepared is None else self._prepared.positions,
         )
-        if self._ranks is None and any(is_distributed(member.parameter) for member in members):
-            self._find_ranks()  # they have been split since
+        tensors: list[Any] = [member.parameter for member in members]
+        meshes = {tensor.device_mesh for tensor in tensors if is_distributed(tensor)}
+        if meshes != self._meshes:
+            self._find_ranks()  # they have been split since, or are whole again
+            self._meshes = meshes
         return members
 
     @property
@@ -709,7 +716,7 @@ class SparseAdamW(Optimizer):
                 them raise); `group` is without this rank; a gradient of another selection. Gradients are as they were.
             TypeError: A gradient of sparse layout.
         """
-        refuse_split(self._ranks, "all_reduce_grads()", "leave it out: fully_shard averages them")
+        refuse_split(self.param_groups, "all_reduce_grads()", "leave it out: fully_shard averages them")
         has_nonzero = not self._has_stepped() and self._has_gradients()
         members, steps = self._checked_members(), 0
         if not self._agreement.versions:

@@ -129,7 +129,7 @@ def select(
     if ranks is not None and streaming in (True, "blocks"):
         raise NotImplementedError(
             "select(): expected streaming=False or 'host' with parameters that are split over "
-            f"{ranks.size} ranks, got streaming={streaming!r}, which does not work there yet"
+            f"{ranks.size} ranks, got streaming={streaming!r}, which does not work there yet; pass 'host'"
         )
 
     def pick(scores: dict[str, Tensor]) -> dict[str, Tensor]:
