@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from saft_kernels import OptimizerState, SparseAdamW, SparseMask, select, sparse_grad
 from saft_kernels.integrations import select_into
+from saft_kernels.selection import ranks as ranks_module
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without distributed")
 
@@ -130,8 +131,23 @@ def others(rank: int) -> dict[str, str]:
     return found
 
 
+def alone(rank: int) -> list[str]:
+    """A rank that has loaded alone, and gave up on the other, meets it later."""
+    run = Run("parallel")
+    found = [attempt(run.step)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks_module, "_LONG", 1.0)
+        if rank:
+            run.loading(saved(1, 5))
+    distributed.barrier()
+    run.optimizer.load_state_dict(saved(1, 5))
+    found.append(attempt(run.step))
+    run.optimizer.load_state_dict(saved(1, 5 + rank))
+    return [*found, attempt(run.step)]
+
+
 def asks(rank: int) -> list[str]:
-    """One rank asks for the mask while the other is in the collectives of the model; both then get what they came for."""
+    """One rank asks for the mask while the other is in the collectives of the model; both get what they came for."""
     run = Run("split")
     run.step()
     group = run.model.p.device_mesh.get_group()
@@ -235,7 +251,7 @@ def ended(rank: int, folder: str) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = (loads, others, asks, refused)
+SCENARIOS = (loads, others, alone, asks, refused)
 
 
 def _run(rank: int, folder: str) -> None:
@@ -308,6 +324,14 @@ def test_other_parameters(ranks: list[dict[str, Any]], what: str, texts: list[st
         assert message.startswith("ValueError: SparseAdamW under DistributedDataParallel: expected the same selection")
         assert all(text in message for text in texts), message
         assert message.endswith("which averages"), f"rank {rank}: {message}"  # and not so many seconds
+
+
+def test_a_rank_that_loads_alone(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        *fine, message = result["alone"]
+        assert fine == ["ok", "ok"]
+        assert "5 steps made on rank 0" in message
+        assert "6 steps made on rank 1" in message
 
 
 def test_a_rank_that_asks_alone(ranks: list[dict[str, Any]]) -> None:

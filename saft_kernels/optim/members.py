@@ -168,7 +168,7 @@ class Members:
             was_pending, index = record.is_pending, record.index
             if index is not None and _is_split_of(tensor, record.parameter):
                 record.index = local_index(tensor, index)
-            elif _split(tensor) != _split(record.parameter):
+            elif tensor is not record.parameter and _split(tensor) != _split(record.parameter):
                 record.is_moved = index is not None and record.is_known
             record.position, record.name, record.parameter = position, name, tensor
             if param_groups[position[0]]["num_candidates"] is None:

@@ -24,6 +24,9 @@ _DONE, _SUM, _GATHER, _FAILED = range(4)
 _PATIENCE = 10.0
 """Seconds after which a rank that waits for others says so."""
 
+_DIGEST = 32
+"""Characters of a digest."""
+
 _LONG = 60.0
 """Seconds after which it does not wait for those that may train alone."""
 
@@ -56,13 +59,13 @@ class _Line:
         compared: How often it has come to compare something; see `Ranks.compare`.
     """
 
-    def __init__(self, numbers: tuple[int, ...]) -> None:
+    def __init__(self, numbers: tuple[int, ...], number: int) -> None:
         self.numbers = numbers
         self.begun = 0
         self.call: _Call | None = None
         self.parted: str | None = None
         self.compared: Counter[str] = Counter()
-        self._name = _digest(str(numbers))
+        self._name = _digest(f"{numbers} {number}")
         self._group: Any = None
 
     def key(self, of: object) -> str:
@@ -111,8 +114,12 @@ class _Line:
             raise RuntimeError(self.parted)
 
 
+# how many lines there have been, by default process group, ranks, and this rank
+_made: weakref.WeakKeyDictionary[Any, Counter[tuple[tuple[int, ...], int]]] = weakref.WeakKeyDictionary()
+
+
 class _Here(threading.local):
-    """The lines of this rank, of the torch.distributed that is initialized now."""
+    """The lines of this thread, of the torch.distributed that is initialized now."""
 
     def __init__(self) -> None:
         self._default_group: Callable[[], Any] = lambda: None
@@ -129,7 +136,11 @@ class _Here(threading.local):
         default_group = distributed.group.WORLD
         if self._default_group() is not default_group:
             self._default_group, self._lines = weakref.ref(default_group), {}
-        return self._lines.setdefault(numbers, _Line(numbers))
+        if numbers not in self._lines:
+            made, key = _made.setdefault(default_group, Counter()), (numbers, distributed.get_rank())
+            self._lines[numbers] = _Line(numbers, made[key])
+            made[key] += 1
+        return self._lines[numbers]
 
 
 _here = _Here()
@@ -339,25 +350,20 @@ class Ranks:
             facts: One line each.
             remedy: What to do.
         """
-        line, store, me = self._line, _store(), distributed.get_rank()
-        name = _digest(of)
-        place = line.key(f"{name}/{line.compared[name]}")
-        line.compared[name] += 1
-        store.set(f"{place}/{me}", _digest("\n".join(facts)))
-        store.set(line.key(f"at/{me}"), place)
-        others = self._come_to(place)
-        if others is None:
+        store, me = _store(), distributed.get_rank()
+        text = "\n".join(facts)
+        if (places := self._come_to(_digest(of), text)) is None:
             return
-        pair = next(((rank, where) for rank, where in others.items() if where != place), None)
+        first, place = self.numbers[0], places[me]
+        pair = next(((rank, where) for rank, where in places.items() if where != place), None)
         if pair is None:
-            store.set(line.key(f"at/{me}"), "")
-            found = {rank: store.get(f"{place}/{rank}") for rank in self.numbers}
-            rank = next((rank for rank in self.numbers if found[rank] != found[self.numbers[0]]), None)
-            if rank is None:
+            found = {rank: store.get(f"{place}/{rank}")[:_DIGEST] for rank in self.numbers}
+            if len({*found.values()}) == 1:
                 return
-            pair = rank, place
-        store.set(f"{place}/{me}/facts", "\n".join(facts))
-        first = self.numbers[0] if pair[1] == place else me
+            pair = next(rank for rank in self.numbers if found[rank] != found[first]), place
+        else:
+            first = me
+        store.set(f"{place}/{me}/facts", text)
         texts = [_facts_at(f"{where}/{rank}/facts") for rank, where in ((first, place), pair)]
         pairs = zip_longest(*texts, fillvalue="nothing")
         a, b = next((both for both in pairs if both[0] != both[1]), ("one", "another"))
@@ -366,30 +372,52 @@ class Ranks:
             f"with which the replicas would drift apart; {remedy}"
         )
 
-    def _come_to(self, place: str) -> dict[int, str] | None:
-        """Where the ranks are: all there; or some that wait elsewhere. None: they do not come."""
-        line, store = self._line, _store()
+    def _come_to(self, name: str, text: str) -> dict[int, str] | None:
+        """The places in the store where all ranks have left a digest, the same one, or each waits elsewhere for others.
+
+        None: some do not come. Those that had come alone before meet where the one has come to that did so most often.
+        What a rank has left that gave up on the others is good only for one that comes later, and finds nobody else.
+        """
+        line, store, me = self._line, _store(), distributed.get_rank()
         start, pause, look = time.monotonic(), 1e-4, 1.0
         before: dict[int, str] = {}
-        while not store.check([f"{place}/{rank}" for rank in self.numbers]):
-            if time.monotonic() - start > look:
-                missing = [rank for rank in self.numbers if not store.check([f"{place}/{rank}"])]
-                known = [rank for rank in missing if store.check([line.key(f"at/{rank}")])]
-                elsewhere = {rank: where for rank in known if (where := store.get(line.key(f"at/{rank}")).decode())}
-                if waiting := {rank: where for rank, where in elsewhere.items() if before.get(rank) == where}:
-                    return waiting
-                if look >= _LONG:
-                    logging.getLogger("saft_kernels").warning(
-                        "SparseAdamW: not all ranks have come to compare what they selected or loaded: ranks %s have "
-                        "not; what changes the selection is called on all of them. If some train alone, ignore this",
-                        missing,
-                    )
-                    store.set(line.key(f"at/{distributed.get_rank()}"), "")
-                    return None
+        place = ""
+        while True:
+            if not place:
+                place = f"{name}/{line.compared[name]}"
+                store.set(line.key(f"{place}/{me}"), _digest(text))
+                store.set(line.key(f"at/{me}"), place)
+                left = [line.key(f"{place}/{rank}") for rank in self.numbers]
+            is_complete = store.check(left) and all(len(store.get(key)) == _DIGEST for key in left)
+            waited = time.monotonic() - start
+            if is_complete or waited > look:
+                keys = {rank: line.key(f"at/{rank}") for rank in self.numbers}
+                waiting = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+                latest = max(int(at.rpartition("/")[2]) for at in waiting.values() if at.startswith(name))
+                if latest > line.compared[name]:
+                    line.compared[name], place = latest, ""
+                    continue
+                elsewhere = {rank: at for rank, at in waiting.items() if at and not at.startswith(name)}
+                if any(before.get(rank) == at for rank, at in elsewhere.items()):
+                    return {me: line.key(place), **{rank: line.key(at) for rank, at in elsewhere.items()}}
                 before, look = elsewhere, look + 1.0
+            if is_complete or waited > _LONG:
+                break
             time.sleep(pause)
             pause = min(1.5 * pause, 0.01)
-        return dict.fromkeys(self.numbers, place)
+        line.compared[name] += 1
+        store.set(line.key(f"at/{me}"), "")
+        if not is_complete:
+            store.set(line.key(f"{place}/{me}/facts"), text)
+            store.set(line.key(f"{place}/{me}"), f"{_digest(text)} of one that gave up")
+        if is_complete or store.check(left):
+            return dict.fromkeys(self.numbers, line.key(place))
+        logging.getLogger("saft_kernels").warning(
+            "SparseAdamW: not all ranks have come to compare what they selected or loaded: ranks %s have not; what "
+            "changes the selection is called on all of them. If some train alone, ignore this",
+            [rank for rank in self.numbers if not store.check([line.key(f"{place}/{rank}")])],
+        )
+        return None
 
 
 def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
@@ -423,7 +451,7 @@ def _facts_at(key: str) -> list[str]:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST // 2).hexdigest()
 
 
 def _store() -> Any:
