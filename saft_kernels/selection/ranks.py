@@ -380,36 +380,40 @@ class Ranks:
         """
         line, store, me = self._line, _store(), distributed.get_rank()
         start, pause, look = time.monotonic(), 1e-4, 1.0
-        before: dict[int, str] = {}
-        place = ""
+        before: dict[int, tuple[str, str]] = {}
+        place, other, last = "", None, _LONG
         while True:
             if not place:
                 place = f"{name}/{line.compared[name]}"
                 store.set(line.key(f"{place}/{me}"), _digest(text))
-                store.set(line.key(f"at/{me}"), place)
                 left = [line.key(f"{place}/{rank}") for rank in self.numbers]
             is_complete = store.check(left) and all(len(store.get(key)) == _DIGEST for key in left)
             waited = time.monotonic() - start
-            if is_complete or waited > look:
-                keys = {rank: line.key(f"at/{rank}") for rank in self.numbers}
-                waiting = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
-                latest = max(int(at.rpartition("/")[2]) for at in waiting.values() if at.startswith(name))
-                if latest > line.compared[name]:
-                    line.compared[name], place = latest, ""
-                    continue
-                elsewhere = {rank: at for rank, at in waiting.items() if at and not at.startswith(name)}
-                if any(before.get(rank) == at for rank, at in elsewhere.items()):
-                    return {me: line.key(place), **{rank: line.key(at) for rank, at in elsewhere.items()}}
-                before, look = elsewhere, look + 1.0
-            if is_complete or waited > _LONG:
+            if is_complete or waited > last:
                 break
+            if waited > look:
+                store.set(line.key(f"at/{me}"), f"{place} {look}")  # it changes as long as this rank waits
+                keys = {rank: line.key(f"at/{rank}") for rank in self.numbers if rank != me}
+                texts = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+                now = {rank: (at.split(" ")[0], at) for rank, at in texts.items()}
+                pairs = ((rank, before.get(rank, ("", "")), at) for rank, at in now.items())
+                stay = {rank: new[0] for rank, old, new in pairs if old[0] == new[0] and old != new}
+                elsewhere = {rank: at for rank, at in stay.items() if not at.startswith(name)}
+                if elsewhere and other is None:
+                    rank, at = next(iter(elsewhere.items()))
+                    other, last = {me: line.key(place), rank: line.key(at)}, look + 3.0  # until they have seen it, too
+                numbers = [int(at.rpartition("/")[2]) for at in stay.values() if at.startswith(name)]
+                if max(numbers, default=0) > line.compared[name]:
+                    line.compared[name], place = max(numbers), ""
+                before, look = now, look + 1.0
             time.sleep(pause)
             pause = min(1.5 * pause, 0.01)
         line.compared[name] += 1
-        store.set(line.key(f"at/{me}"), "")
         if not is_complete:
             store.set(line.key(f"{place}/{me}/facts"), text)
             store.set(line.key(f"{place}/{me}"), f"{_digest(text)} of one that gave up")
+        if not is_complete and other is not None:
+            return other
         if is_complete or store.check(left):
             return dict.fromkeys(self.numbers, line.key(place))
         logging.getLogger("saft_kernels").warning(
