@@ -406,7 +406,7 @@ def close_up(rows: Sequence[Row]) -> tuple[tuple[float, float], tuple[float, flo
     best = max(chosen)[0]
     near = [at for at in chosen if at[0] >= best - widths[0] / 8]
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*near, strict=True))
-    if len(near) < 2 or high - low > widths[1] / 2:
+    if len(near) < max(2, len(chosen) / 2) or high - low > widths[1] / 2:
         return None
     side = (max(1.0, (right - left) / 4), max(1.0, (high - low) / 4))
     return (left - side[0], right + side[0]), (low - side[1], high + side[1])
