@@ -1,4 +1,4 @@
-"""The study of docs/fidelity.md: every method of examples/finetune_*.py over five draws, and variants of SAFT.
+"""The study of docs/fidelity.md: every method of examples/finetune_*.py over several seeds, and variants of SAFT.
 
     python examples/icons_data.py --shots 16 && python examples/pretrain_icons.py       # for the parts on icons
     python bench/study.py emoji-16 emoji-16-variants
@@ -9,6 +9,7 @@ Run it where data/ is. A part goes on from the rows that it finds in --output; a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import statistics
 import sys
@@ -108,31 +109,22 @@ def _at_epoch_ends(run: FineTuning, act: Callable[[int], None]) -> Trained:
     return trained
 
 
+def _select_anew(run: FineTuning, share: float = 1.0) -> None:
+    """With the gradients of the model as it is now; of the setting's density, a share."""
+    setting = dataclasses.replace(run.setting, density=share * (run.setting.density or 0.0))
+    with torch.enable_grad():
+        mask = finetuning.select_mask(run.task, run.examples, setting)
+    run.optimizer.use_mask(mask)  # type: ignore[attr-defined]
+
+
 def refreshed(run: FineTuning) -> Trained:
-    """Selected anew after each of the first epochs, with the gradients of the model as it is then."""
-
-    def select(epoch: int) -> None:
-        if epoch <= REFRESHED:
-            training = run.task.model.training
-            with torch.enable_grad():
-                mask = finetuning.select_mask(run.task, run.examples, run.setting)
-            run.task.model.train(training)
-            run.optimizer.use_mask(mask)  # type: ignore[attr-defined]
-
-    return _at_epoch_ends(run, select)
+    """Selected anew after each of the first epochs."""
+    return _at_epoch_ends(run, lambda epoch: _select_anew(run) if epoch <= REFRESHED else None)
 
 
 def narrowed(run: FineTuning) -> Trained:
     """The second half of the epochs trains a tenth as many, selected anew."""
-
-    def select(epoch: int) -> None:
-        if epoch == run.args.epochs // 2:
-            density = run.setting.density * NARROW  # type: ignore[operator]
-            with torch.enable_grad():
-                mask = finetuning.select_mask(run.task, run.examples, finetuning.replace(run.setting, density=density))
-            run.optimizer.use_mask(mask)  # type: ignore[attr-defined]
-
-    return _at_epoch_ends(run, select)
+    return _at_epoch_ends(run, lambda epoch: _select_anew(run, NARROW) if epoch == run.args.epochs // 2 else None)
 
 
 def pulled(of: str, strength: float) -> Method:
