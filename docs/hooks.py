@@ -15,7 +15,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-ALONG = ("examples/*.py", "bench/*.py", "bench/results/*.csv", "bench/results/*.json*", "bench/results/*.png")
+ALONG = ("examples/*.py", "bench/*.py", "bench/results/*.csv", "bench/results/**/*.json*", "bench/results/*.png")
 LINK = re.compile(r"(\]\()((?!\w+:)[^)#\s]+)")
 
 
