@@ -3,7 +3,8 @@
     python examples/icons_data.py --shots 16 && python examples/pretrain_icons.py       # for the parts on icons
     python bench/study.py emoji-16 emoji-16-variants
 
-Run it where data/ is. A part goes on from the rows that it finds in --output; all go to bench/results/fidelity, too.
+Run it where data/ is. A part goes on from the rows that it finds in --output/PART/results.jsonl; all go to
+bench/results/fidelity, too, in place of those that are there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +180,7 @@ RATES = {
     "lora": "lora=3e-3,1e-2",
 }
 FEWER = {name: RATES[name] for name in ("saft", "full", "random", "linear_probe", "lora")}
-SPARSER, DENSER = {"saft": "saft=3e-4,1e-3,3e-3"}, {"saft": "saft=1e-4,3e-4,1e-3"}
+SPARSER, DENSER = {"saft": RATES["saft"]}, {"saft": "saft=1e-4,3e-4,1e-3"}
 TEXT = {
     "saft": "saft=1e-3,3e-3",
     "full": "full=3e-5,1e-4,3e-4",
@@ -267,7 +267,7 @@ def variants_table(rows: Sequence[Row], whole: Sequence[Row]) -> str:
             for figure in (lambda r: r.accuracy[frontier.VAL], lambda r: r.shifted)
         ]
         cells = [point.method, *(f"{x:.1f}" for x in point.at)]
-        cells += [f"{statistics.fmean(d):+.1f} ± {statistics.stdev(d) if len(d) > 1 else 0:.1f}" for d in differences]
+        cells += [frontier.plus_minus(frontier.mean_std(d), len(d), "+.1f") for d in differences]
         cells += [f"{x:.1f}" for x in half.at]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -136,7 +136,7 @@ class Rows:
 # ---- what is chosen, and compared ----
 
 
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation, 0 of one value; NaN where one is."""
     mean = statistics.fmean(values)
     return mean, mean if math.isnan(mean) else statistics.stdev(values) if len(values) > 1 else 0.0
@@ -154,7 +154,7 @@ class Point:
     def of(self, figure: Callable[[Row], float | None]) -> tuple[float, float]:
         """Mean and standard deviation over the seeds; NaN where a row has none."""
         values = [figure(row) for row in self.rows]
-        return _mean_std([math.nan if value is None else value for value in values])
+        return mean_std([math.nan if value is None else value for value in values])
 
     @property
     def at(self) -> tuple[float, float]:
@@ -230,7 +230,7 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
         lines.append(
             Line(
                 point,
-                _mean_std(pairs) if pairs else None,
+                mean_std(pairs) if pairs else None,
                 ours - theirs if front and not math.isnan(ours) else None,
             )
         )
@@ -246,7 +246,8 @@ def best_trade(lines: Sequence[Line]) -> Line | None:
 # ---- tables ----
 
 
-def _pm(figure: tuple[float, float], seeds: int, form: str = ".1f") -> str:
+def plus_minus(figure: tuple[float, float], seeds: int, form: str = ".1f") -> str:
+    """Such as "65.3 ± 0.4"; without a deviation of one seed."""
     if math.isnan(figure[0]):
         return "-"
     return f"{figure[0]:{form}}" + (f" ± {figure[1]:.1f}" if seeds > 1 else "")
@@ -279,9 +280,11 @@ def accuracy_table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 p.label,
                 "-" if plain else f"{p.lr:g}",
                 "-" if plain else f"{p.alpha:g}",
-                _pm(p.of(lambda row: row.accuracy[VAL]), n),
-                _pm(p.of(lambda row: row.shifted), n),
-                "-" if line.paired is None or (p.label == REFERENCE and p.alpha == 1) else _pm(line.paired, n, "+.1f"),
+                plus_minus(p.of(lambda row: row.accuracy[VAL]), n),
+                plus_minus(p.of(lambda row: row.shifted), n),
+                "-"
+                if line.paired is None or (p.label == REFERENCE and p.alpha == 1)
+                else plus_minus(line.paired, n, "+.1f"),
                 "-" if line.matched is None else f"{line.matched:+.1f}",
             ]
         )
@@ -295,7 +298,7 @@ def cost_table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     for p in (line.point for line in lines if line.point.alpha == 1):
         times = [p.of(lambda row: row.ms_per_step)[0], p.of(lambda row: row.ms_per_optimizer_step)[0]]
         sizes = [f"{p.trained:,}", _bytes(p.state_bytes)]
-        cells.append([p.label, *sizes, _pm((times[0], 0), 1), _pm((times[1], 0), 1, ".2f")])
+        cells.append([p.label, *sizes, plus_minus((times[0], 0), 1), plus_minus((times[1], 0), 1, ".2f")])
     return header, cells
 
 
@@ -304,7 +307,7 @@ def set_table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     points = [line.point for line in lines if line.point.alpha == 1 or line.point.method == ZERO_SHOT]
     tests = [name for name in points[0].accuracy if name != SELECT]
     cells = [
-        [name] + [_pm(p.of(lambda row, name=name: row.accuracy.get(name)), len(p.rows)) for p in points]
+        [name] + [plus_minus(p.of(lambda row, name=name: row.accuracy.get(name)), len(p.rows)) for p in points]
         for name in tests
     ]
     return ["test set", *(p.label for p in points)], cells
