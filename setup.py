@@ -222,19 +222,18 @@ class BuildPy(build_py):
     def run(self) -> None:
         """The command."""
         super().run()
-        if not self.editable_mode:
-            for script in glob("examples/*.py"):
-                self.copy_file(script, str(self._example(script)))
+        for script, target in self._examples().items():
+            self.mkpath(os.path.dirname(target))
+            self.copy_file(script, target)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """Files that are installed."""
-        own = [] if self.editable_mode else [str(self._example(script)) for script in glob("examples/*.py")]
-        return [*super().get_outputs(include_bytecode), *own]
+        return [*super().get_outputs(include_bytecode), *self._examples().values()]
 
-    def _example(self, script: str) -> Path:
-        target = Path(self.build_lib, "saft_kernels", script)
-        self.mkpath(str(target.parent))
-        return target
+    def _examples(self) -> dict[str, str]:
+        """Where each script goes. In an editable installation they stay where they are."""
+        scripts = [] if self.editable_mode else glob("examples/*.py")
+        return {script: os.path.join(self.build_lib, "saft_kernels", script) for script in scripts}
 
 
 extension = Pybind11Extension(
