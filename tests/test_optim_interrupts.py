@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import sys
 import tempfile
@@ -101,6 +102,19 @@ def test_deterministic_all_reduce() -> None:
 PACKAGE = str(Path(saft_kernels.__file__).parent)
 
 
+@contextlib.contextmanager
+def traced(trace: Callable[[FrameType, str, Any], Any]) -> Iterator[None]:
+    """Python's collector waits: the finalizers of what earlier tests left would run inside of the call."""
+    before = sys.gettrace()
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        gc.enable()
+
+
 def lines_of(function: Callable[[], object]) -> list[tuple[CodeType, int]]:
     """The lines of this package that a call runs through, each once."""
     seen: dict[tuple[CodeType, int], None] = {}
@@ -112,12 +126,8 @@ def lines_of(function: Callable[[], object]) -> list[tuple[CodeType, int]]:
             seen[frame.f_code, frame.f_lineno] = None
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         function()
-    finally:
-        sys.settrace(before)
     return list(seen)
 
 
@@ -130,13 +140,8 @@ def interrupted_at(line: tuple[CodeType, int], function: Callable[[], object]) -
             raise KeyboardInterrupt
         return trace if frame.f_code.co_filename.startswith(PACKAGE) else None
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            function()
-    finally:
-        sys.settrace(before)
+    with traced(trace), pytest.raises(KeyboardInterrupt):
+        function()
 
 
 @pytest.mark.parametrize("mode", ["global", "dense_amsgrad", "capturable", "released", "two_plans", "reference_dense"])
