@@ -239,15 +239,17 @@ class TopKMagnitude {
   void emit_tile(const Tile& tile, const Survivors<Key>& survivors, Key threshold, Workspace<Key>& workspace,
                  index_t* out) const {
     uint16_t* const selected = workspace.selected;
-    index_t n = 0;
+    const index_t total = index_t(survivors.num_sure) + survivors.num_greater + survivors.num_equal;
     if (survivors.sure_words == nullptr) {
       const uint16_t* sure = survivors.sure_list;
       const uint16_t* const end = sure + survivors.num_sure;
+      index_t n = 0;
       for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
         while (sure != end && *sure < position) selected[n++] = *sure++;
         selected[n++] = position;
       });
       while (sure != end) selected[n++] = *sure++;
+      widen(isa_, selected, total, tile.first, out);
     } else {
       const index_t num_words = (tile.numel + 63) / 64;
       uint64_t* words = workspace.scratch_words;
@@ -255,9 +257,8 @@ class TopKMagnitude {
       for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
         words[position / 64] |= uint64_t(1) << (position % 64);
       });
-      n = positions(isa_, words, num_words, selected);
+      expand(isa_, words, num_words, tile.first, total, selected, out);
     }
-    widen(isa_, selected, n, tile.first, out);
   }
 
   const TensorDesc* tensors_;

@@ -1,12 +1,13 @@
 // topk_magnitude / cpu / compare: the inner loops, a body per instruction set.
 //
 // Algorithm
-//   compare  64 elements -> one word of bits, set where the native key is above a threshold. Branch-free, so its
-//            speed does not depend on the data. Lines are prefetched 2 KB ahead: the hardware alone keeps too few
+//   compare  64 elements -> a word of bits per threshold, set where the native key is above it. Branch-free, so its
+//            speed does not depend on the data. Lines are prefetched 6 KB ahead: the hardware alone keeps too few
 //            of them on their way
 //   expand   words -> ascending positions in the tile -> int64 positions in the tensor
-//            AVX-512 expands faster, by a compress of bytes. It has no compare of its own: one load per cache line
-//            keeps the prefetchers less busy than AVX2's two, and read cold data 3 to 6 % slower (Zen 4, 2026-11-27)
+//            AVX-512 expands faster, by a compress of bytes, and at once into the tensor's. It has no compare of its own:
+//            one load per cache line keeps the prefetchers less busy than AVX2's two, and read cold data 3 to 6 %
+//            slower (Zen 4, 2026-11-27)
 // Traffic    compare reads sizeof(scalar_t) B/elem; words and positions in the tile stay in the cache. Expand
 //            writes 8 B per selected element.
 // Contract   the same bits on every instruction set: integers alone.
@@ -32,10 +33,10 @@ using signed_key_t = std::conditional_t<sizeof(scalar_t) == 2, int16_t,
 template <class scalar_t>
 constexpr signed_key_t<scalar_t> kBelowInf = signed_key_t<scalar_t>(KeyTraits<scalar_t>::kInf - 1);
 
-// Of what `compare` reads of 64 elements, kAheadBytes later. Distances of 1 to 8 KB took 0.87 to 0.70 times as
-// long as none, 2 KB the least or nearly so for every k and dtype, fetching past the caches (NTA) up to 1.7
-// times (2 cores of an Intel Xeon with AVX-512, 2026-11-27).
-constexpr size_t kAheadBytes = 2048;
+// Of what `compare` reads of 64 elements, kAheadBytes later. Distances of 1 to 8 KB took 0.87 to 0.70 times as long as
+// none on an Intel Xeon, with little between 2 and 8; on Zen 5, where one core reads 35 GB/s, 6 and 8 KB took 0.85 to 1
+// times as long as 2 KB, and 16 KB no less (2 cores each, 2026-11-27). Past the caches (NTA): up to 1.7 times.
+constexpr size_t kAheadBytes = 6144;
 
 template <class scalar_t>
 inline __attribute__((always_inline)) void prefetch_word(const scalar_t* x) {
@@ -45,19 +46,24 @@ inline __attribute__((always_inline)) void prefetch_word(const scalar_t* x) {
 
 // ---- baseline ----
 
-template <bool kCheckFinite, class scalar_t>
-bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words) {
+template <bool kBoth, class scalar_t>
+bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
+                      signed_key_t<scalar_t> higher, uint64_t* higher_words) {
   using skey_t = signed_key_t<scalar_t>;
   skey_t largest = 0;
   for (index_t w = 0; w < num_words; ++w, x += 64) {
     prefetch_word(x);
-    uint64_t word = 0;
+    uint64_t word = 0, higher_word = 0;
     for (int j = 0; j < 64; ++j) {
       const skey_t key = skey_t(native_key(x[j]));
       word |= uint64_t(key > above) << j;
-      if constexpr (kCheckFinite) largest = key > largest ? key : largest;
+      if constexpr (kBoth) {
+        higher_word |= uint64_t(key > higher) << j;
+        largest = key > largest ? key : largest;
+      }
     }
     words[w] = word;
+    if constexpr (kBoth) higher_words[w] = higher_word;
   }
   return largest > kBelowInf<scalar_t>;
 }
@@ -66,97 +72,154 @@ bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_
 
 // ---- AVX2 ----
 
-template <bool kCheckFinite>
-SAFT_TARGET_AVX2 bool compare_avx2(const float* x, index_t num_words, int32_t above_, uint64_t* words) {
-  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-  const __m256i above = _mm256_set1_epi32(above_);
-  // packs works inside 128-bit lanes; this puts the groups of four back in order
+// Bits of 32 elements from their comparisons, four of fp32 or two of 16 bits, or of 4 from one of fp64. packs works
+// inside 128-bit lanes; the permutations put the groups back in order.
+SAFT_TARGET_AVX2 inline uint32_t bits_of(__m256i c0, __m256i c1, __m256i c2, __m256i c3) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(c0, c1), _mm256_packs_epi32(c2, c3));
+  return uint32_t(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(packed, order)));
+}
+SAFT_TARGET_AVX2 inline uint32_t bits_of(__m256i c0, __m256i c1) {
+  return uint32_t(_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(c0, c1), 0xd8)));
+}
+SAFT_TARGET_AVX2 inline uint64_t bits_of(__m256i c) {
+  return uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(c)));
+}
+
+template <bool kBoth>
+SAFT_TARGET_AVX2 bool compare_avx2(const float* x, index_t num_words, int32_t above_, uint64_t* words,
+                                   int32_t higher_, uint64_t* higher_words) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  const __m256i above = _mm256_set1_epi32(above_), higher = _mm256_set1_epi32(higher_);
   __m256i largest = _mm256_setzero_si256();
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
-    uint64_t word = 0;
+    uint64_t word = 0, higher_word = 0;
     for (int j = 0; j < 64; j += 32, x += 32) {
       const __m256i* p = reinterpret_cast<const __m256i*>(x);
       const __m256i k0 = _mm256_and_si256(_mm256_loadu_si256(p), mask);
       const __m256i k1 = _mm256_and_si256(_mm256_loadu_si256(p + 1), mask);
       const __m256i k2 = _mm256_and_si256(_mm256_loadu_si256(p + 2), mask);
       const __m256i k3 = _mm256_and_si256(_mm256_loadu_si256(p + 3), mask);
-      if constexpr (kCheckFinite) {
+      word |= uint64_t(bits_of(_mm256_cmpgt_epi32(k0, above), _mm256_cmpgt_epi32(k1, above),
+                               _mm256_cmpgt_epi32(k2, above), _mm256_cmpgt_epi32(k3, above)))
+              << j;
+      if constexpr (kBoth) {
+        higher_word |= uint64_t(bits_of(_mm256_cmpgt_epi32(k0, higher), _mm256_cmpgt_epi32(k1, higher),
+                                        _mm256_cmpgt_epi32(k2, higher), _mm256_cmpgt_epi32(k3, higher)))
+                       << j;
         const __m256i pair = _mm256_max_epi32(_mm256_max_epi32(k0, k1), _mm256_max_epi32(k2, k3));
         largest = _mm256_max_epi32(largest, pair);
       }
-      const __m256i c01 = _mm256_packs_epi32(_mm256_cmpgt_epi32(k0, above), _mm256_cmpgt_epi32(k1, above));
-      const __m256i c23 = _mm256_packs_epi32(_mm256_cmpgt_epi32(k2, above), _mm256_cmpgt_epi32(k3, above));
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(c01, c23), order);
-      word |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
     }
     words[w] = word;
+    if constexpr (kBoth) higher_words[w] = higher_word;
   }
   const __m256i nonfinite = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(kBelowInf<float>));
   return _mm256_movemask_epi8(nonfinite) != 0;
 }
 
-template <bool kCheckFinite>
-SAFT_TARGET_AVX2 bool compare_avx2_16bit(const uint16_t* x, index_t num_words, int16_t above_,
-                                         int16_t below_inf, uint64_t* words) {
+template <bool kBoth>
+SAFT_TARGET_AVX2 bool compare_avx2_16bit(const uint16_t* x, index_t num_words, int16_t below_inf,
+                                         int16_t above_, uint64_t* words, int16_t higher_,
+                                         uint64_t* higher_words) {
   const __m256i mask = _mm256_set1_epi16(0x7fff);
-  const __m256i above = _mm256_set1_epi16(above_);
+  const __m256i above = _mm256_set1_epi16(above_), higher = _mm256_set1_epi16(higher_);
   __m256i largest = _mm256_setzero_si256();
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
-    uint64_t word = 0;
+    uint64_t word = 0, higher_word = 0;
     for (int j = 0; j < 64; j += 32, x += 32) {
       const __m256i* p = reinterpret_cast<const __m256i*>(x);
       const __m256i k0 = _mm256_and_si256(_mm256_loadu_si256(p), mask);
       const __m256i k1 = _mm256_and_si256(_mm256_loadu_si256(p + 1), mask);
-      if constexpr (kCheckFinite) largest = _mm256_max_epi16(largest, _mm256_max_epi16(k0, k1));
-      const __m256i packed = _mm256_packs_epi16(_mm256_cmpgt_epi16(k0, above), _mm256_cmpgt_epi16(k1, above));
-      const __m256i bytes = _mm256_permute4x64_epi64(packed, 0xd8);
-      word |= uint64_t(uint32_t(_mm256_movemask_epi8(bytes))) << j;
+      word |= uint64_t(bits_of(_mm256_cmpgt_epi16(k0, above), _mm256_cmpgt_epi16(k1, above))) << j;
+      if constexpr (kBoth) {
+        higher_word |= uint64_t(bits_of(_mm256_cmpgt_epi16(k0, higher), _mm256_cmpgt_epi16(k1, higher))) << j;
+        largest = _mm256_max_epi16(largest, _mm256_max_epi16(k0, k1));
+      }
     }
     words[w] = word;
+    if constexpr (kBoth) higher_words[w] = higher_word;
   }
   const __m256i nonfinite = _mm256_cmpgt_epi16(largest, _mm256_set1_epi16(below_inf));
   return _mm256_movemask_epi8(nonfinite) != 0;
 }
 
-template <bool kCheckFinite>
-SAFT_TARGET_AVX2 bool compare_avx2(const double* x, index_t num_words, int64_t above_, uint64_t* words) {
+template <bool kBoth>
+SAFT_TARGET_AVX2 bool compare_avx2(const double* x, index_t num_words, int64_t above_, uint64_t* words,
+                                   int64_t higher_, uint64_t* higher_words) {
   const __m256i mask = _mm256_set1_epi64x(int64_t(KeyTraits<double>::kMask));
-  const __m256i above = _mm256_set1_epi64x(above_);
+  const __m256i above = _mm256_set1_epi64x(above_), higher = _mm256_set1_epi64x(higher_);
   const __m256i below_inf = _mm256_set1_epi64x(kBelowInf<double>);
   __m256i nonfinite = _mm256_setzero_si256();
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
-    uint64_t word = 0;
+    uint64_t word = 0, higher_word = 0;
     for (int j = 0; j < 64; j += 4, x += 4) {
       const __m256i key = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), mask);
-      if constexpr (kCheckFinite) nonfinite = _mm256_or_si256(nonfinite, _mm256_cmpgt_epi64(key, below_inf));
-      const __m256i c = _mm256_cmpgt_epi64(key, above);
-      word |= uint64_t(uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(c)))) << j;
+      word |= bits_of(_mm256_cmpgt_epi64(key, above)) << j;
+      if constexpr (kBoth) {
+        higher_word |= bits_of(_mm256_cmpgt_epi64(key, higher)) << j;
+        nonfinite = _mm256_or_si256(nonfinite, _mm256_cmpgt_epi64(key, below_inf));
+      }
     }
     words[w] = word;
+    if constexpr (kBoth) higher_words[w] = higher_word;
   }
   return _mm256_movemask_epi8(nonfinite) != 0;
 }
 
 #endif  // SAFT_X86_DISPATCH
 
-// words[w] bit j: key of x[64 w + j] > above. With kCheckFinite, returns whether any element is inf or NaN.
-template <bool kCheckFinite, class scalar_t>
-bool compare(Isa isa, const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words) {
+// words[w] bit j: key of x[64 w + j] > above. kBoth: the same for a second threshold, and returns whether any element is
+// inf or NaN.
+template <bool kBoth, class scalar_t>
+bool compare(Isa isa, const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
+             signed_key_t<scalar_t> higher, uint64_t* higher_words) {
 #if SAFT_X86_DISPATCH
   if constexpr (sizeof(scalar_t) == 2) {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
     constexpr int16_t below_inf = kBelowInf<scalar_t>;
-    if (isa >= kIsaAvx2) return compare_avx2_16bit<kCheckFinite>(bits, num_words, above, below_inf, words);
+    if (isa >= kIsaAvx2)
+      return compare_avx2_16bit<kBoth>(bits, num_words, below_inf, above, words, higher, higher_words);
   } else {
-    if (isa >= kIsaAvx2) return compare_avx2<kCheckFinite>(x, num_words, above, words);
+    if (isa >= kIsaAvx2) return compare_avx2<kBoth>(x, num_words, above, words, higher, higher_words);
   }
 #endif
   (void)isa;
-  return compare_baseline<kCheckFinite>(x, num_words, above, words);
+  return compare_baseline<kBoth>(x, num_words, above, words, higher, higher_words);
+}
+
+// ---- occupied words ----
+
+constexpr index_t kBlockWords = 16;  // compared, then scanned, while its 4 KB of fp32 are in L1
+
+inline uint32_t occupied_words_baseline(const uint64_t* words, index_t num_words) {
+  uint32_t occupied = 0;
+  for (index_t w = 0; w < num_words; ++w) occupied |= uint32_t(words[w] != 0) << w;
+  return occupied;
+}
+
+#if SAFT_X86_DISPATCH
+SAFT_TARGET_AVX2 inline uint32_t occupied_words_avx2(const uint64_t* words) {
+  uint32_t empty = 0;
+  for (int w = 0; w < kBlockWords; w += 4) {
+    const __m256i four = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + w));
+    const __m256i zero = _mm256_cmpeq_epi64(four, _mm256_setzero_si256());
+    empty |= uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(zero))) << w;
+  }
+  return empty ^ 0xffffu;
+}
+#endif
+
+// Bit w: words[w] has a bit set. At most kBlockWords words.
+inline uint32_t occupied_words(Isa isa, const uint64_t* words, index_t num_words) {
+#if SAFT_X86_DISPATCH
+  if (isa >= kIsaAvx2 && num_words == kBlockWords) return occupied_words_avx2(words);
+#endif
+  (void)isa;
+  return occupied_words_baseline(words, num_words);
 }
 
 // ---- words to positions ----
@@ -222,25 +285,30 @@ SAFT_DEFINE_POSITION_LOOPS(avx2, SAFT_TARGET_AVX2, __builtin_popcount)
 #undef SAFT_DEFINE_POSITION_LOOPS
 
 #if SAFT_X86_DISPATCH
+// The first of n positions, in the tensor at once: word by word, until fewer than 64 are left. At least sixteen are written
+// per word, set or not, and none past out[n]. Returns how many are done; `words` is at the first word that is not.
 // Compressed in a register: a compress into memory is microcode on Zen 4.
-SAFT_TARGET_AVX512 inline index_t positions_avx512(const uint64_t* words, index_t num_words, uint16_t* list) {
-  uint16_t* const begin = list;
+SAFT_TARGET_AVX512 inline index_t expand_most_avx512(const uint64_t*& words, index_t base, index_t n,
+                                                     index_t* out) {
   alignas(64) uint8_t bit[64];
   for (int i = 0; i < 64; ++i) bit[i] = uint8_t(i);
   const __m512i bits = _mm512_load_si512(bit);
-  for (index_t w = 0; w < num_words; ++w) {
-    const __m512i base = _mm512_set1_epi16(int16_t(w * 64));
-    const __m512i in_word = _mm512_maskz_compress_epi8(words[w], bits);
-    const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(in_word));
-    _mm512_storeu_si512(list, _mm512_add_epi16(low, base));
-    const int count = __builtin_popcountll(words[w]);
-    if (count > 32) {
-      const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(in_word, 1));
-      _mm512_storeu_si512(list + 32, _mm512_add_epi16(high, base));
-    }
-    list += count;
+  index_t done = 0;
+  for (; n - done >= 64; ++words, base += 64) {
+    const __m512i in_word = _mm512_maskz_compress_epi8(*words, bits);
+    const __m512i first = _mm512_set1_epi64(base);
+    const int count = __builtin_popcountll(*words);
+    _mm512_store_si512(bit, in_word);
+    int i = 0;
+    do {
+      for (const int end = i + 16; i < end; i += 8) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bit + i));
+        _mm512_storeu_si512(out + done + i, _mm512_add_epi64(_mm512_cvtepu8_epi64(eight), first));
+      }
+    } while (i < count);
+    done += count;
   }
-  return list - begin;
+  return done;
 }
 
 #define SAFT_DISPATCH_POSITION_LOOP(name, ...) \
@@ -252,14 +320,20 @@ SAFT_TARGET_AVX512 inline index_t positions_avx512(const uint64_t* words, index_
 inline index_t count_bits(Isa isa, const uint64_t* words, index_t num_words) {
   return SAFT_DISPATCH_POSITION_LOOP(count_bits, words, num_words);
 }
-inline index_t positions(Isa isa, const uint64_t* words, index_t num_words, uint16_t* list) {
-#if SAFT_X86_DISPATCH
-  if (isa == kIsaAvx512) return positions_avx512(words, num_words, list);
-#endif
-  return SAFT_DISPATCH_POSITION_LOOP(positions, words, num_words, list);
-}
 inline void widen(Isa isa, const uint16_t* list, index_t n, index_t base, index_t* out) {
   SAFT_DISPATCH_POSITION_LOOP(widen, list, n, base, out);
+}
+// out[i] = base + position of the i-th of the n set bits. `list` has room for n + kPositionsOverrun.
+inline void expand(Isa isa, const uint64_t* words, index_t num_words, index_t base, index_t n, uint16_t* list,
+                   index_t* out) {
+  const uint64_t* rest = words;
+  index_t done = 0;
+#if SAFT_X86_DISPATCH
+  if (isa == kIsaAvx512) done = expand_most_avx512(rest, base, n, out);
+#endif
+  const index_t skipped = rest - words;
+  SAFT_DISPATCH_POSITION_LOOP(positions, rest, num_words - skipped, list);
+  widen(isa, list, n - done, base + 64 * skipped, out + done);
 }
 #undef SAFT_DISPATCH_POSITION_LOOP
 

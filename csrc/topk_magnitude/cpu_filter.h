@@ -16,8 +16,6 @@
 namespace saft {
 namespace cpu_topk_magnitude {
 
-constexpr index_t kBlockWords = 16;  // compared, then scanned, while its 4 KB of fp32 are in L1
-
 // The bracket in a tensor's own keys.
 template <class Key, class scalar_t>
 struct Thresholds {
@@ -29,35 +27,32 @@ struct Thresholds {
 };
 
 // Compares up to kBlockWords words from x[first]; bits past the end of the tile are cleared.
-template <bool kCheckFinite, class scalar_t>
+template <bool kBoth, class scalar_t>
 bool compare_block(Isa isa, const scalar_t* x, index_t first, index_t n, signed_key_t<scalar_t> above,
-                   uint64_t* words) {
+                   uint64_t* words, signed_key_t<scalar_t> higher = 0, uint64_t* higher_words = nullptr) {
   const index_t count = std::min(n - first, kBlockWords * 64);
-  bool nonfinite = compare<kCheckFinite>(isa, x + first, count / 64, above, words);
+  bool nonfinite = compare<kBoth>(isa, x + first, count / 64, above, words, higher, higher_words);
   if (const index_t rest = count % 64) {
     scalar_t tail[64] = {};
     std::copy_n(x + first + count - rest, rest, tail);
-    uint64_t& word = words[count / 64];
-    nonfinite |= compare_baseline<kCheckFinite>(tail, 1, above, &word);
-    word &= ~(~uint64_t(0) << rest);
+    uint64_t word, higher_word;
+    nonfinite |= compare_baseline<kBoth>(tail, 1, above, &word, higher, &higher_word);
+    const uint64_t inside = ~(~uint64_t(0) << rest);
+    words[count / 64] = word & inside;
+    if constexpr (kBoth) higher_words[count / 64] = higher_word & inside;
   }
   return nonfinite;
 }
 
 // Calls visit(bit) for the set bits of up to kBlockWords sparse words, ascending. Empty words are left out
-// first: skipping them one by one would mispredict.
+// first, all at once: skipping them one by one would mispredict.
 template <class Visit>
-void visit_bits(const uint64_t* words, index_t num_words, const Visit& visit) {
-  uint8_t occupied[kBlockWords];
-  uint32_t num_occupied = 0;
-  for (index_t w = 0; w < num_words; ++w) {
-    occupied[num_occupied] = uint8_t(w);
-    num_occupied += words[w] != 0;
-  }
-  for (uint32_t i = 0; i < num_occupied; ++i) {
-    uint64_t word = words[occupied[i]];
+void visit_bits(Isa isa, const uint64_t* words, index_t num_words, const Visit& visit) {
+  for (uint32_t occupied = occupied_words(isa, words, num_words); occupied != 0; occupied &= occupied - 1) {
+    const index_t w = __builtin_ctz(occupied);
+    uint64_t word = words[w];
     do {
-      visit(index_t(occupied[i]) * 64 + __builtin_ctzll(word));
+      visit(w * 64 + __builtin_ctzll(word));
       word &= word - 1;
     } while (word != 0);
   }
@@ -77,7 +72,7 @@ void filter_to_lists(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   for (index_t first = 0; first < n; first += kBlockWords * 64) {
     uint64_t words[kBlockWords];
     compare_block<false>(isa, x, first, n, visited, words);
-    visit_bits(words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
+    visit_bits(isa, words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
       // written to both lists, kept in one or none: no branch on the data
       const index_t position = first + bit;
       const key_t key = native_key(x[position]);
@@ -115,12 +110,12 @@ void filter_to_words(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   uint32_t num_band = 0;
   bool nonfinite = false;
   for (index_t first = 0; first < num_words; first += kBlockWords) {
-    nonfinite |= compare_block<true>(isa, x, first * 64, n, above.survivor, band + first);
-    compare_block<false>(isa, x, first * 64, n, above.sure, sure + first);
+    nonfinite |=
+        compare_block<true>(isa, x, first * 64, n, above.survivor, band + first, above.sure, sure + first);
     const index_t last = std::min(num_words, first + kBlockWords);
     for (index_t w = first; w < last; ++w) band[w] &= ~sure[w];
     if (!keep_keys) continue;
-    visit_bits(band + first, last - first, [&](index_t bit) {
+    visit_bits(isa, band + first, last - first, [&](index_t bit) {
       const index_t position = first * 64 + bit;
       list[num_band] = uint16_t(position);
       keys[num_band] = widen_key<Key, scalar_t>(native_key(x[position]));
