@@ -96,6 +96,7 @@ run() {
   local cuda=(--device cuda --output "$results") topk=("$python" bench/bench_topk_magnitude.py)
   stage bench 45 "${topk[@]}" "${cuda[@]}" --numel 1e9 --data structured --dtype float32 bfloat16
   stage bench-step 40 "$python" bench/bench_sparse_adamw.py "${cuda[@]}"
+  stage bench-host 15 "$python" bench/bench_host.py "${cuda[@]}"
   local models=()
   has open_clip && models+=(ViT-B-16 ViT-L-14)
   has transformers && models+=(decoder)

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import bench_distributed
+import bench_host
 import bench_memory
 import bench_release_malloc
 import bench_topk_magnitude
@@ -149,6 +150,19 @@ def test_processes_that_fail_or_were_disturbed_have_a_row_that_says_so(
     assert good.note.startswith("BUSY: load 1000.0")
     assert failed.note.startswith("failed: MemoryError: no room; BUSY")
     assert all(harness.triton_version() == row.triton for row in (good, failed))
+
+
+def test_what_the_host_pays_has_a_ratio_for_each_call(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_host.py", "--rounds", "2", "--repeats", "2", "--name", "mine"])
+    threads = torch.get_num_threads()
+    try:
+        bench_host.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = harness.read_rows(results / "mine.csv", bench_host.Row)
+    assert len(rows) == len(bench_host.CASES)
+    for row in rows:
+        assert 0 < row.least_ratio <= row.ratio <= row.largest_ratio, row.label
 
 
 def test_the_last_of_a_process_s_errors_is_its_row_s_note(capsys: pytest.CaptureFixture[str]) -> None:

@@ -785,8 +785,9 @@ def stack(count: int = 12, width: int = 16) -> tuple[nn.Sequential, SparseAdamW]
 def test_one_gather_for_many(layers_at_once: int, waiting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = stack()
     sizes: list[int] = []
-    take = gradient_release._take
-    monkeypatch.setattr(gradient_release, "_take", lambda s, g: (sizes.append(len(g)), take(s, g)))
+    one, many = gradient_release._take_one, gradient_release._take_many
+    monkeypatch.setattr(gradient_release, "_take_one", lambda s, g: (sizes.append(1), one(s, g)))
+    monkeypatch.setattr(gradient_release, "_take_many", lambda s, g: (sizes.append(len(g)), many(s, g)))
     x, size = torch.randn(3, 16), 16 * 16 * 4
     for queue in range(2):
         for selected in optimizer.released._selected.values():  # as if a larger gradient had been there

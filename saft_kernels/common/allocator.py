@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-_SMALLEST = 1 << 17  # bytes: the default limit from which malloc itself returns what is freed, block by block
+SMALLEST_FREED = 1 << 17  # bytes: the default limit from which malloc itself returns what is freed, block by block
 
 
 def free_gradient(parameter: Tensor) -> None:
@@ -33,7 +33,7 @@ def free(tensors: list[Any]) -> None:
     """
     while tensors:
         tensor = tensors.pop()
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.nbytes < _SMALLEST:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.nbytes < SMALLEST_FREED:
             continue
         if not tensor.is_cpu:
             continue

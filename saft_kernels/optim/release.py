@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops
-from ..common.allocator import free, free_gradient, return_holes
+from ..common.allocator import SMALLEST_FREED, free, free_gradient, return_holes
 from ..common.pause import is_paused
 from ..ops.dtypes import opmath_dtype
 from ..selection.parts import as_distributed, is_distributed, local, local_gradient
@@ -102,11 +102,11 @@ class _Queue:
 
 def _take(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None:
     """Writes the selected values of each gradient to where they are stored."""
+    if len(gradients) == 1:
+        _take_one(all_selected[0], gradients[0])
+        return
     try:
-        if len(gradients) == 1:
-            _take_one(all_selected[0], gradients[0])
-        else:
-            _take_many(all_selected, gradients)
+        _take_many(all_selected, gradients)
     except (IndexError, RuntimeError):
         for selected in all_selected:
             check_range(selected.member)
@@ -116,10 +116,14 @@ def _take(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None
 def _take_one(selected: Selected, gradient: Tensor) -> None:
     flat = gradient.detach() if gradient.requires_grad else gradient
     flat = flat if flat.dim() == 1 else flat.ravel()
-    if gradient.dtype == selected.stored.dtype:
-        torch.index_select(flat, 0, selected.index, out=selected.stored)
-    else:
-        selected.stored.copy_(flat.index_select(0, selected.index))
+    try:
+        if gradient.dtype is selected.stored.dtype:
+            torch.index_select(flat, 0, selected.index, out=selected.stored)
+        else:
+            selected.stored.copy_(flat.index_select(0, selected.index))
+    except (IndexError, RuntimeError):
+        check_range(selected.member)
+        raise
 
 
 def _take_many(all_selected: Sequence[Selected], gradients: Sequence[Tensor]) -> None:
@@ -238,10 +242,11 @@ class GradientBuffer:
         if (queue := selected.queue) is not None:
             queue.put(selected, [gradient])
             return
-        gradients = [gradient]
-        _take([selected], gradients)
-        del gradient  # whose memory is returned only if nobody holds it
-        free(gradients)
+        _take_one(selected, gradient)
+        if gradient.nbytes >= SMALLEST_FREED:
+            gradients = [gradient]
+            del gradient  # whose memory is returned only if nobody holds it
+            free(gradients)
 
     def _is_taken(self, parameter: Tensor) -> bool:
         by = self._taken.get(parameter)
@@ -290,7 +295,7 @@ class GradientBuffer:
         """What stands in `p.grad`. Follows a parameter to another device or dtype."""
         gradient = selected.gradient
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # torch 2.10: what p.grad has to be
-        if gradient is None or gradient.dtype != dtype or gradient.device != parameter.device:
+        if gradient is None or gradient.dtype is not dtype or gradient.device != parameter.device:
             selected.move(parameter.device, opmath_dtype(parameter.dtype))
             if parameter.device.type in _MOST_WAITING and not is_distributed(parameter):
                 selected.queue = self._queues.setdefault(parameter.device, _Queue(parameter.device))
