@@ -158,6 +158,30 @@ def adamw_8bit(model: nn.Module, workload: Workload, density: float) -> tuple[nn
     return model, bitsandbytes.optim.AdamW8bit(model.parameters())
 
 
+def low_bit(name: str) -> Method:
+    """Of torchao. Its step is compiled, for minutes on a CPU; there it runs as it is written, tensor by tensor."""
+
+    def build(model: nn.Module, workload: Workload, density: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        import torchao.optim
+
+        if next(model.parameters()).device.type == "cpu":
+            torch.compiler.set_stance("force_eager")
+        return model, getattr(torchao.optim, name)(model.parameters())
+
+    return build
+
+
+def galore(model: nn.Module, workload: Workload, density: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Rank 128 in the linear layers that the adapters are for, as its README does, AdamW in all others."""
+    import galore_torch
+
+    projected = [m.weight for name, m in model.named_modules() if re.fullmatch(workload.adapted, name)]
+    inside = {id(p) for p in projected}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    low_rank = {"params": projected, "rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    return model, galore_torch.GaLoreAdamW([{"params": others}, low_rank], no_deprecation_warning=True)
+
+
 def peft(make_config: Callable[[Any, str], Any]) -> Method:
     def build(model: nn.Module, workload: Workload, density: float) -> tuple[nn.Module, torch.optim.Optimizer]:
         import peft
@@ -177,6 +201,9 @@ METHODS: dict[str, Method] = {
     LORA: peft(lambda peft, names: peft.LoraConfig(r=16, target_modules=names)),
     "PEFT SHiRA r=16": peft(lambda peft, names: peft.ShiraConfig(r=16, target_modules=names)),
     "bitsandbytes AdamW8bit": adamw_8bit,  # minutes on a CPU
+    "torchao AdamW8bit": low_bit("AdamW8bit"),
+    "torchao AdamW4bit": low_bit("AdamW4bit"),
+    "GaLore r=128": galore,
 }
 SELECTIONS: dict[str, Any] = {
     "select": False,
@@ -218,6 +245,14 @@ class Peak:
         return self._read("VmHWM") - self.base
 
 
+PACKAGES = {"PEFT": "peft", "bitsandbytes": "bitsandbytes", "torchao": "torchao.optim", "GaLore": "galore_torch"}
+
+
+def package_of(method: str) -> str | None:
+    """What it needs beside torch and us."""
+    return PACKAGES.get(method.split()[0])
+
+
 def warm_up(method: str, device: str) -> None:
     """Libraries load what they load on first use, 100 MiB and more, which is not the method's."""
     layer = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).to(device)
@@ -227,9 +262,8 @@ def warm_up(method: str, device: str) -> None:
         for optimizer in optimizers:
             optimizer.step()
         layer.zero_grad()
-    for package in ("peft", "bitsandbytes"):
-        if method.lower().startswith(package):
-            importlib.import_module(package)
+    if package := package_of(method):
+        importlib.import_module(package)
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -327,9 +361,8 @@ UNMEASURED = {
 
 def why_not(method: str) -> str | None:
     """Why a method cannot run here."""
-    package = "peft" if method.startswith("PEFT") else "bitsandbytes" if method.startswith("bits") else None
     try:
-        if package:
+        if package := package_of(method):
             importlib.import_module(package)
     except ImportError as error:
         return str(error)

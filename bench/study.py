@@ -14,7 +14,7 @@ import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,7 @@ TEXT = {
     "random": "random=1e-2,3e-2",
     "linear_probe": "linear_probe=1e-3,3e-3,1e-2",
 }
+SHOTS = (4, 8, 16)
 ICONS = (("emoji", 4), ("emoji", 8), ("line", 4), ("line", 8), ("line", 16))
 WISE = ["--wise", "0.25", "0.5", "0.75"]
 
@@ -250,6 +251,28 @@ def report() -> None:
             frontier.save_tables(Path(folder), rows)
             print(Path(folder, "results.md").read_text())
         frontier.save_figure(PICTURES / f"{file.stem}.png", rows)
+    for task in ("emoji", "line"):
+        files = {shots: FIDELITY / f"{task}-{shots}.jsonl" for shots in SHOTS}
+        parts = {shots: frontier.read_rows(file) for shots, file in files.items() if file.exists()}
+        if len(parts) > 1:
+            print(f"\n## {task}, by shots\n\n{shots_table(parts)}")
+
+
+def shots_table(parts: Mapping[int, Sequence[Row]]) -> str:
+    """Of each number of shots, accuracy in / out of distribution: rates, and then alphas, as chosen on select."""
+    columns = [
+        {(line.point.label, line.point.alpha == 1): line.point for line in frontier.summarise(rows)}
+        for rows in parts.values()
+    ]
+    lines = [f"| method | alpha | {' | '.join(f'{shots} shots' for shots in parts)} |"]
+    lines.append("| --- | --- |" + " ---: |" * len(parts))
+    for label, is_whole in dict.fromkeys(key for column in columns for key in column):
+        points = [column.get((label, is_whole)) for column in columns]
+        if sum(point is not None for point in points) > 1:
+            cells = ["-" if p is None else "{:.1f} / {:.1f}".format(*p.at) for p in points]
+            alpha = "-" if label == frontier.ZERO_SHOT else "1" if is_whole else "chosen"
+            lines.append(f"| {label} | {alpha} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def variants_table(rows: Sequence[Row], whole: Sequence[Row]) -> str:
