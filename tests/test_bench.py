@@ -162,7 +162,9 @@ def test_what_the_host_pays_has_a_ratio_for_each_call(results: Path, monkeypatch
     rows = harness.read_rows(results / "mine.csv", bench_host.Row)
     assert len(rows) == len(bench_host.CASES)
     for row in rows:
-        assert 0 < row.least_ratio <= row.ratio <= row.largest_ratio, row.label
+        # of a difference, which may be anything on a busy machine
+        assert row.least_ratio <= row.ratio <= row.largest_ratio, row.label
+        assert row.peer_us > 0
 
 
 def test_the_last_of_a_process_s_errors_is_its_row_s_note(capsys: pytest.CaptureFixture[str]) -> None:
