@@ -1,6 +1,7 @@
 """The study of docs/fidelity.md: every method of examples/finetune_*.py over several seeds, and variants of SAFT.
 
     python examples/icons_data.py --shots 16 && python examples/pretrain_icons.py       # for the parts on icons
+    python examples/pretrain_icons.py --tower vit --steps 3200                          # for emoji-16-vit
     python bench/study.py emoji-16 emoji-16-variants
 
 Run it where data/ is. A part goes on from the rows that it finds in --output/PART/results.jsonl; all go to
@@ -192,10 +193,12 @@ ICONS = (("emoji", 4), ("emoji", 8), ("line", 4), ("line", 8), ("line", 16))
 WISE = ["--wise", "0.25", "0.5", "0.75"]
 
 
-def icons(task: str, shots: int, rates: dict[str, str], density: Sequence[str] = ("1e-2",)) -> list[str]:
+def icons(
+    task: str, shots: int, rates: dict[str, str], density: Sequence[str] = ("1e-2",), model: str = "model"
+) -> list[str]:
     """Arguments of finetune_clip.py."""
     what = ["--data", f"data/icons/{task}", "--shots", str(shots), "--method", *rates, "--density", *density]
-    how = ["--model", "local-dir:data/icons/model", "--templates", "an icon of a {}.", "--workers", "0"]
+    how = ["--model", f"local-dir:data/icons/{model}", "--templates", "an icon of a {}.", "--workers", "0"]
     return [*how, *what, "--epochs", "12", "--lr", *rates.values(), *WISE]
 
 
@@ -205,6 +208,7 @@ def glosses(shots: int, rates: dict[str, str]) -> list[str]:
 
 
 CHANGED = {name: f"{name}={'3e-4' if name.startswith('full') else '1e-3'}" for name in VARIANTS}
+VIT = "model-vit"  # pretrain_icons.py --tower vit --steps 3200
 # name: script, and one or more runs of it into one folder
 PARTS: dict[str, tuple[Any, list[list[str]]]] = {
     "emoji-16": (
@@ -213,6 +217,10 @@ PARTS: dict[str, tuple[Any, list[list[str]]]] = {
     ),
     "emoji-16-variants": (finetune_clip, [icons("emoji", 16, CHANGED)]),
     **{f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)]) for task, shots in ICONS},
+    "emoji-16-vit": (
+        finetune_clip,
+        [icons("emoji", 16, FEWER, model=VIT), icons("emoji", 16, DENSER, ["1e-1"], VIT)],
+    ),
     "supersenses-4": (finetune_text, [glosses(4, TEXT)]),
 }
 

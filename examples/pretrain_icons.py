@@ -1,7 +1,8 @@
 """Pre-train a small CLIP on the pairs that icons_data.py draws: a ResNet or ViT over 32 x 32 pixels, a word tokenizer.
 
-The result is a folder that open_clip loads as `local-dir:FOLDER`. Pre-training takes a fixed number of steps; the same
-command on the same machine gives the same bits, also after an interruption.
+The result is a folder that open_clip loads as `local-dir:FOLDER`: model, or of --tower vit model-vit.
+Pre-training takes a fixed number of steps; the same command on the same machine gives the same bits, also after an
+interruption.
 """
 
 from __future__ import annotations
@@ -379,7 +380,8 @@ def run(args: argparse.Namespace) -> None:
     bf16 = has_bf16(args.device) if args.precision is None else args.precision == "bf16"
     decay_steps = math.ceil(0.3 * args.steps)
     recipe = Recipe(tower=args.tower, steps=args.steps, decay_steps=decay_steps, bf16=bf16, seed=args.seed)
-    checkpoint = args.data / "pretrain.checkpoint.pt"
+    name = "model" if args.tower == "resnet" else f"model-{args.tower}"
+    checkpoint = args.data / f"{name}.checkpoint.pt"
     pretraining = Pretraining(recipe, Pairs(args.data / "pretrain", recipe.object_share), args.device)
     if checkpoint.exists():
         pretraining.load(checkpoint)
@@ -399,7 +401,7 @@ def run(args: argparse.Namespace) -> None:
                 pretraining.save(checkpoint)
                 say(f"step {pretraining.step}/{recipe.steps}, loss {loss:.3f}")
                 say(report(model, pretraining.tokenizer, args.data))
-    pretraining.export(args.data / "model")
+    pretraining.export(args.data / name)
     checkpoint.unlink(missing_ok=True)
     print(report(model, pretraining.tokenizer, args.data))
 

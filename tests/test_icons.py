@@ -339,8 +339,9 @@ def test_resumed_pretraining_is_bit_equal(pretrain, monkeypatch, capsys):
 def test_open_clip_loads_the_folder(pretrain, capsys, tower):
     """Weights, tokenizer and preprocessing are those that were trained with."""
     assert pretrain("--tower", tower) == 0
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{pretrain.data / 'model'}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{pretrain.data / 'model'}")
+    folder = pretrain.data / ("model-vit" if tower == "vit" else "model")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     texts = ["an icon of a cat.", "An icon of a   CAT.", "unheardof strange words", "star " * 30, "ice cream"]
     own = pretrain_icons.build_tokenizer([])
     ids = tokenizer(texts)
@@ -380,7 +381,7 @@ def test_pretraining_learns(data, capsys):
 @pytest.mark.parametrize(
     ("damage", "arguments", "said"),
     [
-        (lambda data: (data / "pretrain.checkpoint.pt").write_bytes(b"?"), [], ["expected a checkpoint"]),
+        (lambda data: (data / "model.checkpoint.pt").write_bytes(b"?"), [], ["expected a checkpoint"]),
         (lambda data: (data / "pretrain" / "images.npy").unlink(), [], ["expected the pairs of icons_data.py"]),
         (lambda data: (data / "pretrain" / "captions.jsonl").write_text("{}\n"), [], ["got 1", "remove the folder"]),
         (lambda data: None, ["--steps", "0"], ["--steps", "at least 1"]),
@@ -398,11 +399,11 @@ def test_checkpoint_of_another_recipe(pretrain, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_icons, "report", lambda *_: exec("raise KeyboardInterrupt"))
         assert pretrain() == 130
-    before = (pretrain.data / "pretrain.checkpoint.pt").read_bytes()
+    before = (pretrain.data / "model.checkpoint.pt").read_bytes()
     capsys.readouterr()
     assert pretrain("--seed", "1") == 2
-    _one_line(capsys, "pretrain.checkpoint.pt", "expected seed 1, got 0")
-    assert (pretrain.data / "pretrain.checkpoint.pt").read_bytes() == before
+    _one_line(capsys, "model.checkpoint.pt", "expected seed 1, got 0")
+    assert (pretrain.data / "model.checkpoint.pt").read_bytes() == before
 
 
 def test_batch(data):
