@@ -207,6 +207,12 @@ def glosses(shots: int, rates: dict[str, str]) -> list[str]:
     return ["--shots", str(shots), "--epochs", "30", "--method", *rates, "--lr", *rates.values(), *WISE]
 
 
+DIGITS = {
+    "saft": "saft=3e-4,1e-3,3e-3",
+    "full": "full=3e-5,1e-4,3e-4",
+    "random": "random=1e-2,3e-2",
+    "linear_probe": "linear_probe=1e-3,3e-3",
+}
 CHANGED = {name: f"{name}={'3e-4' if name.startswith('full') else '1e-3'}" for name in VARIANTS}
 VIT = "model-vit"  # pretrain_icons.py --tower vit --steps 3200
 # name: script, and one or more runs of it into one folder
@@ -221,6 +227,7 @@ PARTS: dict[str, tuple[Any, list[list[str]]]] = {
         finetune_clip,
         [icons("emoji", 16, FEWER, model=VIT), icons("emoji", 16, DENSER, ["1e-1"], VIT)],
     ),
+    "digits-16": (finetune_clip, [["--method", *DIGITS, "--lr", *DIGITS.values(), *WISE]]),
     "supersenses-4": (finetune_text, [glosses(4, TEXT)]),
 }
 
