@@ -255,6 +255,7 @@ def run(part: str, seeds: Sequence[int], output: Path) -> int:
 
 def report() -> None:
     """Prints the tables of the rows that are kept, and draws their pictures into docs/pictures."""
+    beside: dict[str, Sequence[Row]] = {}
     for file in sorted(FIDELITY.glob("*.jsonl")):
         rows = frontier.read_rows(file)
         print(f"\n## {file.stem}\n")
@@ -266,11 +267,33 @@ def report() -> None:
             frontier.save_tables(Path(folder), rows)
             print(Path(folder, "results.md").read_text())
         frontier.save_figure(PICTURES / f"{file.stem}.png", rows)
+        beside[file.stem] = rows
+    print(f"\n## Beside full fine-tuning's frontier\n\n{distances_table(beside)}")
     for task in ("emoji", "line"):
         files = {shots: FIDELITY / f"{task}-{shots}.jsonl" for shots in SHOTS}
         parts = {shots: frontier.read_rows(file) for shots, file in files.items() if file.exists()}
         if len(parts) > 1:
             print(f"\n## {task}, by shots\n\n{shots_table(parts)}")
+
+
+def distances_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Of each method, the least distance out of distribution to the front of full fine-tuning and its interpolations.
+
+    Over all rates and alphas, and read off the test sets: what there is, not what one would have chosen.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for part, rows in parts.items():
+        points = frontier.points_of(rows)
+        front = frontier.pareto_front([p.at for p in points if p.label in (frontier.REFERENCE, frontier.ZERO_SHOT)])
+        for p in points:
+            distance = p.at[1] - frontier.along(front, p.at[0])
+            found.setdefault(p.label, {})[part] = max(distance, found.get(p.label, {}).get(part, distance))
+    lines = [f"| method | {' | '.join(parts)} |", "| --- |" + " ---: |" * len(parts)]
+    for label, distances in found.items():
+        if label != frontier.REFERENCE:
+            cells = [f"{distances[part]:+.1f}" if part in distances else "-" for part in parts]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def shots_table(parts: Mapping[int, Sequence[Row]]) -> str:

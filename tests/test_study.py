@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -139,3 +140,31 @@ def test_unknown_part(capsys):
     with pytest.raises(SystemExit):
         study.main(["emoji-5"])
     assert "expected parts of emoji-16" in capsys.readouterr().err
+
+
+def test_report_of_the_rows_that_are_kept(capsys, monkeypatch, tmp_path):
+    """A table and a picture of each part; full fine-tuning is not compared with itself."""
+    monkeypatch.setattr(study, "PICTURES", tmp_path)
+    assert study.main(["--report"]) == 0
+    said = capsys.readouterr().out
+    parts = [file.stem for file in study.FIDELITY.glob("*.jsonl")]
+    assert all(f"## {part}\n" in said for part in parts)
+    assert {file.stem for file in tmp_path.iterdir()} == {part for part in parts if not part.endswith("-variants")}
+    distances = said.split("## Beside full fine-tuning's frontier")[1].split("##")[0]
+    assert "| SAFT 1 % |" in distances
+    assert "| full |" not in distances
+
+
+def test_distance_to_the_frontier():
+    """Above, below, and beyond the ends, of which the nearer one counts."""
+
+    def row(method: str, lr: float, into: float, out: float) -> frontier.Row:
+        known = frontier.read_rows(study.FIDELITY / "emoji-16.jsonl")[1]
+        density = None if method == "full" else 0.01
+        accuracy = {frontier.VAL: into, frontier.SELECT: 0.0, "line": out}
+        return dataclasses.replace(known, method=method, lr=lr, alpha=1.0, density=density, accuracy=accuracy)
+
+    full = [row("full", 1e-4, 60.0, 50.0), row("full", 1e-3, 70.0, 40.0)]
+    for into, out, expected in ((65.0, 46.0, "+1.0"), (70.0, 39.5, "-0.5"), (50.0, 50.5, "+0.5"), (80.0, 40.0, "+0.0")):
+        table = study.distances_table({"part": [*full, row("saft", 1e-3, into, out), row("saft", 1e-4, 0.0, 0.0)]})
+        assert table.splitlines()[-1] == f"| SAFT 1 % | {expected} |"
