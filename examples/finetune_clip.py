@@ -194,7 +194,14 @@ def scan(folder: Path, passed_over: Counter[str]) -> dict[str, list[Path]]:
     What else is there is counted by kind in ``passed_over``.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder with one sub-folder per class, found none; see --help")
+        found = sorted(e.name for e in folder.parent.iterdir() if e.is_dir()) if folder.parent.is_dir() else []
+        there = f"; {folder.parent} has the folders {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}" * bool(
+            found
+        )
+        raise InputError(
+            f"{folder}: expected a folder with one sub-folder per class, found none{there}; --data is the folder that "
+            "train/ and val/ are in: see --help"
+        )
     classes: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
@@ -207,6 +214,12 @@ def scan(folder: Path, passed_over: Counter[str]) -> dict[str, list[Path]]:
                 raise InputError(f"{entry}: expected images ({kinds}), got {got}; add some or remove the folder")
             passed_over.update(others)
     if not classes:
+        images = sum(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+        if images:
+            raise InputError(
+                f"{folder}: expected one sub-folder per class, got none but {images} images: a class itself? --data is "
+                "the folder that train/ and val/ are in, and classes are the folders in those; see --help"
+            )
         raise InputError(f"{folder}: expected one sub-folder per class, got none; remove it, or see --help")
     return classes
 
@@ -409,8 +422,16 @@ def check_model(args: argparse.Namespace) -> None:
                 f"--pretrained {args.pretrained}: expected none beside --model {args.model}, which has weights of its "
                 "own; leave it out, or name the architecture with --model to use the checkpoint"
             )
+        path = Path(args.model.removeprefix("local-dir:"))
+        if args.model.startswith("local-dir:") and not path.is_dir():
+            raise InputError(f"--model {args.model}: expected a folder, found none at {path.resolve()}")
         return
     if args.model not in open_clip.list_models():
+        if Path(args.model).is_dir():
+            raise InputError(
+                f"--model {args.model}: expected a name, got a folder; for a model that open_clip saved there, "
+                f"--model local-dir:{args.model}"
+            )
         near = difflib.get_close_matches(args.model, open_clip.list_models(), n=3, cutoff=0.4)
         raise InputError(f"--model {args.model}: expected an open_clip model such as {', '.join(near) or 'ViT-B-16'}")
     tags = open_clip.list_pretrained_tags_by_model(args.model)
@@ -444,6 +465,17 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
         raise InputError(f"{what}: expected a checkpoint of this model, could not load it: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """open_clip's, of which some need transformers."""
+    try:
+        return open_clip.get_tokenizer(args.model)
+    except ImportError as error:
+        raise InputError(
+            f"--model {args.model}: expected {error.name}, which its tokenizer needs, it is not installed; pip install "
+            f"{error.name}"
+        ) from None
 
 
 # ---- main ----
@@ -486,11 +518,11 @@ def load_task(args: argparse.Namespace, recipe: Any = None) -> ClipTask:
     if few:
         more = f" and {len(few) - 5} more classes" if len(few) > 5 else ""
         print(f"--shots {args.shots}: fewer training images in {', '.join(few[:5])}{more}; all are used", flush=True)
+    tokenize = tokenize or load_tokenizer(args)
     if not demo:  # else they are its own
         used = {file for seed in args.seed for file, _ in finetuning.few_shot(folders.by_label(), args.shots, seed)}
         check_images(sorted(used.union(*([file for file, _ in files] for files in folders.sets.values()))))
     model, *transforms = load_model(args)
-    tokenize = tokenize or open_clip.get_tokenizer(args.model)
     texts = [template.replace("{}", name) for name in names for template in args.templates]
     prompts = tokenize(texts).unflatten(0, (len(names), len(args.templates))).to(args.device)
     args.task = "digits" if demo else args.data.resolve().name

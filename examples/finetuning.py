@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -348,12 +349,8 @@ def _lp_ft(run: FineTuning) -> Trained:
 
 def _lora(run: FineTuning) -> Trained:
     """LoRA (Hu et al., ICLR 2022) by PEFT on a copy of the model, merged into the weights before testing."""
-    try:
-        import peft
-    except ImportError:
-        raise InputError(
-            "--method lora: expected PEFT, it is not installed; pip install 'saft_kernels[lora]'"
-        ) from None
+    import peft
+
     task, plain = run.task, run.task.model
     layers = (nn.Linear, nn.MultiheadAttention)
     names = [n for n, m in plain.named_modules() if isinstance(m, layers) and not n.endswith("attn.out_proj")]
@@ -660,6 +657,8 @@ def run(args: argparse.Namespace, load_task: Callable[[argparse.Namespace], Task
     """Zero-shot, then every setting, then the report."""
     for name in ("seed", "method", "density", "wise"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    if "lora" in args.method and find_spec("peft") is None:
+        raise InputError("--method lora: expected PEFT, it is not installed; pip install 'saft_kernels[lora]'")
     check_output(args)
     if args.resume and not (args.output / "results.jsonl").exists():
         raise InputError(

@@ -243,7 +243,27 @@ def best_trade(lines: Sequence[Line]) -> Line | None:
     return max(compared, key=lambda line: line.matched or 0.0, default=None)
 
 
+def at_an_edge(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each method whose chosen learning rate has no other beyond it."""
+    rates: dict[str, list[Point]] = {}
+    for point in points_of(rows):
+        if point.alpha == 1 and point.method != ZERO_SHOT:
+            rates.setdefault(point.label, []).append(point)
+    notes = []
+    for label, points in rates.items():
+        tuned, tried = choose(points)[0].lr, sorted(p.lr for p in points)
+        if len(tried) > 1 and tuned in (tried[0], tried[-1]):
+            end, further = ("smallest", tuned / 3) if tuned == tried[0] else ("largest", tuned * 3)
+            notes.append(f"{label}: the {end} rate that was tried is the best; try --lr {further:.0e}, too")
+    return notes
+
+
 # ---- tables ----
+
+LEGEND = (
+    f"{REFERENCE}, paired: less {REFERENCE} fine-tuning with its chosen rate, seed by seed. At equal acc.: less what "
+    f"{REFERENCE} fine-tuning reaches with any rate at that accuracy in distribution."
+)
 
 
 def plus_minus(figure: tuple[float, float], seeds: int, form: str = ".1f") -> str:
@@ -346,6 +366,9 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         console.print(table)
     if best is not None:
         console.print(trade_sentence(lines), soft_wrap=True)
+        console.print(LEGEND, soft_wrap=True)
+    for note in at_an_edge(rows):
+        console.print(note, soft_wrap=True)
 
 
 def _tables(lines: Sequence[Line]) -> list[tuple[list[str], list[list[str]]]]:

@@ -803,6 +803,12 @@ def _foreign(folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "figs" / "0.png")
 
 
+def _flatten(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+
+
 @pytest.mark.parametrize(
     ("damage", "where", "said", "workers"),
     [
@@ -813,6 +819,7 @@ def _foreign(folder: Path) -> None:
         (_empty, "sketches", "expected one sub-folder per class, got none", 0),
         (_empty, "train/fig", "expected images", 0),
         (_foreign, "sketches", "rename it to 'fig'", 0),
+        (_flatten, "sketches", "got none but 1 images: a class itself?", 0),
         (_break, "train/fig/0.png", "expected a readable image", 0),
         (_break, "train/fig/0.png", "expected a readable image", 1),
         (_break, "val/apple/1.jpg", "expected a readable image", 0),
@@ -825,6 +832,25 @@ def test_bad_folder(tiny_clip, photos, tmp_path, capsys, damage, where, said, wo
     assert _run(photos, tmp_path / "out", *tiny_clip, *arguments) == 2
     _one_line(capsys, str(photos / where) if where != "." else str(photos), said)
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_models_that_are_folders(photos, tmp_path, capsys):
+    """A mistaken one is found before any image is read."""
+    (tmp_path / "clip").mkdir()
+    photos.joinpath("train", "fig", "0.png").write_bytes(b"no image")
+    assert finetune_clip.main(["--data", str(photos), "--model", str(tmp_path / "clip")]) == 2
+    _one_line(capsys, f"--model local-dir:{tmp_path / 'clip'}")
+    assert finetune_clip.main(["--data", str(photos), "--model", "local-dir:/nowhere"]) == 2
+    _one_line(capsys, "expected a folder, found none at /nowhere")
+
+
+def test_a_tokenizer_that_needs_a_package(tiny_clip, photos, tmp_path, capsys, monkeypatch):
+    def lacking(name):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr(finetune_clip.open_clip, "get_tokenizer", lacking)
+    assert _run(photos, tmp_path / "out", *tiny_clip) == 2
+    _one_line(capsys, "its tokenizer needs", "pip install transformers")
 
 
 def test_one_class_alone(tiny_clip, photos, tmp_path, capsys):

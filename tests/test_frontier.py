@@ -247,3 +247,20 @@ def test_replacing_leaves_the_old_file_on_error(tmp_path):
         write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
     assert file.read_text() == "old"
+
+
+def test_a_rate_at_the_end_of_those_tried_is_told():
+    """Of one rate alone nothing is known; alphas below 1 are no rates."""
+    rates = {"saft": (1e-4, 1e-3, 1e-2), "full": (1e-4, 1e-3), "random": (1e-3,)}
+    best = {"saft": 1e-3, "full": 1e-3, "random": 1e-3}
+    rows = [
+        _row(method, lr, alpha, select=60.0 if lr == best[method] else 50.0)
+        for method, lrs in rates.items()
+        for lr in lrs
+        for alpha in (0.5, 1.0)
+    ]
+    assert frontier.at_an_edge([ZERO_SHOT, *rows]) == [
+        "full: the largest rate that was tried is the best; try --lr 3e-03, too"
+    ]
+    best["saft"], rows[0] = 0.0, _row("saft", 1e-4, 1.0, select=99.0)
+    assert frontier.at_an_edge(rows)[0].startswith("SAFT 0.1 %: the smallest rate")
