@@ -80,10 +80,24 @@ def of_distributed() -> dict[str, Any]:
     return {**names, "optimizer": optimizer, "dcp": checkpoint, "folder": "checkpoint", **vars(state_dict)}
 
 
+def of_start() -> dict[str, Any]:
+    names = common()
+    images, labels = names["batches"][0]
+    return {**names, "images": images, "labels": labels}
+
+
+def of_questions() -> dict[str, Any]:
+    names = common()
+    optimizer = saft_kernels.SparseAdamW(names["model"].named_parameters(), mask=names["mask"])
+    return {**names, "optimizer": optimizer}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/delta.md": of_delta,
     "docs/files.md": of_delta,
     "docs/distributed.md": of_distributed,
+    "docs/questions.md": of_questions,
+    "docs/start.md": of_start,
 }
 
 
@@ -280,7 +294,7 @@ def test_benchmarks_say_where_their_rows_are_from() -> None:
     assert len(tables) > 7
     for line in re.findall(r"^Rows: .*$", text, re.MULTILINE):
         files = re.findall(r"\[(\w+\.csv)\]", line)
-        commit = re.search(r"commit (\w+)", line)
+        commit = re.search(r"commit (\w+\+?)", line)
         assert files, line
         assert commit is not None, line
         for file in files:
