@@ -113,7 +113,7 @@ def rank_of(rank: int, args: argparse.Namespace, folder: str) -> None:
         found[name] = {"collectives": collectives.found, "seconds": seconds}
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
-    os._exit(0)  # gloo and destroy_process_group(): see tests/training.py
+    os._exit(0)  # gloo and destroy_process_group(): see tests/processes.py
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,21 +1,12 @@
-"""Small runs of SparseAdamW in all its modes, compared bit by bit, and a process for those that might crash."""
+"""Small runs of SparseAdamW in all its modes, compared bit by bit."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import resource
-import signal
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch._dynamo  # else the first step of every process would
 from conftest import bits
 from torch import Tensor, nn
 
@@ -159,52 +150,3 @@ def poison(memory: Sequence[Tensor]) -> None:
     for tensor in memory:
         # through .data: torch counts no version of it, as of memory that was freed
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
-
-
-# ---- a process that may crash ----
-
-_context = multiprocessing.get_context("forkserver")  # it has imported everything, and run nothing yet
-
-
-@functools.cache
-def _start_server(module: str) -> None:
-    """Of the first module that asks. Python 3.11's does not look for what it preloads along sys.path."""
-    _context.set_forkserver_preload([module])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def isolated(function: Callable[..., None], *args: Any, timeout: float = 60) -> None:
-    """Calls a function of a test module in another process; a crash or an error there is an AssertionError here."""
-    _start_server(function.__module__)
-    ours, theirs = _context.Pipe(duplex=False)
-    process = _context.Process(target=_report, args=(theirs, function, args))
-    process.start()
-    theirs.close()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        raise AssertionError(f"{function.__name__}{args}: still running after {timeout} s")
-    if process.exitcode:
-        how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
-        raise AssertionError(f"{function.__name__}{args}: ended by {how}")
-    failed = ours.recv()
-    assert failed == "", failed
-
-
-def _report(connection: Connection, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        function(*args)
-        connection.send("")
-    except BaseException:
-        connection.send(traceback.format_exc()[-10_000:])
-    os._exit(0)  # without the destructors of what may be broken

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_message
+from processes import run_ranks
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import backward, batches, leave_process_group, loss_fn, two_towers
+from training import backward, batches, loss_fn, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select, sparse_grad
 from saft_kernels.optim.release import SelectedGrad
@@ -264,21 +263,14 @@ SCENARIOS = (
 )
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=120)  # ranks that wait for each other
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", limit, RANKS, rank)
-    results = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    leave_process_group()
+def _run(rank: int, folder: str) -> dict[str, Any]:
+    return {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(_run, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 # ---- what has to hold ----

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -731,10 +729,7 @@ def one_element(rank: int, mesh: Any) -> list[str]:
 SCENARIOS = (selections, trainings, fully_sharded, released, uneven_gradients, tensor_parallel, deltas, traffic)
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = timedelta(minutes=5)  # ranks that wait for each other
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", limit, RANKS, rank)
+def _run(rank: int, folder: str) -> dict[str, dict[int, Any]]:
     results: dict[str, dict[int, Any]] = {scenario.__name__: {} for scenario in SCENARIOS}
     for world in WORLDS:
         mesh = distributed.device_mesh.DeviceMesh("cpu", [*range(world)])
@@ -750,16 +745,13 @@ def _run(rank: int, folder: str) -> None:
     results["checkpoints"] = {RANKS: checkpoints(rank, folder)}
     distributed.barrier()
     results["failures"] = {RANKS: failures(rank)}
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    os._exit(0)  # they have parted
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[int, Any]]]:
     """What each rank found, by the number of ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(_run, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world", WORLDS)

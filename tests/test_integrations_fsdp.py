@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_message
+from processes import run_ranks
 from torch import distributed, nn
-from training import batches, leave_process_group, loss_fn, two_towers
+from training import batches, loss_fn, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select
 
@@ -360,13 +360,11 @@ def fitted(rank: int, folder: str) -> list[str]:
     return wrong
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _run(rank: int, folder: str) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "HF_HUB_OFFLINE": "1"}
     # accelerate wants an address, though the ranks have met already, and takes two threads where it is told nothing
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     os.chdir(folder)
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", timedelta(minutes=5), RANKS, rank)
     results: dict[str, Any] = {"layouts": layouts(rank)}
     if find_spec("accelerate"):
         results |= {"prepared": prepared(rank, folder), "refused": refused(rank, folder)}
@@ -374,16 +372,13 @@ def _run(rank: int, folder: str) -> None:
         results["trained"] = trained(rank, folder)
     if find_spec("lightning"):
         results["fitted"] = fitted(rank, folder)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    leave_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(_run, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def test_layouts(ranks: list[dict[str, Any]]) -> None:

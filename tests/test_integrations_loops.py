@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_message
+from processes import run_ranks
 from scripts import assert_only_selected_changed, assert_same_weights, folder, load_example, run_example, weights  # noqa: F401
 from torch import Tensor, distributed, nn
-from training import Batch, TwoTowers, batches, leave_process_group, loss_fn, two_towers
+from training import Batch, TwoTowers, batches, loss_fn, two_towers
 
 import saft_kernels
 from saft_kernels import SparseAdamW, SparseMask, select
@@ -208,21 +208,17 @@ def test_names_of_the_model() -> None:
 # ---- several ranks ----
 
 
-def _rank_selects(rank: int, folder: str) -> None:  # noqa: F811
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
+def _rank_selects(rank: int, _: str) -> dict[str, Tensor]:
     model = two_towers()
     optimizer = SparseAdamW(no_decay_groups(model), lr=0.01, density=0.05)
     mine: list[Batch] = batches(4)[rank::2]
     mask = select_into(optimizer, model, mine, loss_fn, progress=False)
-    torch.save({name: mask[name] for name in mask}, Path(folder) / f"mask{rank}.pt")
-    leave_process_group()
+    return dict(mask)
 
 
 def test_ranks_select_alike_from_their_own_data(tmp_path: Path) -> None:
     """The model of a callback is the one inside DistributedDataParallel, whose gradients are not averaged."""
-    torch.multiprocessing.spawn(_rank_selects, (os.fspath(tmp_path),), nprocs=2)
-    masks: list[dict[str, Tensor]] = [torch.load(tmp_path / f"mask{rank}.pt") for rank in range(2)]
+    masks: list[dict[str, Tensor]] = run_ranks(_rank_selects, 2, tmp_path)
     expected = saft_kernels.select(two_towers(), batches(4), loss_fn, density=0.05, progress=False)
     for name in expected:
         assert torch.equal(masks[0][name], masks[1][name]), name

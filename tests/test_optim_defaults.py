@@ -25,11 +25,11 @@ from optimizer_runs import (
     Run,
     differences,
     draw,
-    isolated,
     make_mask,
     snapshot,
     undisturbed,
 )
+from processes import isolated
 from test_backends import run_python
 from torch import Tensor, nn
 from training import backward, batches, loss_fn, train, two_towers

@@ -21,12 +21,12 @@ from optimizer_runs import (
     Run,
     differences,
     draw,
-    isolated,
     message_of,
     same_as_undisturbed,
     snapshot,
     undisturbed,
 )
+from processes import isolated
 from torch import Tensor, nn
 from training import clones
 

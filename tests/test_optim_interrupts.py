@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_runs import AFTER, BEFORE, BF16, MODES, Run, differences, isolated, snapshot, undisturbed
+from optimizer_runs import AFTER, BEFORE, BF16, MODES, Run, differences, snapshot, undisturbed
+from processes import isolated
 from torch import Tensor, nn
 from training import batches, loss_fn, two_towers
 

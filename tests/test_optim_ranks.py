@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import backward, batches, leave_process_group, loss_fn, two_towers
+from training import backward, batches, loss_fn, two_towers
 
 from saft_kernels import SparseAdamW, SparseMask, select
 from saft_kernels.integrations import select_into
@@ -185,21 +183,15 @@ def flattened(rank: int) -> dict[str, str]:
     return found
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _run(rank: int, folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", timedelta(seconds=120), RANKS, rank)
-    results = {scenario.__name__: scenario(rank) for scenario in (parallel, shares, flattened, alone)}
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    leave_process_group()
+    return {scenario.__name__: scenario(rank) for scenario in (parallel, shares, flattened, alone)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(_run, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["own_masks", "one_mask"])

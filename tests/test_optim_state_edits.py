@@ -21,12 +21,12 @@ from optimizer_runs import (
     STATE_KEYS,
     Run,
     differences,
-    isolated,
     message_of,
     poison,
     same_as_undisturbed,
     snapshot,
 )
+from processes import isolated
 from torch import Tensor, nn
 from training import clones
 

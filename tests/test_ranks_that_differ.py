@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.nn.parallel import DistributedDataParallel
@@ -254,24 +253,15 @@ def ended(rank: int, folder: str) -> dict[str, Any]:
 SCENARIOS = (loads, others, alone, asks, refused)
 
 
-def _run(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    limit = timedelta(minutes=2)  # ranks that wait for each other
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", limit, RANKS, rank)
+def _run(rank: int, folder: str) -> dict[str, Any]:
     results = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
-    results["packed"] = packed(rank, folder)
-    results["ended"] = ended(rank, folder)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    distributed.barrier()
-    os._exit(0)  # gloo and destroy_process_group(): see tests/training.py
+    return {**results, "packed": packed(rank, folder), "ended": ended(rank, folder)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_run, (os.fspath(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run_ranks(_run, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("begun", [False, True])

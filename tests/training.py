@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 FP32_ROUNDINGS = 1e-6
@@ -146,12 +145,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         return 0.0
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     return float((actual - expected).abs().max() / expected.abs().max())
-
-
-def leave_process_group() -> NoReturn:
-    """Ends a rank that is done. Not destroy_process_group(): torch 2.14 then aborts now and then, with gloo."""
-    distributed.barrier()
-    os._exit(0)
 
 
 def states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, dict[str, Tensor]]]:
