@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import sys
@@ -86,6 +87,31 @@ BACKENDS = [
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes, or gigabytes; runs with SAFT_SLOW_TESTS=1")
+
+
+# what other modules run beside, where pytest has several processes: else one of them would end long after the others
+LONG = (
+    "test_distributed_shards",
+    "test_topk_magnitude_triton",
+    "test_sparse_adamw_triton",
+    "test_finetune_large",
+    "test_ranks_that_differ",
+    "test_integrations_fsdp",
+    "test_fsdp2_train",
+    "test_topk_magnitude_cuda",
+    "test_sparse_ops_cuda",
+    "test_study",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long modules come first. In the middle of one, pytest-xdist would give half of it, and its fixture, away."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """A million objects that stay: neither Python's collector nor optimizers that look for wrapped models need them."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
