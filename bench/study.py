@@ -189,7 +189,7 @@ TEXT = {
     "linear_probe": "linear_probe=1e-3,3e-3,1e-2",
 }
 SHOTS = (4, 8, 16)
-ICONS = (("emoji", 4), ("emoji", 8), ("line", 4), ("line", 8), ("line", 16))
+TASKS = ("emoji", "line")
 WISE = ["--wise", "0.25", "0.5", "0.75"]
 
 
@@ -217,12 +217,15 @@ CHANGED = {name: f"{name}={'3e-4' if name.startswith('full') else '1e-3'}" for n
 VIT = "model-vit"  # pretrain_icons.py --tower vit --steps 3200
 # name: script, and one or more runs of it into one folder
 PARTS: dict[str, tuple[Any, list[list[str]]]] = {
-    "emoji-16": (
-        finetune_clip,
-        [icons("emoji", 16, RATES), icons("emoji", 16, SPARSER, ["1e-3"]), icons("emoji", 16, DENSER, ["1e-1"])],
-    ),
+    **{
+        f"{task}-16": (
+            finetune_clip,
+            [icons(task, 16, RATES), icons(task, 16, SPARSER, ["1e-3"]), icons(task, 16, DENSER, ["1e-1"])],
+        )
+        for task in TASKS
+    },
     "emoji-16-variants": (finetune_clip, [icons("emoji", 16, CHANGED)]),
-    **{f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)]) for task, shots in ICONS},
+    **{f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)]) for task in TASKS for shots in SHOTS[:-1]},
     "emoji-16-vit": (
         finetune_clip,
         [icons("emoji", 16, FEWER, model=VIT), icons("emoji", 16, DENSER, ["1e-1"], VIT)],
@@ -269,7 +272,7 @@ def report() -> None:
         frontier.save_figure(PICTURES / f"{file.stem}.png", rows)
         beside[file.stem] = rows
     print(f"\n## Beside full fine-tuning's frontier\n\n{distances_table(beside)}")
-    for task in ("emoji", "line"):
+    for task in TASKS:
         files = {shots: FIDELITY / f"{task}-{shots}.jsonl" for shots in SHOTS}
         parts = {shots: frontier.read_rows(file) for shots, file in files.items() if file.exists()}
         if len(parts) > 1:

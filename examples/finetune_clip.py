@@ -194,10 +194,9 @@ def scan(folder: Path, passed_over: Counter[str]) -> dict[str, list[Path]]:
     What else is there is counted by kind in ``passed_over``.
     """
     if not folder.is_dir():
-        found = sorted(e.name for e in folder.parent.iterdir() if e.is_dir()) if folder.parent.is_dir() else []
-        there = f"; {folder.parent} has the folders {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}" * bool(
-            found
-        )
+        beside = sorted(e.name for e in folder.parent.iterdir() if e.is_dir()) if folder.parent.is_dir() else []
+        names = ", ".join(beside[:5]) + (" ..." if len(beside) > 5 else "")
+        there = f"; {folder.parent} has the folders {names}" if beside else ""
         raise InputError(
             f"{folder}: expected a folder with one sub-folder per class, found none{there}; --data is the folder that "
             "train/ and val/ are in: see --help"
