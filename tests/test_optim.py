@@ -312,6 +312,7 @@ BAD_ARGUMENTS = {
         ValueError,
         "`k`: expected at most 16, the number of elements of param_groups[1], got 99",
     ),
+    "module": (lambda p: (nn.Linear(2, 2), {}), TypeError, "`params`: expected parameters, got Linear; pass its named"),
     "mask_type": (lambda p: (p, {"mask": {"a": torch.ones(3)}}), TypeError, "`mask`: expected a SparseMask, got dict;"),
     "backend": (
         lambda p: (p, {"backend": "gpu"}),
@@ -340,6 +341,12 @@ def test_tensor_hyperparameters_with_foreach_take_capturable() -> None:
         for kwargs in ({"lr": torch.tensor(1e-3)}, {"betas": betas}):
             with pytest.raises(ValueError, match="as a Tensor is not supported for capturable=False and foreach=True"):
                 kind(parameters(), foreach=True, **kwargs)
+
+
+def test_a_list_of_parameters_is_no_model() -> None:
+    """As in torch.optim.AdamW, though it is a module."""
+    listed = nn.ParameterList([torch.ones(3)])
+    assert SparseAdamW(listed, density=1.0).param_groups[0]["params"] == list(listed)
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)

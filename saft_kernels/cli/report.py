@@ -15,7 +15,7 @@ from .._version import __version__
 
 _PACKAGES = ("numpy", "triton", "safetensors", "open_clip_torch", "timm")
 
-TESTED = {"python": ((3, 11), (3, 12)), "torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
+TESTED = {"python": ((3, 10), (3, 13)), "torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
 """Oldest and newest version that the tests have passed with. On GPUs fewer: the rows of bench/results say which."""
 
 

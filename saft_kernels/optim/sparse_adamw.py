@@ -152,6 +152,8 @@ class SparseAdamW(Optimizer):
             "density": density if k is None else None,
             "k": k,
         }
+        if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+            raise TypeError(f"`params`: expected parameters, got {type(params).__name__}; pass its named_parameters()")
         check_hyperparameters(defaults)
         defaults["betas"] = tuple(betas) if differentiable else tuple(float(beta) for beta in betas)
         check_budget(density, k, scope)
