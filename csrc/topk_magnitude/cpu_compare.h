@@ -238,7 +238,7 @@ struct BytePositions {
 };
 inline const BytePositions kBytePositions;
 
-constexpr index_t kPositionsOverrun = 32;
+constexpr index_t kPositionsOverrun = 8;
 
 using bytes8 = uint8_t __attribute__((vector_size(8)));
 using shorts8 = uint16_t __attribute__((vector_size(16)));
@@ -246,10 +246,10 @@ using shorts8 = uint16_t __attribute__((vector_size(16)));
 // Loops that the compiler vectorises, compiled per instruction set.
 //   count_bits   set bits of the words
 //   positions    positions of the set bits, ascending; returns how many. Eight per byte are written whether set
-//                or not (a branch per bit would be mispredicted; AVX-512: 32 per word), so up to
-//                kPositionsOverrun entries past the end are touched
+//                or not (a branch per bit would be mispredicted), so up to kPositionsOverrun entries past the end
+//                are touched
 //   widen        out[i] = base + list[i]
-// `byte_count`: how the instruction set counts the bits of a byte fastest. AVX-512 has its own positions, below.
+// `byte_count`: how the instruction set counts the bits of a byte fastest. AVX-512 leaves these the end of a tile.
 #define SAFT_DEFINE_POSITION_LOOPS(suffix, target, byte_count)                                         \
   target inline index_t count_bits_##suffix(const uint64_t* words, index_t num_words) {                \
     index_t count = 0;                                                                                 \
