@@ -272,7 +272,7 @@ import threading, time, torch
 from saft_kernels import gather, scatter_
 torch.set_num_threads(1)
 tensor, values = torch.zeros(1_000), torch.ones(200_000)
-index = torch.zeros(200_000, dtype=torch.{dtype})
+index = torch.full((200_000,), 5, dtype=torch.{dtype})
 stop = False
 def write():
     while not stop:
