@@ -365,6 +365,14 @@ def test_words_of_every_population(backend: Backend) -> None:
     check(backend, [backend.to(tensor)], [int(selected.sum())])
 
 
+def test_all_near_the_threshold_in_one_place(backend: Backend) -> None:
+    """Of 6 million elements, 60,000 side by side are nearly alike: candidates that a sample cannot tell apart."""
+    rng = np.random.default_rng(4)
+    values = 1e-3 * np.abs(rng.standard_normal(6_000_000))
+    values[400_000:460_000] = rng.uniform(3.0, 3.001, 60_000)
+    check(backend, [backend.to(FP32.rounded(values))], [15_000, 30_000, 45_000])
+
+
 @pytest.mark.parametrize("values", ["all_equal", "four_values"])
 @pytest.mark.parametrize(
     "fmts",

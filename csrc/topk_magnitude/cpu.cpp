@@ -63,14 +63,14 @@ class TopKMagnitude {
     Bracket<Key> bracket = Sample<Key>(tensors_, num_tensors_, numel_, k_, num_threads_).bracket();
     bool verified = filter(bracket) && num_sure_ < k_ && k_ <= num_sure_ + num_band_;
     if (!verified && k_ > 0) {
-      const Key exact = radix_select(0, CommonKey<Key>::kNaN, k_, data_visitor());
+      const Key exact = select_of_data();
       bracket = {exact, exact, 1.0};
       filter(bracket);
     }
     TopKResult result{std::numeric_limits<double>::infinity(), 0};
     for (const auto& workspace : workspaces_) result.num_nonfinite += workspace->num_nonfinite;
     if (k_ == 0) return result;
-    const Key threshold = radix_select(bracket.lo, bracket.hi, k_ - num_sure_, band_visitor());
+    const Key threshold = select_of_band(bracket, k_ - num_sure_);
     advise_huge_pages(indices, size_t(k_) * sizeof(index_t));
     emit(threshold, indices, counts);
     result.threshold = key_to_double(threshold);
@@ -137,36 +137,19 @@ class TopKMagnitude {
 
   // ---- select ----
 
-  // Visitors call fn(key) for the keys of one tile.
-  auto band_visitor() {
-    return [this](index_t t, int, const auto& fn) {
-      const Survivors<Key>& survivors = survivors_[t];
-      for (uint32_t i = 0; i < survivors.num_band; ++i) fn(survivors.band_keys[i]);
-    };
-  }
-
-  auto data_visitor() {
-    return [this](index_t t, int thread, const auto& fn) {
-      const Tile& tile = tiles_[t];
-      dispatch(tensors_[tile.tensor].dtype, [&](auto tag) {
-        using scalar_t = typename decltype(tag)::type;
-        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, workspaces_[thread]->gathered);
-        for (index_t i = 0; i < tile.numel; ++i) fn(widen_key<Key, scalar_t>(native_key(x[i])));
-      });
-    };
-  }
-
-  // The key of descending rank `rank` (1 = largest) among the visited keys in [lo, hi].
-  template <class Visitor>
-  Key radix_select(Key lo, Key hi, index_t rank, const Visitor& visit_tile) {
+  // The key of descending rank `rank` (1 = largest) among those in [lo, hi]. visit(piece, thread, fn) calls fn(key)
+  // for the keys of one of `num_pieces`.
+  template <class Visit>
+  Key radix_select(Key lo, Key hi, index_t rank, index_t num_pieces, index_t run, const Visit& visit) {
     while (lo != hi) {
       const int shift = std::max(0, bit_width(hi - lo) - kDigitBits);
       std::vector<std::vector<index_t>> histograms(static_cast<size_t>(num_threads_),
                                                    std::vector<index_t>(size_t(1) << kDigitBits, 0));
-      for_each_tile([&](index_t t, int thread) {
+      parallel_for(num_pieces, run, num_threads_, [&](index_t piece, int thread) {
         index_t* histogram = histograms[thread].data();
-        visit_tile(t, thread, [&](Key key) {
-          if (key >= lo && key <= hi) ++histogram[(key - lo) >> shift];
+        visit(piece, thread, [&](Key key) {
+          const Key above = Key(key - lo);  // one comparison: either of two would mispredict
+          if (above <= Key(hi - lo)) ++histogram[above >> shift];
         });
       });
       Key digit = Key((hi - lo) >> shift);
@@ -182,6 +165,38 @@ class TopKMagnitude {
     return lo;
   }
 
+  // Of the band. Its keys are read as they lie in memory: tile by tile, each begins with a line that is in no cache.
+  Key select_of_band(const Bracket<Key>& bracket, index_t rank) {
+    struct Piece {
+      const Key* keys;
+      size_t size;
+    };
+    std::vector<Piece> pieces;
+    for (const auto& workspace : workspaces_) {
+      workspace->band_keys.for_each_part([&](const Key* keys, size_t size) {
+        for (size_t first = 0; first < size; first += kTileNumel) {
+          pieces.push_back({keys + first, std::min(size - first, size_t(kTileNumel))});
+        }
+      });
+    }
+    const auto visit = [&](index_t p, int, const auto& fn) {
+      for (size_t i = 0; i < pieces[p].size; ++i) fn(pieces[p].keys[i]);
+    };
+    return radix_select(bracket.lo, bracket.hi, rank, index_t(pieces.size()), 1, visit);
+  }
+
+  Key select_of_data() {
+    const auto visit = [this](index_t t, int thread, const auto& fn) {
+      const Tile& tile = tiles_[t];
+      dispatch(tensors_[tile.tensor].dtype, [&](auto tag) {
+        using scalar_t = typename decltype(tag)::type;
+        const scalar_t* x = load_tile<scalar_t>(tensors_[tile.tensor], tile, workspaces_[thread]->gathered);
+        for (index_t i = 0; i < tile.numel; ++i) fn(widen_key<Key, scalar_t>(native_key(x[i])));
+      });
+    };
+    return radix_select(0, CommonKey<Key>::kNaN, k_, index_t(tiles_.size()), run_, visit);
+  }
+
   // ---- emit ----
 
   void emit(Key threshold, index_t* indices, index_t* counts) {
@@ -191,10 +206,13 @@ class TopKMagnitude {
         survivors.num_equal = survivors.num_band;  // the bracket is the threshold
         return;
       }
+      uint32_t num_greater = 0, num_equal = 0;
       for (uint32_t i = 0; i < survivors.num_band; ++i) {
-        survivors.num_greater += survivors.band_keys[i] > threshold;
-        survivors.num_equal += survivors.band_keys[i] == threshold;
+        num_greater += survivors.band_keys[i] > threshold;
+        num_equal += survivors.band_keys[i] == threshold;
       }
+      survivors.num_greater = num_greater;
+      survivors.num_equal = num_equal;
     });
     index_t ties = k_ - num_sure_;  // wanted among the elements equal to the threshold
     for (const auto& survivors : survivors_) ties -= survivors.num_greater;
@@ -213,26 +231,41 @@ class TopKMagnitude {
     });
   }
 
-  // Calls fn(position), ascending, for the band's share of the selection.
-  template <class Fn>
-  static void for_each_selected_of_band(const Survivors<Key>& survivors, Key threshold, const Fn& fn) {
+  // Moves the band's share of the selection to the front of its list, and returns how many they are. No branch on the
+  // data: half of the band is selected.
+  static index_t compact_band(const Survivors<Key>& survivors, Key threshold) {
+    uint32_t ties = survivors.num_equal;
+    index_t n = 0;
+    for (uint32_t i = 0; i < survivors.num_band; ++i) {
+      const bool takes_tie = survivors.band_keys[i] == threshold && ties > 0;
+      ties -= takes_tie;
+      survivors.band_list[n] = survivors.band_list[i];
+      n += takes_tie || survivors.band_keys[i] > threshold;
+    }
+    return n;
+  }
+
+  // Adds the band's share to the words of the sure ones; likewise.
+  static void add_band(const Survivors<Key>& survivors, Key threshold, uint64_t* words) {
     uint32_t ties = survivors.num_equal;
     if (survivors.band_words != nullptr) {
       for (index_t w = 0; ties > 0; ++w) {
         for (uint64_t word = survivors.band_words[w]; word != 0 && ties > 0; word &= word - 1, --ties) {
-          fn(uint16_t(w * 64 + __builtin_ctzll(word)));
+          words[w] |= word & -word;
         }
       }
       return;
     }
-    uint32_t left = ties + survivors.num_greater;
-    for (uint32_t i = 0; left > 0; ++i) {
-      const bool equal = survivors.band_keys[i] == threshold;
-      if (equal ? ties > 0 : survivors.band_keys[i] > threshold) {
-        fn(survivors.band_list[i]);
-        ties -= equal;
-        --left;
-      }
+    for (uint32_t i = 0; i < survivors.num_band;
+         ++i) {  // no branch on the data: half of the band is selected
+      const uint16_t position = survivors.band_list[i];
+      words[position / 64] |= uint64_t(survivors.band_keys[i] > threshold) << (position % 64);
+    }
+    for (uint32_t i = 0; ties > 0; ++i) {
+      if (survivors.band_keys[i] != threshold) continue;
+      const uint16_t position = survivors.band_list[i];
+      words[position / 64] |= uint64_t(1) << (position % 64);
+      --ties;
     }
   }
 
@@ -240,24 +273,13 @@ class TopKMagnitude {
                  index_t* out) const {
     uint16_t* const selected = workspace.selected;
     const index_t total = index_t(survivors.num_sure) + survivors.num_greater + survivors.num_equal;
-    if (survivors.sure_words == nullptr) {
-      const uint16_t* sure = survivors.sure_list;
-      const uint16_t* const end = sure + survivors.num_sure;
-      index_t n = 0;
-      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
-        while (sure != end && *sure < position) selected[n++] = *sure++;
-        selected[n++] = position;
-      });
-      while (sure != end) selected[n++] = *sure++;
-      widen(isa_, selected, total, tile.first, out);
+    if (survivors.sure_words != nullptr) {
+      add_band(survivors, threshold, survivors.sure_words);
+      expand(isa_, survivors.sure_words, (tile.numel + 63) / 64, tile.first, total, selected, out);
     } else {
-      const index_t num_words = (tile.numel + 63) / 64;
-      uint64_t* words = workspace.scratch_words;
-      std::copy_n(survivors.sure_words, num_words, words);
-      for_each_selected_of_band(survivors, threshold, [&](uint16_t position) {
-        words[position / 64] |= uint64_t(1) << (position % 64);
-      });
-      expand(isa_, words, num_words, tile.first, total, selected, out);
+      const uint16_t *sure = survivors.sure_list, *band = survivors.band_list;
+      std::merge(sure, sure + survivors.num_sure, band, band + compact_band(survivors, threshold), selected);
+      widen(isa_, selected, total, tile.first, out);
     }
   }
 

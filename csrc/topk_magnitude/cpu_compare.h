@@ -40,15 +40,24 @@ constexpr size_t kAheadBytes = 6144;
 
 template <class scalar_t>
 inline __attribute__((always_inline)) void prefetch_word(const scalar_t* x) {
-  const char* ahead = reinterpret_cast<const char*>(x) + kAheadBytes;
-  for (size_t line = 0; line < sizeof(scalar_t); ++line) __builtin_prefetch(ahead + 64 * line);
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(x) + kAheadBytes;  // no pointer: it may be past the end
+  for (size_t line = 0; line < sizeof(scalar_t); ++line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64 * line));
+  }
 }
+
+// Of the elements compared with two thresholds.
+struct Seen {
+  index_t num_between = 0;  // above the lower one alone
+  index_t num_higher = 0;
+  bool nonfinite = false;  // any of them
+};
 
 // ---- baseline ----
 
 template <bool kBoth, class scalar_t>
-bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
-                      signed_key_t<scalar_t> higher, uint64_t* higher_words) {
+void compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
+                      signed_key_t<scalar_t> higher, uint64_t* higher_words, Seen& seen) {
   using skey_t = signed_key_t<scalar_t>;
   skey_t largest = 0;
   for (index_t w = 0; w < num_words; ++w, x += 64) {
@@ -62,10 +71,14 @@ bool compare_baseline(const scalar_t* x, index_t num_words, signed_key_t<scalar_
         largest = key > largest ? key : largest;
       }
     }
-    words[w] = word;
-    if constexpr (kBoth) higher_words[w] = higher_word;
+    words[w] = word & ~higher_word;
+    if constexpr (kBoth) {
+      higher_words[w] = higher_word;
+      seen.num_between += __builtin_popcountll(word & ~higher_word);
+      seen.num_higher += __builtin_popcountll(higher_word);
+    }
   }
-  return largest > kBelowInf<scalar_t>;
+  seen.nonfinite |= largest > kBelowInf<scalar_t>;
 }
 
 #if SAFT_X86_DISPATCH
@@ -87,11 +100,12 @@ SAFT_TARGET_AVX2 inline uint64_t bits_of(__m256i c) {
 }
 
 template <bool kBoth>
-SAFT_TARGET_AVX2 bool compare_avx2(const float* x, index_t num_words, int32_t above_, uint64_t* words,
-                                   int32_t higher_, uint64_t* higher_words) {
+SAFT_TARGET_AVX2 void compare_avx2(const float* x, index_t num_words, int32_t above_, uint64_t* words,
+                                   int32_t higher_, uint64_t* higher_words, Seen& seen) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   const __m256i above = _mm256_set1_epi32(above_), higher = _mm256_set1_epi32(higher_);
   __m256i largest = _mm256_setzero_si256();
+  index_t num_between = 0, num_higher = 0;
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
     uint64_t word = 0, higher_word = 0;
@@ -112,20 +126,27 @@ SAFT_TARGET_AVX2 bool compare_avx2(const float* x, index_t num_words, int32_t ab
         largest = _mm256_max_epi32(largest, pair);
       }
     }
-    words[w] = word;
-    if constexpr (kBoth) higher_words[w] = higher_word;
+    words[w] = word & ~higher_word;
+    if constexpr (kBoth) {
+      higher_words[w] = higher_word;
+      num_between += __builtin_popcountll(word & ~higher_word);
+      num_higher += __builtin_popcountll(higher_word);
+    }
   }
   const __m256i nonfinite = _mm256_cmpgt_epi32(largest, _mm256_set1_epi32(kBelowInf<float>));
-  return _mm256_movemask_epi8(nonfinite) != 0;
+  seen.num_between += num_between;
+  seen.num_higher += num_higher;
+  seen.nonfinite |= _mm256_movemask_epi8(nonfinite) != 0;
 }
 
 template <bool kBoth>
-SAFT_TARGET_AVX2 bool compare_avx2_16bit(const uint16_t* x, index_t num_words, int16_t below_inf,
+SAFT_TARGET_AVX2 void compare_avx2_16bit(const uint16_t* x, index_t num_words, int16_t below_inf,
                                          int16_t above_, uint64_t* words, int16_t higher_,
-                                         uint64_t* higher_words) {
+                                         uint64_t* higher_words, Seen& seen) {
   const __m256i mask = _mm256_set1_epi16(0x7fff);
   const __m256i above = _mm256_set1_epi16(above_), higher = _mm256_set1_epi16(higher_);
   __m256i largest = _mm256_setzero_si256();
+  index_t num_between = 0, num_higher = 0;
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
     uint64_t word = 0, higher_word = 0;
@@ -139,20 +160,27 @@ SAFT_TARGET_AVX2 bool compare_avx2_16bit(const uint16_t* x, index_t num_words, i
         largest = _mm256_max_epi16(largest, _mm256_max_epi16(k0, k1));
       }
     }
-    words[w] = word;
-    if constexpr (kBoth) higher_words[w] = higher_word;
+    words[w] = word & ~higher_word;
+    if constexpr (kBoth) {
+      higher_words[w] = higher_word;
+      num_between += __builtin_popcountll(word & ~higher_word);
+      num_higher += __builtin_popcountll(higher_word);
+    }
   }
   const __m256i nonfinite = _mm256_cmpgt_epi16(largest, _mm256_set1_epi16(below_inf));
-  return _mm256_movemask_epi8(nonfinite) != 0;
+  seen.num_between += num_between;
+  seen.num_higher += num_higher;
+  seen.nonfinite |= _mm256_movemask_epi8(nonfinite) != 0;
 }
 
 template <bool kBoth>
-SAFT_TARGET_AVX2 bool compare_avx2(const double* x, index_t num_words, int64_t above_, uint64_t* words,
-                                   int64_t higher_, uint64_t* higher_words) {
+SAFT_TARGET_AVX2 void compare_avx2(const double* x, index_t num_words, int64_t above_, uint64_t* words,
+                                   int64_t higher_, uint64_t* higher_words, Seen& seen) {
   const __m256i mask = _mm256_set1_epi64x(int64_t(KeyTraits<double>::kMask));
   const __m256i above = _mm256_set1_epi64x(above_), higher = _mm256_set1_epi64x(higher_);
   const __m256i below_inf = _mm256_set1_epi64x(kBelowInf<double>);
   __m256i nonfinite = _mm256_setzero_si256();
+  index_t num_between = 0, num_higher = 0;
   for (index_t w = 0; w < num_words; ++w) {
     prefetch_word(x);
     uint64_t word = 0, higher_word = 0;
@@ -164,31 +192,37 @@ SAFT_TARGET_AVX2 bool compare_avx2(const double* x, index_t num_words, int64_t a
         nonfinite = _mm256_or_si256(nonfinite, _mm256_cmpgt_epi64(key, below_inf));
       }
     }
-    words[w] = word;
-    if constexpr (kBoth) higher_words[w] = higher_word;
+    words[w] = word & ~higher_word;
+    if constexpr (kBoth) {
+      higher_words[w] = higher_word;
+      num_between += __builtin_popcountll(word & ~higher_word);
+      num_higher += __builtin_popcountll(higher_word);
+    }
   }
-  return _mm256_movemask_epi8(nonfinite) != 0;
+  seen.num_between += num_between;
+  seen.num_higher += num_higher;
+  seen.nonfinite |= _mm256_movemask_epi8(nonfinite) != 0;
 }
 
 #endif  // SAFT_X86_DISPATCH
 
-// words[w] bit j: key of x[64 w + j] > above. kBoth: the same for a second threshold, and returns whether any element is
-// inf or NaN.
+// words[w] bit j: key of x[64 w + j] > above. kBoth: and not > higher, of which higher_words has the bits; counts both.
 template <bool kBoth, class scalar_t>
-bool compare(Isa isa, const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
-             signed_key_t<scalar_t> higher, uint64_t* higher_words) {
+void compare(Isa isa, const scalar_t* x, index_t num_words, signed_key_t<scalar_t> above, uint64_t* words,
+             signed_key_t<scalar_t> higher, uint64_t* higher_words, Seen& seen) {
 #if SAFT_X86_DISPATCH
   if constexpr (sizeof(scalar_t) == 2) {
     const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
     constexpr int16_t below_inf = kBelowInf<scalar_t>;
-    if (isa >= kIsaAvx2)
-      return compare_avx2_16bit<kBoth>(bits, num_words, below_inf, above, words, higher, higher_words);
+    if (isa >= kIsaAvx2) {
+      return compare_avx2_16bit<kBoth>(bits, num_words, below_inf, above, words, higher, higher_words, seen);
+    }
   } else {
-    if (isa >= kIsaAvx2) return compare_avx2<kBoth>(x, num_words, above, words, higher, higher_words);
+    if (isa >= kIsaAvx2) return compare_avx2<kBoth>(x, num_words, above, words, higher, higher_words, seen);
   }
 #endif
   (void)isa;
-  return compare_baseline<kBoth>(x, num_words, above, words, higher, higher_words);
+  compare_baseline<kBoth>(x, num_words, above, words, higher, higher_words, seen);
 }
 
 // ---- occupied words ----
@@ -244,18 +278,12 @@ using bytes8 = uint8_t __attribute__((vector_size(8)));
 using shorts8 = uint16_t __attribute__((vector_size(16)));
 
 // Loops that the compiler vectorises, compiled per instruction set.
-//   count_bits   set bits of the words
 //   positions    positions of the set bits, ascending; returns how many. Eight per byte are written whether set
 //                or not (a branch per bit would be mispredicted), so up to kPositionsOverrun entries past the end
 //                are touched
 //   widen        out[i] = base + list[i]
 // `byte_count`: how the instruction set counts the bits of a byte fastest. AVX-512 leaves these the end of a tile.
 #define SAFT_DEFINE_POSITION_LOOPS(suffix, target, byte_count)                                         \
-  target inline index_t count_bits_##suffix(const uint64_t* words, index_t num_words) {                \
-    index_t count = 0;                                                                                 \
-    for (index_t w = 0; w < num_words; ++w) count += __builtin_popcountll(words[w]);                   \
-    return count;                                                                                      \
-  }                                                                                                    \
   target inline index_t positions_##suffix(const uint64_t* words, index_t num_words, uint16_t* list) { \
     uint16_t* const begin = list;                                                                      \
     shorts8 base = {};                                                                                 \
@@ -317,9 +345,6 @@ SAFT_TARGET_AVX512 inline index_t expand_most_avx512(const uint64_t*& words, ind
 #define SAFT_DISPATCH_POSITION_LOOP(name, ...) ((void)isa, name##_baseline(__VA_ARGS__))
 #endif
 
-inline index_t count_bits(Isa isa, const uint64_t* words, index_t num_words) {
-  return SAFT_DISPATCH_POSITION_LOOP(count_bits, words, num_words);
-}
 inline void widen(Isa isa, const uint16_t* list, index_t n, index_t base, index_t* out) {
   SAFT_DISPATCH_POSITION_LOOP(widen, list, n, base, out);
 }

@@ -28,20 +28,25 @@ struct Thresholds {
 
 // Compares up to kBlockWords words from x[first]; bits past the end of the tile are cleared.
 template <bool kBoth, class scalar_t>
-bool compare_block(Isa isa, const scalar_t* x, index_t first, index_t n, signed_key_t<scalar_t> above,
-                   uint64_t* words, signed_key_t<scalar_t> higher = 0, uint64_t* higher_words = nullptr) {
+void compare_block(Isa isa, const scalar_t* x, index_t first, index_t n, signed_key_t<scalar_t> above,
+                   uint64_t* words, signed_key_t<scalar_t> higher, uint64_t* higher_words, Seen& seen) {
   const index_t count = std::min(n - first, kBlockWords * 64);
-  bool nonfinite = compare<kBoth>(isa, x + first, count / 64, above, words, higher, higher_words);
+  compare<kBoth>(isa, x + first, count / 64, above, words, higher, higher_words, seen);
   if (const index_t rest = count % 64) {
-    scalar_t tail[64] = {};
-    std::copy_n(x + first + count - rest, rest, tail);
+    scalar_t tail[64];
+    std::fill_n(std::copy_n(x + first + count - rest, rest, tail), 64 - rest, scalar_t{});
     uint64_t word, higher_word;
-    nonfinite |= compare_baseline<kBoth>(tail, 1, above, &word, higher, &higher_word);
+    Seen in_tail;
+    compare_baseline<kBoth>(tail, 1, above, &word, higher, &higher_word, in_tail);
     const uint64_t inside = ~(~uint64_t(0) << rest);
     words[count / 64] = word & inside;
-    if constexpr (kBoth) higher_words[count / 64] = higher_word & inside;
+    if constexpr (kBoth) {
+      higher_words[count / 64] = higher_word & inside;
+      seen.num_between += __builtin_popcountll(word & inside);
+      seen.num_higher += __builtin_popcountll(higher_word & inside);
+      seen.nonfinite |= in_tail.nonfinite;
+    }
   }
-  return nonfinite;
 }
 
 // Calls visit(bit) for the set bits of up to kBlockWords sparse words, ascending. Empty words are left out
@@ -67,11 +72,12 @@ void filter_to_lists(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   Key* band_keys = workspace.band_keys.reserve(size_t(n) + 1);
   uint32_t num_sure = 0, num_band = 0;
   index_t num_nonfinite = 0;
+  Seen unused;
   // inf and NaN are visited, to be counted, also where the bracket starts above them
   const signed_key_t<scalar_t> visited = std::min(above.survivor, kBelowInf<scalar_t>);
   for (index_t first = 0; first < n; first += kBlockWords * 64) {
     uint64_t words[kBlockWords];
-    compare_block<false>(isa, x, first, n, visited, words);
+    compare_block<false>(isa, x, first, n, visited, words, 0, nullptr, unused);
     visit_bits(isa, words, std::min(kBlockWords, (n - first + 63) / 64), [&](index_t bit) {
       // written to both lists, kept in one or none: no branch on the data
       const index_t position = first + bit;
@@ -107,33 +113,30 @@ void filter_to_words(Isa isa, const scalar_t* x, index_t n, const Thresholds<Key
   if (!keep_keys) workspace.words.keep(size_t(num_words));
   uint16_t* list = keep_keys ? workspace.band_positions.reserve(size_t(n)) : nullptr;
   Key* keys = keep_keys ? workspace.band_keys.reserve(size_t(n)) : nullptr;
-  uint32_t num_band = 0;
-  bool nonfinite = false;
+  uint32_t num_listed = 0;
+  Seen seen;
   for (index_t first = 0; first < num_words; first += kBlockWords) {
-    nonfinite |=
-        compare_block<true>(isa, x, first * 64, n, above.survivor, band + first, above.sure, sure + first);
-    const index_t last = std::min(num_words, first + kBlockWords);
-    for (index_t w = first; w < last; ++w) band[w] &= ~sure[w];
+    compare_block<true>(isa, x, first * 64, n, above.survivor, band + first, above.sure, sure + first, seen);
     if (!keep_keys) continue;
-    visit_bits(isa, band + first, last - first, [&](index_t bit) {
+    visit_bits(isa, band + first, std::min(kBlockWords, num_words - first), [&](index_t bit) {
       const index_t position = first * 64 + bit;
-      list[num_band] = uint16_t(position);
-      keys[num_band] = widen_key<Key, scalar_t>(native_key(x[position]));
-      ++num_band;
+      list[num_listed] = uint16_t(position);
+      keys[num_listed] = widen_key<Key, scalar_t>(native_key(x[position]));
+      ++num_listed;
     });
   }
-  out.num_sure = uint32_t(count_bits(isa, sure, num_words));
-  out.num_band = keep_keys ? num_band : uint32_t(count_bits(isa, band, num_words));
+  out.num_sure = uint32_t(seen.num_higher);
+  out.num_band = uint32_t(seen.num_between);
   out.sure_words = sure;
   if (keep_keys) {
-    workspace.band_positions.keep(num_band);
-    workspace.band_keys.keep(num_band);
+    workspace.band_positions.keep(num_listed);
+    workspace.band_keys.keep(num_listed);
     out.band_list = list;
     out.band_keys = keys;
   } else {
     out.band_words = band;
   }
-  if (nonfinite) {
+  if (seen.nonfinite) {
     for (index_t i = 0; i < n; ++i) workspace.num_nonfinite += native_key(x[i]) >= KeyTraits<scalar_t>::kInf;
   }
 }

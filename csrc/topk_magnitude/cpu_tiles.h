@@ -39,7 +39,7 @@ struct Bracket {
 };
 
 // Survivors of one tile, ascending. Sure: a list or a bitmap. Band: a list with keys; when the bracket is one
-// key, a list or a bitmap without.
+// key, a list or a bitmap without. Emit writes over both.
 template <class Key>
 struct Survivors {
   uint32_t num_sure = 0;
@@ -47,8 +47,8 @@ struct Survivors {
   uint32_t num_greater = 0;  // band keys above the threshold
   uint32_t num_equal = 0;    // band keys equal to it
   const uint16_t* sure_list = nullptr;
-  const uint64_t* sure_words = nullptr;
-  const uint16_t* band_list = nullptr;
+  uint64_t* sure_words = nullptr;
+  uint16_t* band_list = nullptr;
   const uint64_t* band_words = nullptr;
   const Key* band_keys = nullptr;
 };
@@ -82,7 +82,7 @@ class Slab {
           is_first ? std::malloc(bytes) : std::aligned_alloc(kHugePage, bytes);  // untouched until written
       if (part == nullptr) throw std::bad_alloc();
       next_ = static_cast<T*>(part);
-      parts_.emplace_back(next_);
+      parts_.push_back({std::unique_ptr<T[], Free>(next_), 0});
       if (!is_first) advise_huge_pages(part, bytes);
       available_ = bytes / sizeof(T);
     }
@@ -91,6 +91,12 @@ class Slab {
   void keep(size_t n) {
     next_ += n;
     available_ -= n;
+    if (n > 0) parts_.back().size += n;
+  }
+  // Calls fn(data, size) for what was kept, part by part.
+  template <class Fn>
+  void for_each_part(const Fn& fn) const {
+    for (const Part& part : parts_) fn(part.data.get(), part.size);
   }
 
  private:
@@ -99,7 +105,11 @@ class Slab {
   struct Free {
     void operator()(T* part) const { std::free(part); }
   };
-  std::vector<std::unique_ptr<T[], Free>> parts_;
+  struct Part {
+    std::unique_ptr<T[], Free> data;
+    size_t size;  // that was kept
+  };
+  std::vector<Part> parts_;
   T* next_ = nullptr;
   size_t available_ = 0;
 };
