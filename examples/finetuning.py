@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -621,23 +622,37 @@ def check_output(args: argparse.Namespace) -> None:
                 with contextlib.suppress(OSError):
                     path.rmdir()
     names = [f"{s.name}{end}" for s in settings_of(args) for end in (".safetensors", ".mask.safetensors")]
-    files = [args.output / f"results.{end}" for end in ("jsonl", "md", "csv", "png")]
+    files = [args.output / f"results.{end}" for end in RESULTS]
     files += [folder / name for folder in folders[1:] for name in names]
     for file in files:
         if file.is_dir():
             raise InputError(f"--output: expected to write a file {file}, got a folder; name another, or remove it")
 
 
+RESULTS = ("jsonl", "md", "csv", "png")
+
+
+def put_aside(output: Path) -> Path | None:
+    """Moves what an earlier run left in --output to a folder of its own there; without checkpoints, now void."""
+    results = [output / f"results.{end}" for end in RESULTS if (output / f"results.{end}").exists()]
+    theirs = [*results, *(path for path in output.glob("seed[0-9]*") if path.is_dir())]
+    if not theirs:
+        return None
+    aside = next(path for n in itertools.count(1) if not (path := output / f"earlier-{n}").exists())
+    aside.mkdir()
+    for path in theirs:
+        os.replace(path, aside / path.name)
+    for checkpoint in aside.glob("seed*/*.checkpoint.pt"):
+        checkpoint.unlink()
+    return aside
+
+
 def open_rows(task: Task) -> Rows:
-    """The rows to go on from with --resume; without it none: older ones are put aside, their checkpoints are void."""
+    """The rows to go on from with --resume; without it none: earlier ones and their files are put aside."""
     args, file = task.args, task.args.output / "results.jsonl"
     if not args.resume:
-        if file.exists():
-            aside = file.with_name("results.old.jsonl")
-            os.replace(file, aside)
-            print(f"the results that were there are now {aside}; --resume would have gone on from them", flush=True)
-        for old in [f for end in ("checkpoint.pt", "mask.safetensors") for f in args.output.glob(f"seed*/*.{end}")]:
-            old.unlink()
+        if aside := put_aside(args.output):
+            print(f"what an earlier run left is now in {aside}; --resume would have gone on from it", flush=True)
         return Rows(file)
     rows = Rows(file)
     ours = {"task": task.name, **task.settings()}

@@ -321,14 +321,22 @@ def test_resuming_a_finished_run_reports_it_again_and_adds_what_is_new(demo, tmp
     assert _rows(tmp_path)[:2] == first
 
 
-def test_starting_anew_puts_results_aside(demo, tmp_path, capsys):
+def test_starting_anew_puts_what_was_there_aside(demo, tmp_path, capsys):
+    def files(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
     arguments = ["--method", "saft", "--epochs", "1", "--wise"]
+    (tmp_path / "results.txt").write_text("mine")
     assert demo(tmp_path, *arguments) == 0
-    first = _rows(tmp_path)
-    assert demo(tmp_path, *arguments) == 0
-    assert "results.old.jsonl; --resume would have gone on" in capsys.readouterr().out
-    assert frontier.read_rows(tmp_path / "results.old.jsonl") == first
-    assert len(_rows(tmp_path)) == len(first)
+    first = {name: data for name, data in files(tmp_path).items() if name != "results.txt"}
+    assert "results.jsonl" in first
+    assert any(name.endswith(".mask.safetensors") for name in first)
+    for number in (1, 2):  # not the second in place of the first
+        assert demo(tmp_path, *arguments) == 0
+        assert f"earlier-{number}; --resume would have gone on from it" in capsys.readouterr().out
+    assert files(tmp_path / "earlier-1") == first
+    assert files(tmp_path / "earlier-2").keys() == first.keys()
+    assert (tmp_path / "results.txt").read_text() == "mine"
 
 
 def test_nothing_to_resume(demo, tmp_path, capsys):

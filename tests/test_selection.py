@@ -216,6 +216,10 @@ def test_random_score() -> None:
         ({"loss_fn": loss_fn}, "`batches`: expected one for score='fisher', got None"),
         ({"batches": []}, "`loss_fn`: expected one for score='fisher', got None"),
         ({"batches": loss_fn, "loss_fn": []}, "`loss_fn`: expected a function of model and batch, got list"),
+        (
+            {"batches": [None], "loss_fn": lambda model: None},
+            "`loss_fn`: expected a function of model and batch, got <function <lambda> at",
+        ),
         ({"batches": [], "score": "weight"}, "`batches`: expected None for score='weight', got list"),
     ],
 )

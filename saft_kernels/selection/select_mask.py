@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -186,6 +187,16 @@ def select(
     return mask
 
 
+def _takes_two(function: object) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)  # type: ignore[arg-type]
+    except ValueError:  # it has no signature
+        return True
+    except TypeError:
+        return False
+    return True
+
+
 def _check_score(score: str, batches: object, loss_fn: object) -> Score:
     if score not in SCORES:
         raise ValueError(f"`score`: expected one of {', '.join(SCORES)}, got {score!r}")
@@ -199,6 +210,11 @@ def _check_score(score: str, batches: object, loss_fn: object) -> Score:
             raise TypeError(
                 f"`loss_fn`: expected a function of model and batch, got {type(value).__name__}; the order is "
                 "select(model, batches, loss_fn)"
+            )
+        if scoring.needs_gradients and name == "loss_fn" and not _takes_two(value):
+            raise TypeError(
+                f"`loss_fn`: expected a function of model and batch, got {value!r}, which cannot be called with two "
+                "arguments; write lambda model, batch: loss"
             )
         if not scoring.needs_gradients and value is not None:
             raise TypeError(f"`{name}`: expected None for score={score!r}, got {type(value).__name__}; drop it")
