@@ -459,13 +459,17 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
             axis.plot(*zip(*path, strict=True), ":", color=colour, marker="s", ms=3.5, lw=1.4, markevery=slice(1, -1))
         rates = [p.at for p in sorted(mine, key=lambda p: p.lr) if p.alpha == 1]
         if len(rates) > 1:
-            axis.plot(*zip(*rates, strict=True), "-", color=colour, marker="o", ms=3.5, lw=1.4)
+            axis.plot(*zip(*rates, strict=True), "-", color=colour, lw=1.4)
+            sizes = [8 + 28 * i / (len(rates) - 1) for i in range(len(rates))]  # grows with the rate
+            axis.scatter(*zip(*rates, strict=True), sizes, color=colour, zorder=2)
         spread = [[tuned.of(figure)[1]] for figure in (lambda row: row.accuracy[VAL], lambda row: row.shifted)]
         style = {"fmt": "o", "ms": 8, "color": colour, "elinewidth": 1.2, "mec": "white", "zorder": 3}
-        axis.errorbar(*([x] for x in tuned.at), xerr=spread[0], yerr=spread[1], label=label, **style)
+        axis.errorbar(
+            *([x] for x in tuned.at), xerr=spread[0], yerr=spread[1], label=f"{label}, lr {tuned.lr:g}", **style
+        )
     for x, y in start:
         axis.plot([x], [y], "*", color="black", ms=13, label=ZERO_SHOT, zorder=4, ls="none")
-    axis.plot([], [], "-", color="#555", marker="o", ms=3.5, lw=1.4, label="learning rates")
+    axis.plot([], [], "-", color="#555", marker="o", ms=3.5, lw=1.4, label="learning rates, small to large")
     axis.plot([], [], ":", color="#555", marker="s", ms=3.5, lw=1.4, label="WiSE-FT of the chosen")
     row = rows[-1]
     seeds = len({r.seed for r in rows if r.seed is not None})

@@ -188,7 +188,9 @@ def test_the_picture_has_the_chosen_the_curves_and_the_front():
     rows = _frontier()
     frontier.plot(axis, rows)
     labels = axis.get_legend_handles_labels()[1]
-    assert {"Pareto front", "SAFT 0.1 %", "SAFT 1 %", "full", "zero-shot"} < set(labels)
+    chosen = {f"{line.point.label}, lr {line.point.lr:g}" for line in frontier.summarise(rows) if line.point.alpha == 1}
+    assert {name.partition(",")[0] for name in chosen} == {"SAFT 0.1 %", "SAFT 1 %", "full"}
+    assert {"Pareto front", "zero-shot", *chosen} < set(labels)
     front = next(line for line in axis.lines if line.get_label() == "Pareto front")
     points = [point.at for point in frontier.points_of(rows)]
     assert list(zip(*front.get_data(), strict=True)) == frontier.pareto_front(points)
