@@ -188,6 +188,7 @@ TEXT = {
     "random": "random=1e-2,3e-2",
     "linear_probe": "linear_probe=1e-3,3e-3,1e-2",
 }
+TEXT_MORE = {"lp_ft": "lp_ft=3e-5,1e-4", "lora": "lora=1e-3,3e-3"}
 SHOTS = (4, 8, 16)
 TASKS = ("emoji", "line")
 WISE = ["--wise", "0.25", "0.5", "0.75"]
@@ -215,23 +216,25 @@ DIGITS = {
 }
 CHANGED = {name: f"{name}={'3e-4' if name.startswith('full') else '1e-3'}" for name in VARIANTS}
 VIT = "model-vit"  # pretrain_icons.py --tower vit --steps 3200
+
+
+def at_16_shots(task: str, model: str = "model") -> list[list[str]]:
+    """Every method."""
+    return [
+        icons(task, 16, RATES, model=model),
+        icons(task, 16, SPARSER, ["1e-3"], model),
+        icons(task, 16, DENSER, ["1e-1"], model),
+    ]
+
+
 # name: script, and one or more runs of it into one folder
 PARTS: dict[str, tuple[Any, list[list[str]]]] = {
-    **{
-        f"{task}-16": (
-            finetune_clip,
-            [icons(task, 16, RATES), icons(task, 16, SPARSER, ["1e-3"]), icons(task, 16, DENSER, ["1e-1"])],
-        )
-        for task in TASKS
-    },
+    **{f"{task}-16": (finetune_clip, at_16_shots(task)) for task in TASKS},
     "emoji-16-variants": (finetune_clip, [icons("emoji", 16, CHANGED)]),
     **{f"{task}-{shots}": (finetune_clip, [icons(task, shots, FEWER)]) for task in TASKS for shots in SHOTS[:-1]},
-    "emoji-16-vit": (
-        finetune_clip,
-        [icons("emoji", 16, FEWER, model=VIT), icons("emoji", 16, DENSER, ["1e-1"], VIT)],
-    ),
+    "emoji-16-vit": (finetune_clip, at_16_shots("emoji", VIT)),
     "digits-16": (finetune_clip, [["--method", *DIGITS, "--lr", *DIGITS.values(), *WISE]]),
-    "supersenses-4": (finetune_text, [glosses(4, TEXT)]),
+    "supersenses-4": (finetune_text, [glosses(4, TEXT), glosses(4, TEXT_MORE)]),
 }
 
 

@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.pause import is_paused
-from ..ops.dtypes import opmath_dtype
 from ..optim.ranks import refuse_split
 from ..optim.release import GradientBuffer
 from ..optim.selected_grad import Selected
@@ -278,23 +277,26 @@ class _Delivery:
     buffer: weakref.ref[GradientBuffer]
     around: tuple[int, int] = (0, 0)
 
-    def room(self, dtype: torch.dtype) -> Tensor | None:
-        """Where values of a gradient of this dtype may be written before they are delivered; None: nowhere."""
-        buffer = self.buffer()
-        if buffer is None or any(self.around):
-            return None
-        return buffer.room(self.parameter, self.selected, opmath_dtype(dtype))
-
     def __call__(self, values: Tensor) -> None:
+        """Adds values, (k,)."""
+        if (buffer := self._buffer()) is not None:
+            buffer.add(self.parameter, functional.pad(values, self.around) if any(self.around) else values)
+
+    def product(self, compute: Callable[..., Tensor], dy: Tensor, x: Tensor) -> None:
+        """Adds the entries of dy^T x. See `GradientBuffer.add_product`."""
+        if any(self.around):
+            self(compute(dy, x, None))
+        elif (buffer := self._buffer()) is not None:
+            buffer.add_product(self.parameter, compute, dy, x)
+
+    def _buffer(self) -> GradientBuffer | None:
         buffer = self.buffer()
-        if buffer is None:
-            return
-        if buffer.get(self.parameter) is not self.selected:
+        if buffer is not None and buffer.get(self.parameter) is not self.selected:
             raise RuntimeError(
                 "sparse_grad: expected one selection from forward to backward, got another in between; run forward "
                 "again"
             )
-        buffer.add(self.parameter, functional.pad(values, self.around) if any(self.around) else values)
+        return buffer
 
 
 # ---- the forward of a layer ----

@@ -27,7 +27,7 @@ class Entries:
     Attributes:
         indices: int32 or int64 (k,), ascending flat positions in the weight; k > 0.
         compute: Makes the gradient's values there, (k,), of dY and X: see `plan`.
-        deliver: Takes them; `deliver.room(dtype)` is where they may be written at once, or None.
+        deliver: Takes them; `deliver.product(compute, dy, x)` computes them, too.
         leaf: (k,), requires grad, is never read; what autograd accumulates into it is delivered, too.
     """
 
@@ -142,7 +142,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight = weight.to(dy.dtype)
     grad_input, grad_bias = _other_gradients(ctx, grad_output, dy, weight)
     if entries is not None and _is_accumulated(ctx.next_functions[1][0]):
-        entries.deliver(entries.compute(dy, _flat(input), entries.deliver.room(dy.dtype)))
+        entries.deliver.product(entries.compute, dy, _flat(input))
     if grad_input is not None and grad_input.dtype != ctx.input_dtype:
         grad_input = grad_input.to(ctx.input_dtype)
     return grad_input, None, grad_bias, None, None

@@ -259,19 +259,6 @@ class GradientBuffer:
         for queue in self._queues.values():
             queue.settle()
 
-    def room(self, parameter: Tensor, selected: Selected, dtype: torch.dtype) -> Tensor | None:
-        """Where what is added next may be written before, since nothing is there yet; None: nowhere.
-
-        Args:
-            parameter: As of `add`.
-            selected: Its.
-            dtype: Of the values.
-        """
-        if parameter.grad is not None or self._selected.get(parameter) is not selected:
-            return None
-        self._gradient(parameter, selected)
-        return selected.stored if selected.stored.dtype == dtype else None
-
     def add(self, parameter: Tensor, values: Tensor) -> None:
         """Adds to the gradient of a parameter, as a backward pass would.
 
@@ -282,14 +269,34 @@ class GradientBuffer:
         selected, gradient = self._selected[parameter], parameter.grad
         if gradient is None:
             replacement = self._gradient(parameter, selected)
-            if values is not selected.stored:
-                selected.stored.copy_(values.detach())
+            selected.stored.copy_(values.detach())
             parameter.grad = replacement
         elif type(gradient) is SelectedGrad:
             gradient.selected.values.add_(values.detach())
         else:
             total = selected.take(gradient) + values.detach().to(gradient.dtype)
             ops.scatter_([gradient.detach()], [selected.index], [total])
+
+    def add_product(self, parameter: Tensor, compute: Callable[..., Tensor], dy: Tensor, x: Tensor) -> None:
+        """Adds the selected entries of dy^T x; where nothing is there yet, they are written to their place at once.
+
+        Args:
+            parameter: As of `add`; a matrix.
+            compute: Takes dy, x, and where to write (k_p,) values, or None for a new tensor, which it returns.
+            dy: (T, N_out).
+            x: (T, N_in).
+        """
+        if parameter.grad is not None:
+            self.add(parameter, compute(dy, x, None))
+            return
+        selected = self._selected[parameter]
+        gradient = self._gradient(parameter, selected)
+        stored = selected.stored
+        if stored.dtype is opmath_dtype(dy.dtype):
+            compute(dy, x, stored)
+        else:
+            stored.copy_(compute(dy, x, None))
+        parameter.grad = gradient
 
     def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
         """What stands in `p.grad`. Follows a parameter to another device or dtype."""
