@@ -604,6 +604,9 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
+RESULTS = ("jsonl", "md", "csv", "png")
+
+
 def check_output(args: argparse.Namespace) -> None:
     """Raises InputError where the files cannot be written. Leaves nothing behind."""
     folders = [args.output, *(args.output / f"seed{seed}" for seed in args.seed)]
@@ -627,9 +630,6 @@ def check_output(args: argparse.Namespace) -> None:
     for file in files:
         if file.is_dir():
             raise InputError(f"--output: expected to write a file {file}, got a folder; name another, or remove it")
-
-
-RESULTS = ("jsonl", "md", "csv", "png")
 
 
 def put_aside(output: Path) -> Path | None:

@@ -256,8 +256,7 @@ class TopKMagnitude {
       }
       return;
     }
-    for (uint32_t i = 0; i < survivors.num_band;
-         ++i) {  // no branch on the data: half of the band is selected
+    for (uint32_t i = 0; i < survivors.num_band; ++i) {
       const uint16_t position = survivors.band_list[i];
       words[position / 64] |= uint64_t(survivors.band_keys[i] > threshold) << (position % 64);
     }
