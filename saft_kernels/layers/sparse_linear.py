@@ -99,11 +99,11 @@ def _other_gradients(ctx: Any, grad_output: Tensor, dy: Tensor, weight: Tensor) 
     needs_input, _, needs_bias, *_ = ctx.needs_input_grad
     grad_input = grad_bias = None
     if needs_input:
-        grad_input = dy @ weight
+        grad_input = torch.mm(dy, weight)
         if grad_output.dim() != 2:
             grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
     if needs_bias and not ctx.skip_bias:
-        grad_bias = grad_output.sum_to_size(grad_output.shape[-1])
+        grad_bias = dy.sum(0) if dy is grad_output else grad_output.sum_to_size(grad_output.shape[-1])
     return grad_input, grad_bias
 
 

@@ -100,11 +100,11 @@ def _entries(dy: Tensor, x: Tensor, rows: Tensor | None, positions: Tensor, out:
     if rows is not None:
         dy = dy.index_select(1, rows)
     if x.dtype.itemsize == 2:
-        product = torch.mm(dy.t(), x, out_dtype=torch.float32)
+        product = torch.mm(dy.mT, x, out_dtype=torch.float32)
     elif dy.dtype == x.dtype:
-        product = dy.t() @ x
+        product = torch.mm(dy.mT, x)
     else:
-        product = dy.float().t() @ x
+        product = torch.mm(dy.float().mT, x)
     return torch.index_select(product.view(-1), 0, positions, out=out)
 
 

@@ -237,8 +237,7 @@ class GradientBuffer:
             del gradient
             free_gradient(parameter)
             return
-        replacement: Tensor = self._gradient(parameter, selected)
-        parameter.grad = as_distributed(replacement, parameter) if is_distributed(parameter) else replacement
+        self._put(parameter, selected)
         if (queue := selected.queue) is not None:
             queue.put(selected, [gradient])
             return
@@ -247,6 +246,19 @@ class GradientBuffer:
             gradients = [gradient]
             del gradient  # whose memory is returned only if nobody holds it
             free(gradients)
+
+    def _put(self, parameter: Tensor, selected: Selected) -> None:
+        """Makes `p.grad` the gradient of the selected values."""
+        if is_distributed(parameter):
+            parameter.grad = as_distributed(self._gradient(parameter, selected), parameter)
+            return
+        if selected.gradient is not None:
+            try:
+                parameter.grad = selected.gradient  # torch compares device and dtype faster than we can
+                return
+            except (RuntimeError, TypeError):
+                pass
+        parameter.grad = self._gradient(parameter, selected)
 
     def _is_taken(self, parameter: Tensor) -> bool:
         by = self._taken.get(parameter)
@@ -290,13 +302,16 @@ class GradientBuffer:
             self.add(parameter, compute(dy, x, None))
             return
         selected = self._selected[parameter]
-        gradient = self._gradient(parameter, selected)
-        stored = selected.stored
-        if stored.dtype is opmath_dtype(dy.dtype):
-            compute(dy, x, stored)
-        else:
-            stored.copy_(compute(dy, x, None))
-        parameter.grad = gradient
+        try:
+            self._put(parameter, selected)
+            stored = selected.stored
+            if stored.dtype is opmath_dtype(dy.dtype):
+                compute(dy, x, stored)
+            else:
+                stored.copy_(compute(dy, x, None))
+        except BaseException:
+            parameter.grad = None  # there was none, and there is none
+            raise
 
     def _gradient(self, parameter: Tensor, selected: Selected) -> SelectedGrad:
         """What stands in `p.grad`. Follows a parameter to another device or dtype."""
