@@ -8,6 +8,8 @@ calls, and not timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -199,8 +201,16 @@ def measured(case: Case, args: argparse.Namespace) -> Row:
     )
 
 
+def keep_freed_memory() -> None:
+    """From here on glibc returns no heap to the system: page faults would be in some of the calls."""
+    trim_threshold = -1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**30)
+
+
 def run(args: argparse.Namespace) -> harness.Results:
     torch.set_num_threads(1)
+    keep_freed_memory()
     results = harness.Results(args.name, args.output)
     for make in harness.progress(CASES, "host"):
         results.append(measured(make(args.device), args))
