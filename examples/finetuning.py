@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -633,17 +634,20 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def put_aside(output: Path) -> Path | None:
-    """Moves what an earlier run left in --output to a folder of its own there; without checkpoints, now void."""
+    """Moves what an earlier run left in --output to a folder of its own there, whole: it can be gone on from there."""
     results = [output / f"results.{end}" for end in RESULTS if (output / f"results.{end}").exists()]
-    theirs = [*results, *(path for path in output.glob("seed[0-9]*") if path.is_dir())]
+    seeds = [path for path in output.glob("seed*") if re.fullmatch(r"seed(0|[1-9]\d*)", path.name) and path.is_dir()]
+    theirs = [*results, *seeds]
     if not theirs:
         return None
-    aside = next(path for n in itertools.count(1) if not (path := output / f"earlier-{n}").exists())
+    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := output / f"earlier-{n}"))
     aside.mkdir()
     for path in theirs:
-        os.replace(path, aside / path.name)
-    for checkpoint in aside.glob("seed*/*.checkpoint.pt"):
-        checkpoint.unlink()
+        if path.is_symlink():  # a relative one would lead elsewhere
+            (aside / path.name).symlink_to(path.resolve())
+            path.unlink()
+        else:
+            os.replace(path, aside / path.name)
     return aside
 
 
@@ -716,6 +720,8 @@ def main(args: argparse.Namespace, load_task: Callable[[argparse.Namespace], Tas
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; repeat the command with --resume to go on from the last epoch", file=sys.stderr)
+        begun = (args.output / "results.jsonl").exists()
+        remedy = "with --resume to go on from the last epoch" if begun else "there is nothing yet to go on from"
+        print(f"interrupted; repeat the command{' ' if begun else ': '}{remedy}", file=sys.stderr)
         return 130
     return 0

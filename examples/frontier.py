@@ -442,7 +442,9 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
     """Draws the rows of one task."""
     points = points_of(rows)
     front = pareto_front([p.at for p in points])
-    axis.plot(*zip(*front, strict=True), color="#f3d26b", lw=7, alpha=0.6, solid_capstyle="round", label="Pareto front")
+    style = {"color": "#f3d26b", "lw": 7, "alpha": 0.6, "solid_capstyle": "round"}
+    alone = {"marker": "o", "ms": 15} if len(front) == 1 else {}
+    axis.plot(*zip(*front, strict=True), label="Pareto front", **style, **alone)
     start = [p.at for p in points if p.method == ZERO_SHOT]
     used: dict[str, int] = {}
     for label in dict.fromkeys(p.label for p in points if p.method != ZERO_SHOT):
@@ -460,17 +462,19 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
         rates = [p.at for p in sorted(mine, key=lambda p: p.lr) if p.alpha == 1]
         if len(rates) > 1:
             axis.plot(*zip(*rates, strict=True), "-", color=colour, lw=1.4)
-            sizes = [8 + 28 * i / (len(rates) - 1) for i in range(len(rates))]  # grows with the rate
+            sizes = [6 + 16 * i / (len(rates) - 1) for i in range(len(rates))]  # grows with the rate
             axis.scatter(*zip(*rates, strict=True), sizes, color=colour, zorder=2)
         spread = [[tuned.of(figure)[1]] for figure in (lambda row: row.accuracy[VAL], lambda row: row.shifted)]
-        style = {"fmt": "o", "ms": 8, "color": colour, "elinewidth": 1.2, "mec": "white", "zorder": 3}
+        style = {"fmt": "o", "ms": 9, "color": colour, "elinewidth": 1.2, "mec": "white", "zorder": 3}
         axis.errorbar(
             *([x] for x in tuned.at), xerr=spread[0], yerr=spread[1], label=f"{label}, lr {tuned.lr:g}", **style
         )
     for x, y in start:
         axis.plot([x], [y], "*", color="black", ms=13, label=ZERO_SHOT, zorder=4, ls="none")
-    axis.plot([], [], "-", color="#555", marker="o", ms=3.5, lw=1.4, label="learning rates, small to large")
-    axis.plot([], [], ":", color="#555", marker="s", ms=3.5, lw=1.4, label="WiSE-FT of the chosen")
+    if any(len({p.lr for p in points if p.label == q.label}) > 1 for q in points):
+        axis.plot([], [], "-", color="#555", marker="o", ms=3.5, lw=1.4, label="learning rates, small to large")
+    if any(0 < p.alpha < 1 for p in points):
+        axis.plot([], [], ":", color="#555", marker="s", ms=3.5, lw=1.4, label="WiSE-FT of the chosen")
     row = rows[-1]
     seeds = len({r.seed for r in rows if r.seed is not None})
     shots = f"{row.shots} shots" if row.shots else "all training data"

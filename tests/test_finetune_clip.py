@@ -326,9 +326,12 @@ def test_starting_anew_puts_what_was_there_aside(demo, tmp_path, capsys):
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     arguments = ["--method", "saft", "--epochs", "1", "--wise"]
-    (tmp_path / "results.txt").write_text("mine")
+    mine = {"results.txt": b"mine", "seed1-notes/a.txt": b"mine, too"}
+    for name, data in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
     assert demo(tmp_path, *arguments) == 0
-    first = {name: data for name, data in files(tmp_path).items() if name != "results.txt"}
+    first = {name: data for name, data in files(tmp_path).items() if name not in mine}
     assert "results.jsonl" in first
     assert any(name.endswith(".mask.safetensors") for name in first)
     for number in (1, 2):  # not the second in place of the first
@@ -336,7 +339,25 @@ def test_starting_anew_puts_what_was_there_aside(demo, tmp_path, capsys):
         assert f"earlier-{number}; --resume would have gone on from it" in capsys.readouterr().out
     assert files(tmp_path / "earlier-1") == first
     assert files(tmp_path / "earlier-2").keys() == first.keys()
-    assert (tmp_path / "results.txt").read_text() == "mine"
+    assert {name: (tmp_path / name).read_bytes() for name in mine} == mine
+
+
+def test_an_interrupted_run_that_was_put_aside_can_be_gone_on_from(tmp_path):
+    theirs = ("seed0/full.checkpoint.pt", "seed0/full.safetensors", "results.jsonl")
+    for name in (*theirs, "seed9-photos/big.checkpoint.pt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "saft.checkpoint.pt").write_text("there")
+    (tmp_path / "out" / "seed1").symlink_to("../elsewhere")
+    (tmp_path / "out" / "earlier-1").symlink_to("nowhere")
+    aside = finetuning.put_aside(tmp_path / "out")
+    assert aside == tmp_path / "out" / "earlier-2"
+    for name in theirs:
+        assert (aside / name).read_text() == name
+    assert (aside / "seed1" / "saft.checkpoint.pt").read_text() == "there"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"earlier-1", "earlier-2", "seed9-photos"}
+    assert finetuning.put_aside(tmp_path / "out") is None
 
 
 def test_nothing_to_resume(demo, tmp_path, capsys):

@@ -726,6 +726,18 @@ def test_unknown_operations_raise(operation: Callable[[Tensor], object]) -> None
     assert optimizer.selected_grad(model.text.weight).isfinite().all()
 
 
+def test_a_model_converted_while_it_has_gradients() -> None:
+    model = two_towers()
+    optimizer = SparseAdamW(model.named_parameters(), LR, mask=make_mask(model), release_grads=True)
+    backward(model, batches(1)[0])
+    with pytest.raises(RuntimeError, match=r"got _to_copy; .*or zero_grad\(\) before the model is moved or converted"):
+        model.bfloat16()
+    optimizer.zero_grad()
+    model.bfloat16().float()
+    backward(model, batches(1)[0])
+    optimizer.step()
+
+
 def test_one_selected_value_does_not_spread_over_a_plain_tensor() -> None:
     """It would broadcast: all elements of a parameter, moved by the gradient of one."""
     parameter = nn.Parameter(torch.zeros(4, 3))

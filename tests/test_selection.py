@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,6 +221,10 @@ def test_random_score() -> None:
             {"batches": [None], "loss_fn": lambda model: None},
             "`loss_fn`: expected a function of model and batch, got <function <lambda> at",
         ),
+        (
+            {"batches": [None], "loss_fn": nn.Linear(2, 2)},
+            "`loss_fn`: expected a function of model and batch, got Linear(",
+        ),
         ({"batches": [], "score": "weight"}, "`batches`: expected None for score='weight', got list"),
     ],
 )
@@ -227,6 +232,27 @@ def test_scores_say_what_they_need(arguments: dict[str, Any], message: str) -> N
     with pytest.raises(TypeError, match="expected") as error:
         select(two_towers(), **{"score": "fisher", **arguments})
     assert_message(error, [message])
+
+
+def test_loss_functions_that_wrap_others() -> None:
+    """What a decorator calls is its own business."""
+
+    def of_three(model: nn.Module, batch: Any, weight: float) -> Tensor:
+        return weight * loss_fn(model, batch)
+
+    @functools.wraps(of_three)
+    def of_any(*args: Any) -> Tensor:
+        return of_three(*args, weight=1.0)
+
+    class Loss(nn.Module):
+        def forward(self, model: nn.Module, batch: Any) -> Tensor:
+            return loss_fn(model, batch)
+
+    masks = [
+        select(two_towers(), batches(1), loss, density=0.1, progress=False)
+        for loss in (loss_fn, of_any, functools.partial(of_three, weight=1.0), Loss())
+    ]
+    assert all(mask == masks[0] for mask in masks)
 
 
 @pytest.mark.parametrize("score", ["fisher", "relative_grad"])

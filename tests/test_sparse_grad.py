@@ -494,6 +494,32 @@ def test_the_selection_is_followed() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # some 30 products in another order
 
 
+def test_weights_with_a_hook() -> None:
+    """It gets the whole gradient, and what it returns counts; without it the gradient is sparse again."""
+    dense, sparse, optimizer, _ = pair()
+    hooked = [
+        [p for name, p in model.named_parameters() if name.endswith("weight") and p.dim() == 2]
+        for model in (dense, sparse)
+    ]
+    seen: list[torch.Size] = []
+
+    def times_3(gradient: Tensor) -> Tensor:
+        seen.append(gradient.shape)
+        return 3 * gradient
+
+    handles = [p.register_hook(times_3) for model in hooked for p in model]
+    backward(dense)
+    backward(sparse)
+    assert_gradients(dense, sparse, optimizer)
+    assert sorted(seen) == sorted(p.shape for model in hooked for p in model)
+    for handle in handles:
+        handle.remove()
+    for model in (dense, sparse):
+        model.zero_grad()
+        backward(model)
+    assert_gradients(dense, sparse, optimizer)
+
+
 def test_another_selection_between_forward_and_backward() -> None:
     _, sparse, optimizer, _ = pair()
     backward(sparse)

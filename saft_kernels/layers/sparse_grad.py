@@ -41,7 +41,8 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
 
     Everything else keeps its gradient: convolutions, embeddings, norms; weights used outside of these modules (one tied
     to an embedding gets the sum of both); subclasses with a forward of their own; parametrized and wholly selected
-    weights, and those of which more than `DENSE_SHARE` is selected. The handle says which, and why.
+    weights, and those of which more than `DENSE_SHARE` is selected. The handle says which, and why. So does a weight
+    as long as it has a hook of `register_hook` (not in compiled graphs).
 
     Args:
         model: Changed in place: each module covered has a `forward` attribute, until `.remove()`. Copies and pickles
@@ -54,7 +55,7 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
     Works with autocast, GradScaler, gradient accumulation, both kinds of activation checkpointing and torch.compile,
     whose graphs do not break at these layers; for several ranks see `SparseAdamW.all_reduce_grads`. Not supported:
     DistributedDataParallel and double backward, which raise; FullyShardedDataParallel, whose weights stay dense;
-    torch.func.
+    torch.func; torch.autograd.grad of a weight covered, which then takes no part.
 
     Raises:
         TypeError: `optimizer` is no SparseAdamW.

@@ -64,6 +64,8 @@ def sparse_linear(
         skip_bias: No gradient for the bias either.
     """
     if not torch.compiler.is_compiling():
+        if (weight if weight._base is None else weight._base)._backward_hooks:  # they want the whole gradient
+            return functional.linear(input, weight, bias)
         result: Tensor = _SparseLinear.apply(input, weight, bias, entries, skip_bias)
         return result
     dtype = _autocast_dtype(input)

@@ -147,11 +147,12 @@ class SelectedGrad(Tensor):
             operands = [_values(first), *(_plain(arg, first) for arg in args[1:])]
         except _UnsupportedError:
             is_parallel = distributed.is_available() and distributed.is_initialized()
+            moved = ", or zero_grad() before the model is moved or converted" if op == "_to_copy" else ""
             parallel = ", and optimizer.all_reduce_grads() in place of DistributedDataParallel" if is_parallel else ""
             # not a TypeError: in p.grad + x, Python would replace it by one that says nothing
             raise RuntimeError(
                 f"gradient under release_grads=True: expected an operation on its selected values, got {op}; use "
-                f"optimizer.selected_grad(p), a plain tensor of them{parallel}"
+                f"optimizer.selected_grad(p), a plain tensor of them{moved}{parallel}"
             ) from None
         result = func(*operands, **(kwargs or {}))
         return first if isinstance(result, Tensor) and op in _IN_PLACE else result

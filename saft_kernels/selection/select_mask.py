@@ -187,11 +187,16 @@ def select(
     return mask
 
 
-def _takes_two(function: object) -> bool:
+def _takes_two(function: Any) -> bool:
+    """Whether it can be called with two arguments, as far as it says: what it wraps does not matter."""
     try:
-        inspect.signature(function).bind(None, None)  # type: ignore[arg-type]
-    except ValueError:  # it has no signature
+        signature = inspect.signature(
+            function.forward if isinstance(function, nn.Module) else function, follow_wrapped=False
+        )
+    except (ValueError, TypeError):  # it does not say
         return True
+    try:
+        signature.bind(None, None)
     except TypeError:
         return False
     return True
