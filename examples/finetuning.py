@@ -605,7 +605,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
-RESULTS = ("jsonl", "md", "csv", "png")
+RESULTS = ("results.jsonl", "results.md", "results.csv", "results.png")
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -626,7 +626,7 @@ def check_output(args: argparse.Namespace) -> None:
                 with contextlib.suppress(OSError):
                     path.rmdir()
     names = [f"{s.name}{end}" for s in settings_of(args) for end in (".safetensors", ".mask.safetensors")]
-    files = [args.output / f"results.{end}" for end in RESULTS]
+    files = [args.output / name for name in RESULTS]
     files += [folder / name for folder in folders[1:] for name in names]
     for file in files:
         if file.is_dir():
@@ -635,7 +635,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 def put_aside(output: Path) -> Path | None:
     """Moves what an earlier run left in --output to a folder of its own there, whole: it can be gone on from there."""
-    results = [output / f"results.{end}" for end in RESULTS if (output / f"results.{end}").exists()]
+    results = [path for name in RESULTS if (path := output / name).exists()]
     seeds = [path for path in output.glob("seed*") if re.fullmatch(r"seed(0|[1-9]\d*)", path.name) and path.is_dir()]
     theirs = [*results, *seeds]
     if not theirs:
@@ -720,8 +720,10 @@ def main(args: argparse.Namespace, load_task: Callable[[argparse.Namespace], Tas
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = (args.output / "results.jsonl").exists()
-        remedy = "with --resume to go on from the last epoch" if begun else "there is nothing yet to go on from"
-        print(f"interrupted; repeat the command{' ' if begun else ': '}{remedy}", file=sys.stderr)
+        if (args.output / "results.jsonl").exists():
+            remedy = "repeat the command with --resume to go on from the last epoch"
+        else:
+            remedy = "repeat the command: there is nothing yet to go on from"
+        print(f"interrupted; {remedy}", file=sys.stderr)
         return 130
     return 0

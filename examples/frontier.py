@@ -447,6 +447,7 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
     axis.plot(*zip(*front, strict=True), label="Pareto front", **style, **alone)
     start = [p.at for p in points if p.method == ZERO_SHOT]
     used: dict[str, int] = {}
+    has_rates = has_wise = False
     for label in dict.fromkeys(p.label for p in points if p.method != ZERO_SHOT):
         mine = [p for p in points if p.label == label]
         if not any(p.alpha == 1 for p in mine):
@@ -457,10 +458,12 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
         used[tuned.method] += 1
         wise = [p.at for p in sorted(mine, key=lambda p: p.alpha) if p.lr == tuned.lr and p.alpha != 1]
         if wise:
+            has_wise = True
             path = [*start, *wise, tuned.at]
             axis.plot(*zip(*path, strict=True), ":", color=colour, marker="s", ms=3.5, lw=1.4, markevery=slice(1, -1))
         rates = [p.at for p in sorted(mine, key=lambda p: p.lr) if p.alpha == 1]
         if len(rates) > 1:
+            has_rates = True
             axis.plot(*zip(*rates, strict=True), "-", color=colour, lw=1.4)
             sizes = [6 + 16 * i / (len(rates) - 1) for i in range(len(rates))]  # grows with the rate
             axis.scatter(*zip(*rates, strict=True), sizes, color=colour, zorder=2)
@@ -471,9 +474,9 @@ def plot(axis: Any, rows: Sequence[Row]) -> None:
         )
     for x, y in start:
         axis.plot([x], [y], "*", color="black", ms=13, label=ZERO_SHOT, zorder=4, ls="none")
-    if any(len({p.lr for p in points if p.label == q.label}) > 1 for q in points):
+    if has_rates:
         axis.plot([], [], "-", color="#555", marker="o", ms=3.5, lw=1.4, label="learning rates, small to large")
-    if any(0 < p.alpha < 1 for p in points):
+    if has_wise:
         axis.plot([], [], ":", color="#555", marker="s", ms=3.5, lw=1.4, label="WiSE-FT of the chosen")
     row = rows[-1]
     seeds = len({r.seed for r in rows if r.seed is not None})

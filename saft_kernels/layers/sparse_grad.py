@@ -41,8 +41,8 @@ def sparse_grad(model: nn.Module, optimizer: SparseAdamW) -> SparseGrad:
 
     Everything else keeps its gradient: convolutions, embeddings, norms; weights used outside of these modules (one tied
     to an embedding gets the sum of both); subclasses with a forward of their own; parametrized and wholly selected
-    weights, and those of which more than `DENSE_SHARE` is selected. The handle says which, and why. So does a weight
-    as long as it has a hook of `register_hook` (not in compiled graphs).
+    weights, and those of which more than `DENSE_SHARE` is selected. The handle says which, and why. A weight with a
+    hook of `register_hook` has a dense gradient as long as it has the hook, but for compiled graphs.
 
     Args:
         model: Changed in place: each module covered has a `forward` attribute, until `.remove()`. Copies and pickles

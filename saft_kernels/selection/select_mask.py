@@ -187,6 +187,19 @@ def select(
     return mask
 
 
+def _check_loss_fn(loss_fn: object) -> None:
+    if not callable(loss_fn):
+        raise TypeError(
+            f"`loss_fn`: expected a function of model and batch, got {type(loss_fn).__name__}; the order is "
+            "select(model, batches, loss_fn)"
+        )
+    if not _takes_two(loss_fn):
+        raise TypeError(
+            f"`loss_fn`: expected a function of model and batch, got {loss_fn!r}, which cannot be called with two "
+            "arguments; write lambda model, batch: loss"
+        )
+
+
 def _takes_two(function: Any) -> bool:
     """Whether it can be called with two arguments, as far as it says: what it wraps does not matter."""
     try:
@@ -211,18 +224,10 @@ def _check_score(score: str, batches: object, loss_fn: object) -> Score:
             raise TypeError(
                 f"`{name}`: expected one for score={score!r}, got None; only 'weight' and 'random' need none"
             )
-        if scoring.needs_gradients and name == "loss_fn" and not callable(value):
-            raise TypeError(
-                f"`loss_fn`: expected a function of model and batch, got {type(value).__name__}; the order is "
-                "select(model, batches, loss_fn)"
-            )
-        if scoring.needs_gradients and name == "loss_fn" and not _takes_two(value):
-            raise TypeError(
-                f"`loss_fn`: expected a function of model and batch, got {value!r}, which cannot be called with two "
-                "arguments; write lambda model, batch: loss"
-            )
         if not scoring.needs_gradients and value is not None:
             raise TypeError(f"`{name}`: expected None for score={score!r}, got {type(value).__name__}; drop it")
+    if scoring.needs_gradients:
+        _check_loss_fn(loss_fn)
     return scoring
 
 
